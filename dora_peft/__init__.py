@@ -1,0 +1,21 @@
+"""DoRA (weight-decomposed low-rank adaptation) as a PEFT tuner of its own.
+
+    from peft import get_peft_model
+    from dora_peft import DoraConfig
+
+    model = get_peft_model(model, DoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+
+Importing the package registers `PeftType.DORA`, `DoraConfig` and `DoraModel` with PEFT.
+"""
+
+from . import _registry  # first: adds PeftType.DORA, which the other modules use
+from .config import DoraConfig
+from .layer import DoraLayer
+from .model import DoraModel
+from .norm import checking, refresh
+from .optim import param_groups
+
+__version__ = "0.1.0"
+__all__ = ["DoraConfig", "DoraLayer", "DoraModel", "__version__", "checking", "param_groups", "refresh"]
+
+_registry.register(DoraConfig, DoraModel, DoraLayer)

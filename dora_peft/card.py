@@ -1,0 +1,52 @@
+"""The model card of a saved adapter: what it is, and how to load it with and without this package."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+_START, _END = "<!-- dora_peft: start -->", "<!-- dora_peft: end -->"
+
+
+def complete_model_card(folder: str, model: Any) -> None:
+    """Add or replace the DoRA section of the README.md that PEFT wrote into `folder`."""
+    path = os.path.join(folder, "README.md")
+    card = ModelCard.load(path)
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), "dora", "lora"})
+    before, _, rest = card.text.partition(_START)
+    after = rest.partition(_END)[2]
+    section = _section(model.active_peft_config, card.data.get("base_model"))
+    card.text = f"{before.rstrip()}\n\n{_START}\n{section}\n{_END}\n{after}".lstrip()
+    card.save(path)
+
+
+def _section(config: Any, base_model: str | None) -> str:
+    base = base_model or config.base_model_name_or_path or "the base model"
+    auto = {"SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM", "CAUSAL_LM": "AutoModelForCausalLM"}.get(
+        str(getattr(config.task_type, "value", config.task_type)), "AutoModel"
+    )
+    return f"""## DoRA adapter
+
+| | |
+|---|---|
+| Base model | {base} |
+| Method | DoRA, weight-decomposed low-rank adaptation ([arXiv 2402.09353](https://arxiv.org/abs/2402.09353)) |
+| Rank | r = {config.r}, lora_alpha = {config.lora_alpha}, dropout {config.lora_dropout} |
+| Norm | {"detached from" if config.detach_norm else "part of"} the gradient |
+
+With plain PEFT, no other package needed:
+
+```python
+from peft import PeftModel
+from transformers import {auto}
+
+model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "<this repository or folder>")
+```
+
+With [dora_peft](https://pypi.org/project/dora-peft/), the tuner that trained it, one line comes first:
+
+```python
+import dora_peft
+```"""

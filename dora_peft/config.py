@@ -1,0 +1,300 @@
+"""DoraConfig: PEFT's LoRA options with their own names and meanings, and the few that are DoRA's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from typing import Any, Literal
+
+from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME, PeftType
+
+from ._files import atomic_write_text
+
+# The key inside `auto_mapping` under which our own fields travel: plain PEFT keeps unknown entries there silently, while an
+# unknown top-level key makes it warn. Its presence marks a folder as written by this package.
+MARKER = "dora_peft"
+
+# LoraConfig fields that have no meaning for DoRA, with the reason. They are accepted at PEFT's default only.
+REFUSED = {
+    "use_dora": "this class always is DoRA; a plain LoRA adapter is a peft.LoraConfig",
+    "target_parameters": "a bare nn.Parameter has no base product whose output could be rescaled",
+    "lora_bias": "a bias on lora_B is outside of m * (W0 + s B A) / ||W0 + s B A||",
+    "megatron_config": "PEFT's DoRA does not support Megatron layers either",
+    "use_qalora": "it pools the input, so its A does not have W0's input dimension and no norm ||W0 + s B A|| exists",
+    "velora_config": "it replaces the stored input of the gradient, a different method that PEFT cannot combine with DoRA",
+    "alora_invocation_tokens": "it switches the adapter per token, PEFT cannot combine it with DoRA",
+    "monteclora_config": "it samples the weights, PEFT cannot combine it with DoRA",
+    "use_bdlora": "its factors are block-diagonal, PEFT cannot combine it with DoRA",
+    "arrow_config": "it routes between LoRA experts, PEFT cannot combine it with DoRA",
+    "kasa_config": "it truncates the base weight and adds a diagonal between B and A, PEFT cannot combine it with DoRA",
+    "ensure_weight_tying": (
+        "tied layers share A and B transposed, but their magnitudes have different lengths; train one of the two layers"
+    ),
+    "runtime_config": "ephemeral_gpu_offload belongs to PEFT's dense norm; the factored norm needs no such offload",
+}
+_REFUSED_INIT = {
+    "eva": "it is computed by peft.initialize_lora_eva_weights, which accepts PEFT's LoRA models only",
+    "mica": "it freezes B, a variant that PEFT cannot combine with DoRA",
+}
+_IGNORED = {"qalora_group_size", "megatron_core"}  # companions of refused fields, meaningless alone
+_LORA_FIELDS = {f.name: f for f in fields(LoraConfig)}
+
+
+def _refuse_foreign_fields(cls: type[DoraConfig]) -> type[DoraConfig]:
+    """Name the reason where a LoraConfig field has no meaning here; the generated __init__ would only say 'unexpected'."""
+    generated = cls.__init__
+
+    @wraps(generated)
+    def __init__(self: DoraConfig, *args: Any, **kwargs: Any) -> None:
+        for name in (REFUSED.keys() | _IGNORED) & kwargs.keys():
+            value = kwargs.pop(name)
+            harmless = value in (None, False) if name != "use_dora" else value is True
+            if name in _IGNORED or harmless or (name == "runtime_config" and not _offloads(value)):
+                continue
+            raise ValueError(f"DoraConfig does not take {name}={value!r}: {REFUSED[name]}.")
+        generated(self, *args, **kwargs)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+def _offloads(runtime_config: Any) -> bool:
+    if isinstance(runtime_config, dict):
+        return bool(runtime_config.get("ephemeral_gpu_offload"))
+    return bool(getattr(runtime_config, "ephemeral_gpu_offload", False))
+
+
+@_refuse_foreign_fields
+@dataclass
+class DoraConfig(PeftConfig):
+    """Configuration of a DoRA adapter: W' = m * (W0 + s B A) / ||W0 + s B A||.
+
+    The options that PEFT's `LoraConfig` has keep their names, defaults and meanings. A `LoraConfig` field without meaning
+    for DoRA is refused with the reason.
+
+    Args:
+        r: Rank of the direction's change.
+        target_modules: Names, a regular expression, or "all-linear". None takes PEFT's default for the architecture.
+        exclude_modules: Names or a regular expression of modules to leave alone.
+        lora_alpha: s = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`.
+        lora_dropout: Dropout probability on the input of the low-rank branch (see `dropout_mode`).
+        fan_in_fan_out: Accepted for compatibility; the layout follows from the layer's type.
+        bias: "none", "all" or "lora_only" (the biases of the adapted layers): which biases are trained.
+        use_rslora: Rank-stabilised scaling.
+        modules_to_save: Further modules that are trained in full and saved with the adapter.
+        init_lora_weights: True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "corda", "loftq",
+            "lora_ga": PEFT's own initialisations. "eva" and "mica" are refused.
+        layers_to_transform, layers_pattern: Restrict a list of target modules to some layers.
+        rank_pattern, alpha_pattern: Rank and alpha per module name or expression.
+        trainable_token_indices: Embedding rows that are trained in full.
+        loftq_config, corda_config, lora_ga_config: For the initialisation of that name.
+        layer_replication: Layers to repeat, as in PEFT.
+        detach_norm: Treat ||W0 + s B A|| as a constant of the backward pass (sec. 4.3 of the paper). False gives the full
+            gradient, to reproduce the paper's comparison.
+        dropout_mode: "branch" drops the low-rank branch only, as LoRA does: y = c (x W0^T + s drop(x) A^T B^T) + b.
+            "paper" drops the base product of (c - 1) as well, as the paper's code and PEFT's `use_dora` do, at the cost of a
+            second base product: y = x W0^T + (c - 1) drop(x) W0^T + c s drop(x) A^T B^T + b. The expectation is the same.
+        magnitude_only_modules: Names, a regular expression, or "all-linear": modules that train m alone (Table 6 of the
+            paper). They take precedence over `target_modules` and are saved as rank-1 zero factors, which plain PEFT reads.
+        magnitude_key: How `save_pretrained` spells the magnitude's key. "weight" ("...lora_magnitude_vector.weight") is read
+            by PEFT and by transformers' `load_adapter`; "peft" is PEFT's own spelling without ".weight", whose magnitudes
+            transformers 5.23 drops. Both are read here.
+
+    Raises:
+        ValueError: A field has no meaning for DoRA, or its value is out of range.
+
+    Example:
+        >>> model = get_peft_model(model, DoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of the direction's change"})
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Module names, a regular expression, or 'all-linear'"}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Module names or a regular expression to leave out"}
+    )
+    lora_alpha: float = field(default=8, metadata={"help": "scaling = lora_alpha / r"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the low-rank branch"})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "Accepted for compatibility with LoraConfig"})
+    bias: Literal["none", "all", "lora_only"] = field(default="none", metadata={"help": "Which biases are trained"})
+    use_rslora: bool = field(default=False, metadata={"help": "scaling = lora_alpha / sqrt(r)"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full"})
+    init_lora_weights: bool | str = field(default=True, metadata={"help": "One of PEFT's LoRA initialisations"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layers' list"})
+    rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "Rank per module"})
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict, metadata={"help": "lora_alpha per module"})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Embedding rows trained in full"}
+    )
+    loftq_config: Any = field(default_factory=dict, metadata={"help": "For init_lora_weights='loftq'"})
+    corda_config: Any = field(default=None, metadata={"help": "For init_lora_weights='corda'"})
+    lora_ga_config: Any = field(default=None, metadata={"help": "For init_lora_weights='lora_ga'"})
+    layer_replication: list[tuple[int, int]] | None = field(default=None, metadata={"help": "Layers to repeat"})
+    detach_norm: bool = field(default=True, metadata={"help": "Treat the norm as a constant of the backward pass"})
+    dropout_mode: Literal["branch", "paper"] = field(default="branch", metadata={"help": "What dropout acts on"})
+    magnitude_only_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules that train the magnitude alone"}
+    )
+    magnitude_key: Literal["weight", "peft"] = field(default="weight", metadata={"help": "Spelling of saved keys"})
+
+    # read unconditionally by PEFT and TRL; not fields, because DoRA cannot have them
+    target_parameters = None
+    use_dora = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.DORA  # type: ignore[attr-defined]
+        for name in ("target_modules", "exclude_modules", "magnitude_only_modules"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))
+        self.rank_pattern = self.rank_pattern or {}
+        self.alpha_pattern = self.alpha_pattern or {}
+        self._check()
+
+    def _check(self) -> None:
+        for name, value in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                raise ValueError(f"`r` should be a positive integer value but the value passed is {value!r} ({name})")
+        choices = {
+            "bias": ("none", "all", "lora_only"),
+            "dropout_mode": ("branch", "paper"),
+            "magnitude_key": ("weight", "peft"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, found {getattr(self, name)!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), found {self.lora_dropout!r}")
+        if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower() in _REFUSED_INIT:
+            reason = _REFUSED_INIT[self.init_lora_weights.lower()]
+            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} is not available for DoRA: {reason}.")
+        checked = self.to_lora_config()  # PEFT's own checks of the shared fields, and its defaults for the sub-configs
+        for name in ("loftq_config", "corda_config", "lora_ga_config"):
+            setattr(self, name, getattr(checked, name))
+
+    @property
+    def init_weights(self) -> bool | str:
+        """Another name of `init_lora_weights`: PEFT sets it when it converts PiSSA and its kin (peft_model.py)."""
+        return self.init_lora_weights
+
+    @init_weights.setter
+    def init_weights(self, value: bool | str) -> None:
+        self.init_lora_weights = value
+
+    def to_lora_config(self, **overrides: Any) -> LoraConfig:
+        """The fields that PEFT's LoraConfig shares, as one; `use_dora` is left off: PEFT creates the factors only."""
+        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name in _LORA_FIELDS}
+        for name in ("peft_type", "auto_mapping", "peft_version"):
+            shared.pop(name, None)
+        return LoraConfig(**{**shared, **overrides})
+
+    def to_peft_dict(self) -> dict[str, Any]:
+        """What `adapter_config.json` holds: a LoraConfig with `use_dora` that plain PEFT reads without a warning.
+
+        Our own fields, and those that had to be changed for plain PEFT, are kept under auto_mapping["dora_peft"].
+        """
+        own = {
+            "detach_norm": self.detach_norm,
+            "dropout_mode": self.dropout_mode,
+            "magnitude_only_modules": _jsonable(self.magnitude_only_modules),
+            "magnitude_key": self.magnitude_key,
+        }
+        out = {f.name: _jsonable(getattr(self, f.name)) for f in fields(self) if f.name in _LORA_FIELDS}
+        # written only where set: older PEFT versions warn about a field that they do not know
+        for name in ("corda_config", "lora_ga_config", "peft_version"):
+            if out.get(name) is None:
+                out.pop(name, None)
+        if self.magnitude_only_modules:
+            own["target_modules"], own["rank_pattern"] = out["target_modules"], dict(self.rank_pattern)
+            out["target_modules"] = _jsonable(_union(self.target_modules, self.magnitude_only_modules))
+            out["rank_pattern"] = {**self.magnitude_only_ranks, **self.rank_pattern}
+        out["peft_type"], out["use_dora"] = "LORA", True
+        out["auto_mapping"] = {**(self.auto_mapping or {}), MARKER: own}
+        return out
+
+    @property
+    def magnitude_only_ranks(self) -> dict[str, int]:
+        """Rank patterns (exact module names) of the magnitude-only modules of the model that the config was applied to."""
+        return self.__dict__.setdefault("_magnitude_only_ranks", {})
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write `adapter_config.json`, in one rename."""
+        if os.path.isfile(save_directory):
+            raise ValueError(f"Expected a directory to save the adapter config in, found the file {save_directory}")
+        os.makedirs(save_directory, exist_ok=True)
+        out = self.to_peft_dict()
+        out["auto_mapping"] = {**(kwargs.pop("auto_mapping_dict", None) or {}), **out["auto_mapping"]}
+        path = os.path.join(save_directory, CONFIG_NAME)
+        # sorted at the top only: PEFT takes the first rank_pattern entry that matches, so their order counts
+        atomic_write_text(path, json.dumps(dict(sorted(out.items())), indent=2))
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> DoraConfig:
+        """From the entries of an `adapter_config.json`: one written here, or by PEFT with `use_dora=True`."""
+        peft_type = kwargs.pop("peft_type", None)
+        if peft_type not in ("LORA", "DORA", None):
+            raise ValueError(f"Expected a DoRA adapter, found one of type {peft_type}. Load it with plain PEFT.")
+        if peft_type == "LORA" and not kwargs.get("use_dora", False):
+            raise ValueError(
+                "Expected a DoRA adapter, found plain LoRA (use_dora is false in its adapter_config.json). Load it with "
+                "peft.LoraConfig, or train a DoRA adapter."
+            )
+        auto_mapping = dict(kwargs.pop("auto_mapping", None) or {})
+        own = auto_mapping.pop(MARKER, {})
+        kwargs.update({name: value for name, value in own.items() if name in _own_fields(cls)})
+        known = {f.name for f in fields(cls)} | REFUSED.keys() | _IGNORED
+        # a field that PEFT added later, at a value that switches it off, changes nothing
+        unknown = sorted(k for k, v in kwargs.items() if k not in known and v not in (None, False, {}, []))
+        if unknown:
+            warnings.warn(f"Unexpected keyword arguments {unknown} for class DoraConfig, these are ignored.")
+        return cls(auto_mapping=auto_mapping or None, **{k: v for k, v in kwargs.items() if k in known})
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> DoraConfig:
+        """Load from a folder or Hub repository, marked as ours or written by PEFT with `use_dora=True`.
+
+        Raises:
+            ValueError: There is no adapter_config.json, or it belongs to an adapter that is not DoRA.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except ValueError as error:
+            where = os.path.join(pretrained_model_name_or_path, subfolder or "")
+            raise ValueError(f"Cannot load a DoRA adapter config from '{where}': {error}") from error
+
+
+def _own_fields(cls: type) -> set[str]:
+    return {f.name for f in fields(cls)} - _LORA_FIELDS.keys() | {"target_modules", "rank_pattern"}
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, set):
+        return sorted(value)
+    if hasattr(value, "__dataclass_fields__"):
+        return {f.name: _jsonable(getattr(value, f.name)) for f in fields(value)}
+    return value
+
+
+def _union(first: Any, second: Any) -> Any:
+    """The target modules that match what either matches."""
+    if not first:
+        return second
+    if isinstance(first, set) and isinstance(second, set):
+        return first | second
+    return "|".join(f"(?:{_as_regex(names)})" for names in (first, second))
+
+
+def _as_regex(names: set[str] | str) -> str:
+    """A list of module names as the regular expression that PEFT would match in full."""
+    if isinstance(names, str):
+        return names
+    return r"(?:.*\.)?(?:" + "|".join(re.escape(name) for name in sorted(names)) + ")"

@@ -1,0 +1,520 @@
+"""The adapted layers: state and life cycle. The formulas are in functional.py, the refresh of the norm in norm.py.
+
+Tensors carry PEFT's own names (`lora_A`, `lora_B`, `lora_magnitude_vector`, `lora_embedding_A`, `lora_embedding_B`), so that
+checkpoints interchange with PEFT's `use_dora`. The initial factors come from PEFT's own LoRA layers.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from . import functional
+from . import norm as _norm
+from .base_weight import BaseWeight, base_weight
+from .config import DoraConfig
+
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+class Magnitude(nn.Module):
+    """m of one adapter as a module with `.weight`, the form that FSDP's wrap policy and checkpoint loaders expect.
+
+    `.half()` and `.to(torch.bfloat16)` move it but leave its dtype: in bf16 a whole run changes m by less than one rounding
+    step.
+    """
+
+    instances: weakref.WeakSet[Magnitude] = weakref.WeakSet()
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(value)
+        self.instances.add(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Magnitude:
+        def keep_precision(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return tensor.to(new.device) if new.dtype in _LOW_PRECISION else new
+
+        return super()._apply(keep_precision, recurse)
+
+
+class DoraLayer(BaseTunerLayer):
+    """What all adapted layers share. Subclasses say how their factors look as matrices and how they adapt an output."""
+
+    adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    other_param_names = (
+        "r",
+        "lora_alpha",
+        "scaling",
+        "use_rslora",
+        "lora_dropout",
+        "detach_norm",
+        "dropout_mode",
+        "magnitude_only",
+    )
+    peft_layer: type  # PEFT's LoRA layer of the same kind, which provides the initial factors
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: DoraConfig, name: str, **kwargs: Any) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.name = name
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.detach_norm: dict[str, bool] = {}
+        self.dropout_mode: dict[str, str] = {}
+        self.magnitude_only: dict[str, bool] = {}
+        self.lora_dropout = nn.ModuleDict({})
+        self.lora_A = nn.ModuleDict({})
+        self.lora_B = nn.ModuleDict({})
+        self.lora_embedding_A = nn.ParameterDict({})
+        self.lora_embedding_B = nn.ParameterDict({})
+        self.lora_magnitude_vector = nn.ModuleDict({})
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True  # read by peft.helpers.disable_input_dtype_casting; inputs are never cast
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+        self._norms: dict[str, _norm.Norm] = {}
+        self._base_norm: tuple[Any, Tensor] | None = None
+        # the unmerged weight parameter while adapters are merged; in a tuple, so that it is not registered
+        self._original: tuple[nn.Parameter] | None = None
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config=config, **kwargs)
+
+    # ---- the base weight
+
+    def original_weight(self) -> Any:
+        """The base layer's weight without any merged adapter, as stored (packed where quantised)."""
+        if self._original is not None:
+            return self._original[0]
+        layer = self.get_base_layer()
+        for name in ("weight", "qweight", "W_q"):
+            if isinstance(getattr(layer, name, None), Tensor):
+                return getattr(layer, name)
+        return layer
+
+    def base_weight(self) -> BaseWeight:
+        """The seam to the base weight without any merged adapter."""
+        original = None if self._original is None else self._original[0]
+        return base_weight(self.get_base_layer(), self.name, original)
+
+    # ---- creation
+
+    def update_layer(
+        self, adapter_name: str, *, r: int, lora_alpha: float, config: DoraConfig, magnitude_only: bool = False
+    ) -> None:
+        """Create an adapter on this layer: factors from PEFT's initialisation, m = ||W0 + s B A||."""
+        weight = self.base_weight()  # raises for a base layer that cannot be adapted, before anything is created
+        self._check_rank(r, weight)
+        initialised = self._peft_factors(adapter_name, r, lora_alpha, config, magnitude_only)
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = initialised.scaling[adapter_name]
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.detach_norm[adapter_name] = config.detach_norm
+        self.dropout_mode[adapter_name] = config.dropout_mode
+        self.magnitude_only[adapter_name] = magnitude_only
+        self.lora_dropout[adapter_name] = initialised.lora_dropout[adapter_name]
+        for names in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+            created = getattr(initialised, names)
+            if adapter_name in created:
+                getattr(self, names)[adapter_name] = created[adapter_name]
+        factors = self.factor_parameters(adapter_name)
+        if magnitude_only:
+            with torch.no_grad():
+                for factor in factors:
+                    factor.zero_()
+
+        shape = self._magnitude_shape(weight.out_features)
+        if weight.device.type == "meta" or any(factor.is_meta for factor in factors):
+            self.lora_magnitude_vector[adapter_name] = Magnitude(torch.empty(shape, dtype=weight.dtype, device="meta"))
+            self._norms.pop(adapter_name, None)
+        else:
+            value = _norm.initial(self, adapter_name)
+            self.lora_magnitude_vector[adapter_name] = Magnitude(value.reshape(shape).clone())
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _check_rank(self, r: int, weight: BaseWeight) -> None:
+        largest = max(weight.out_features, weight.in_features)
+        if not isinstance(r, int) or r <= 0:
+            raise ValueError(
+                f"`r` should be a positive integer value but the value passed is {r} (module '{self.name}'). "
+                "Change r or its entry in rank_pattern."
+            )
+        if r > largest:
+            raise ValueError(
+                f"Rank r={r} is larger than module '{self.name}' itself, whose weight is "
+                f"{weight.out_features} x {weight.in_features}. Choose r <= {min(weight.out_features, weight.in_features)}, "
+                f"for this module alone with rank_pattern={{'{self.name}': ...}}."
+            )
+
+    def _peft_factors(
+        self, adapter_name: str, r: int, lora_alpha: float, config: DoraConfig, magnitude_only: bool
+    ) -> Any:
+        """PEFT's own LoRA layer around the same base layer: its factors are taken over, the layer is dropped."""
+        lora_config = config.to_lora_config(fan_in_fan_out=self.fan_in_fan_out)
+        lora_config.r, lora_config.lora_alpha = r, lora_alpha
+        if magnitude_only:
+            lora_config.init_lora_weights = True
+        allowed = (True, False, "gaussian", "lora_ga")
+        if self.peft_layer is not lora.Linear and lora_config.init_lora_weights not in allowed:
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} is not available for module '{self.name}' "
+                f"({type(self.get_base_layer()).__name__}); PEFT has it for linear layers only. Use True, False or "
+                "'gaussian', or leave the module out with exclude_modules."
+            )
+        return self.peft_layer(self.get_base_layer(), adapter_name, config=lora_config, r=r, lora_alpha=lora_alpha)
+
+    def _magnitude_shape(self, out_features: int) -> tuple[int, ...]:
+        return (out_features,)
+
+    # ---- factors, norm and scale
+
+    def factor_parameters(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B as stored."""
+        return self.lora_A[adapter].weight, self.lora_B[adapter].weight
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r] as matrices over the base weight's rows."""
+        return self.as_matrices(*self.factor_parameters(adapter))
+
+    def as_matrices(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+        return lora_A, lora_B
+
+    def scale(self, adapter: str, *, differentiable: bool = False) -> Tensor:
+        """c = m / v, [out]; with the norm's gradient where `differentiable` and the adapter's config ask for it."""
+        norm = _norm.weight_norm(self, adapter)
+        value = norm.value
+        assert value is not None
+        if differentiable and not self.detach_norm[adapter] and not self.magnitude_only[adapter]:
+            lora_A, lora_B = self.factors(adapter)
+            if torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
+                value = functional.weight_norm(
+                    self.base_weight(), _norm.base_squared(self), lora_A, lora_B, self.scaling[adapter]
+                )
+        return functional.scale(self.lora_magnitude_vector[adapter].weight.view(-1), value, norm.tied)
+
+    # ---- forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        out = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return out
+        for adapter in self.active_adapters:
+            if adapter in self.lora_magnitude_vector:
+                out = self.adapt(adapter, x, out)
+        return out
+
+    def adapt(self, adapter: str, x: Tensor, out: Tensor) -> Tensor:
+        """The output with one adapter composed on top of `out`: c * (out - b + s B A x) + b."""
+        c = self._per_channel(self.scale(adapter, differentiable=True))
+        bias = getattr(self.get_base_layer(), "bias", None)
+        bias = None if bias is None else self._per_channel(bias)
+        dropout = self.lora_dropout[adapter]
+        dropped = dropout(x)
+        low_rank = 0 if self.magnitude_only[adapter] else self._low_rank(adapter, dropped).to(out.dtype)
+        if self.dropout_mode[adapter] == "paper" and self.training and isinstance(dropout, nn.Dropout):
+            base = self.base_layer(dropped)
+            return functional.compose_paper(out, base if bias is None else base - bias, low_rank, c)
+        return functional.compose(out + low_rank, c, bias)
+
+    def _low_rank(self, adapter: str, x: Tensor) -> Tensor:
+        """s B A x, in the shape of the layer's output."""
+        raise NotImplementedError
+
+    def _per_channel(self, vector: Tensor) -> Tensor:
+        """[out] in the shape that broadcasts against the layer's output."""
+        return vector
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        out = self.base_layer(x, *args, **kwargs)
+        for adapter in sorted(set(adapter_names)):
+            if adapter not in self.lora_magnitude_vector:  # "__base__" among them
+                continue
+            index = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=out.device)
+            out = out.index_copy(0, index, self.adapt(adapter, x[index.to(x.device)], out[index]))
+        return out
+
+    # ---- merging
+
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, offload_original: bool = False
+    ) -> None:
+        """Write W' into the base layer; the original parameter is kept and restored by `unmerge` bit for bit.
+
+        Several adapters compose in order, c_n (... c_1 (W0 + d_1) ... + d_n), with one rounding at the end.
+
+        Args:
+            safe_merge: Refuse a result that is not finite, before the base layer is touched.
+            adapter_names: The active ones if None.
+            offload_original: Keep the original on the CPU until `unmerge` (dense base weights only).
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.lora_magnitude_vector]
+        if not names:
+            return
+        weight = self.base_weight()
+        if not weight.mergeable or not self._mergeable():
+            raise NotImplementedError(
+                f"Merging is not supported for module '{self.name}' ({type(self.get_base_layer()).__name__}): "
+                f"{self._merge_obstacle()} Use the adapter unmerged."
+            )
+        with torch.no_grad():
+            replacement = weight.replacement(self._merged_rows(self.merged_adapters + names, weight))
+        if safe_merge and replacement.is_floating_point() and not torch.isfinite(replacement).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken "
+                f"(module '{self.name}')."
+            )
+        layer = self.get_base_layer()
+        if self._original is None:
+            original = layer.weight
+            if hasattr(layer, "state") and hasattr(original, "SCB"):  # bitsandbytes int8 moves both to the state
+                original.CB, original.SCB = original.data, layer.state.SCB if original.SCB is None else original.SCB
+            elif offload_original:
+                original.data = original.data.cpu()
+            self._original = (original,)
+        self._set_weight(replacement)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Restore the original weight parameter, bit for bit."""
+        if self._original is None:
+            if self.merged_adapters:
+                raise RuntimeError(f"Module '{self.name}' is marked as merged but its original weight is gone.")
+            return
+        (original,), current = self._original, self.get_base_layer().weight
+        if type(original) is nn.Parameter:
+            original.data = original.data.to(device=current.device, dtype=current.dtype)
+        self._original = None
+        self._set_weight(original)
+        self.merged_adapters.clear()
+
+    def _set_weight(self, weight: nn.Parameter) -> None:
+        layer = self.get_base_layer()
+        layer.weight = weight
+        if hasattr(layer, "state") and hasattr(weight, "SCB"):
+            layer.state.CB = layer.state.SCB = None  # the next forward takes them from the parameter
+
+    def _merged_rows(self, adapters: list[str], weight: BaseWeight) -> Callable[[Tensor, int, int], Tensor]:
+        parts = []
+        for adapter in adapters:
+            lora_A, lora_B = (t.detach().to(weight.device, weight.dtype) for t in self.factors(adapter))
+            c = self.scale(adapter).detach().to(weight.device, weight.dtype)
+            parts.append((lora_A, lora_B, float(self.scaling[adapter]), c))
+        return lambda rows, start, stop: functional.merged_rows(rows, start, stop, parts)
+
+    def _mergeable(self) -> bool:
+        return True
+
+    def _merge_obstacle(self) -> str:
+        return "its weight cannot be written back."
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """W' - W0 in the base weight's own layout; what `peft.convert_to_lora` decomposes."""
+        weight = self.base_weight()
+        if not weight.has_rows or not self._mergeable():
+            raise NotImplementedError(f"W' - W0 is not available for module '{self.name}': {self._merge_obstacle()}")
+        with torch.no_grad():
+            merged = self._merged_rows([adapter], weight)
+            delta = torch.cat([merged(rows, start, stop) - rows for start, stop, rows in weight.blocks()])
+        return self._to_layout(delta).to(self.factor_parameters(adapter)[1].dtype)
+
+    def _to_layout(self, delta: Tensor) -> Tensor:
+        return delta
+
+    # ---- life cycle
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._norms.pop(adapter_name, None)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        present = [name for name in names if name in self.lora_magnitude_vector]
+        paper = [n for n in present if self.dropout_mode[n] == "paper" and isinstance(self.lora_dropout[n], nn.Dropout)]
+        if len(present) > 1 and paper:
+            raise ValueError(
+                f"Adapter '{paper[0]}' uses dropout_mode='paper', which is not defined for several active adapters "
+                f"({', '.join(present)}, module '{self.name}'). Use dropout_mode='branch' or lora_dropout=0."
+            )
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._freeze_zero_factors()
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_zero_factors()
+
+    def _freeze_zero_factors(self) -> None:
+        for adapter, only in self.magnitude_only.items():
+            if only:
+                for factor in self.factor_parameters(adapter):
+                    factor.requires_grad_(False)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the adapter's scaling to `scale` times its initial one."""
+        if adapter in self.scaling:
+            root = math.sqrt(self.r[adapter]) if self.use_rslora[adapter] else self.r[adapter]
+            self.scaling[adapter] = scale * self.lora_alpha[adapter] / root
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters by `scale`; the norm follows."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters by `scale`, or reset it if None."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                if scale is None:
+                    self.set_scale(adapter, 1.0)
+                else:
+                    self.scaling[adapter] /= scale
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return self.base_weight().has_rows and self._mergeable()
+
+    def __repr__(self) -> str:
+        return "dora." + super().__repr__()
+
+
+class Linear(DoraLayer, nn.Module):
+    """DoRA on nn.Linear, transformers' Conv1D, and every quantised linear layer."""
+
+    peft_layer = lora.Linear
+
+    def _low_rank(self, adapter: str, x: Tensor) -> Tensor:
+        return functional.linear_branch(x, *self.factor_parameters(adapter), self.scaling[adapter])
+
+    def _to_layout(self, delta: Tensor) -> Tensor:
+        return delta.T if self.fan_in_fan_out else delta
+
+
+class Embedding(DoraLayer, nn.Module):
+    """DoRA on nn.Embedding: `out` is the embedding dimension, norms run over the vocabulary, no dropout."""
+
+    peft_layer = lora.Embedding
+
+    def factor_parameters(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+        return self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
+
+    def adapt(self, adapter: str, x: Tensor, out: Tensor) -> Tensor:
+        c = self.scale(adapter, differentiable=True)
+        if self.magnitude_only[adapter]:
+            return functional.compose(out, c, None)
+        base = self.get_base_layer()
+        return functional.embedding(
+            x,
+            out,
+            *self.factor_parameters(adapter),
+            self.scaling[adapter],
+            c,
+            embed_scale=self._get_embed_scale(),
+            padding_idx=base.padding_idx,
+            scale_grad_by_freq=base.scale_grad_by_freq,
+            sparse=base.sparse,
+        )
+
+    def _to_layout(self, delta: Tensor) -> Tensor:
+        return delta.T
+
+
+class _ConvNd(DoraLayer):
+    """DoRA on a convolution; norms run over the flattened kernel, m is [1, out, 1, ...] as in PEFT."""
+
+    def update_layer(self, adapter_name: str, *, r: int, config: DoraConfig, **kwargs: Any) -> None:
+        base = self.get_base_layer()
+        if r % base.groups:
+            raise ValueError(
+                f"Targeting a {type(base).__name__} with groups={base.groups} and rank {r} (module '{self.name}'): the "
+                "rank must be divisible by groups. Either choose a different rank or do not target this specific layer."
+            )
+        super().update_layer(adapter_name, r=r, config=config, **kwargs)
+
+    def _magnitude_shape(self, out_features: int) -> tuple[int, ...]:
+        return (1, out_features, *(1 for _ in self.get_base_layer().kernel_size))
+
+    def as_matrices(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+        lora_A, lora_B = lora_A.flatten(1), lora_B.flatten(1)
+        groups = self.get_base_layer().groups
+        if groups > 1:  # B reads the ranks of its own group only
+            lora_B = torch.block_diag(*lora_B.unflatten(0, (groups, -1)))
+        return lora_A, lora_B
+
+    def _low_rank(self, adapter: str, x: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        return functional.conv_branch(x, *self.factor_parameters(adapter), self.scaling[adapter], base)
+
+    def _per_channel(self, vector: Tensor) -> Tensor:
+        return vector.view(-1, *(1 for _ in self.get_base_layer().kernel_size))  # batched and unbatched input alike
+
+    def _mergeable(self) -> bool:
+        base = self.get_base_layer()
+        return base.groups == 1 and base.padding_mode == "zeros"
+
+    def _merge_obstacle(self) -> str:
+        base = self.get_base_layer()
+        if base.groups > 1:
+            return f"A crosses its {base.groups} groups, so the composed kernel is not a grouped one."
+        return f"its base pads with '{base.padding_mode}' and the low-rank branch with zeros."
+
+    def _to_layout(self, delta: Tensor) -> Tensor:
+        return delta.view(self.get_base_layer().weight.shape)
+
+
+class Conv1d(_ConvNd, nn.Module):
+    peft_layer = lora.layer.Conv1d
+
+
+class Conv2d(_ConvNd, nn.Module):
+    peft_layer = lora.layer.Conv2d
+
+
+class Conv3d(_ConvNd, nn.Module):
+    peft_layer = lora.layer.Conv3d
+
+
+def layer_class(base_layer: nn.Module) -> type[DoraLayer] | None:
+    """The class that adapts `base_layer`, None where there is none."""
+    kinds: tuple[tuple[type | tuple[type, ...], type[DoraLayer]], ...] = (
+        (nn.Embedding, Embedding),
+        (nn.Conv1d, Conv1d),
+        (nn.Conv2d, Conv2d),
+        (nn.Conv3d, Conv3d),
+        (nn.MultiheadAttention, DoraLayer),
+        ((nn.Linear, Conv1D), Linear),
+    )
+    for kind, cls in kinds:
+        if isinstance(base_layer, kind):
+            return None if cls is DoraLayer else cls
+    # quantised linear layers that do not derive from nn.Linear
+    if hasattr(base_layer, "in_features") and hasattr(base_layer, "out_features"):
+        return Linear
+    return None
