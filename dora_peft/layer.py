@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft.tuners import lora
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -38,6 +38,10 @@ class Magnitude(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(value)
         self.instances.add(self)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Change the dtype, low precision included: on explicit request only."""
+        self.weight = nn.Parameter(self.weight.detach().to(dtype), requires_grad=self.weight.requires_grad)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Magnitude:
         def keep_precision(tensor: Tensor) -> Tensor:
@@ -83,6 +87,7 @@ class DoraLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # read by peft.helpers.disable_input_dtype_casting; inputs are never cast
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self._norms: dict[str, _norm.Norm] = {}
         self._base_norm: tuple[Any, Tensor] | None = None
@@ -145,7 +150,9 @@ class DoraLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _check_rank(self, r: int, weight: BaseWeight) -> None:
-        largest = max(weight.out_features, weight.in_features)
+        # Beyond the longer side a rank is surely a mistake; up to there it only wastes parameters (a router of 8 outputs
+        # among all linear layers). PEFT's default of 8 has to work on every layer.
+        largest = max(weight.out_features, weight.in_features, 8)
         if not isinstance(r, int) or r <= 0:
             raise ValueError(
                 f"`r` should be a positive integer value but the value passed is {r} (module '{self.name}'). "

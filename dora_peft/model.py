@@ -132,6 +132,18 @@ class DoraModel(BaseTuner):
         # PEFT's own copies child.weight onto an unwrapped module, which fails for a TrainableTokensWrapper (0.20, 0.21)
         setattr(parent, child_name, new_module)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        # asked for by name: every adapter tensor in the dtype of its base layer, magnitudes included
+        for layer in self.model.modules():
+            if isinstance(layer, DoraLayer) and adapter_name in layer.lora_magnitude_vector:
+                dtype = layer.factor_parameters(adapter_name)[0].dtype
+                magnitude = layer.lora_magnitude_vector[adapter_name]
+                if magnitude.weight.dtype != dtype:
+                    magnitude.cast(dtype)
+
     # ---- mixed batches
 
     @contextmanager
