@@ -6,7 +6,7 @@ Written against PEFT 0.20.0 to 0.21.2 and transformers 5.23. Each patch acts on 
 2. A folder of ours says `peft_type: LORA`, so that plain PEFT reads it. PEFT picks the config class by that entry, in
    `_get_peft_type` and `from_peft_type`; both are taught to see the mark in auto_mapping.
 3. `PeftModel.save_pretrained` writes its files in place: for DoRA they go to a temporary directory first, and the model card
-   is completed.
+   is completed. `push_to_hub` (transformers 5.23) overwrites that card with a generic one: it is made again.
 4. `PeftModel.load_adapter` and `from_pretrained` leave a half-loaded adapter behind an error: it is taken out again.
 5. `PeftModel.add_adapter` refuses another kind of adapter without saying what to do.
 6. `load_peft_weights` passes on safetensors' error about a damaged file, which names neither file nor cure.
@@ -243,6 +243,19 @@ def _patch_model(layer_cls: type) -> None:
 
         return load_peft_weights
 
+    def upload_modified_files(original: Any) -> Any:
+        def _upload_modified_files(self: PeftModel, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+            if _is_dora(self):
+                from .card import complete_model_card, remove_generic_card
+
+                remove_generic_card(str(working_dir))
+                self.create_or_update_model_card(str(working_dir))
+                complete_model_card(str(working_dir), self, repo_id)
+            return original(self, working_dir, repo_id, *args, **kwargs)
+
+        return _upload_modified_files
+
+    _patch(PeftModel, "_upload_modified_files", upload_modified_files)
     _patch(PeftModel, "save_pretrained", save_pretrained)
     _patch(PeftModel, "load_adapter", load_adapter)
     _patch(PeftModel, "from_pretrained", from_pretrained)

@@ -10,19 +10,29 @@ from huggingface_hub import ModelCard
 _START, _END = "<!-- dora_peft: start -->", "<!-- dora_peft: end -->"
 
 
-def complete_model_card(folder: str, model: Any) -> None:
+def remove_generic_card(folder: str) -> None:
+    """Remove the README.md that transformers' push_to_hub wrote over PEFT's, if it is that one."""
+    path = os.path.join(folder, "README.md")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            generic = "This is the model card of a 🤗 transformers model" in file.read()
+        if generic:
+            os.remove(path)
+
+
+def complete_model_card(folder: str, model: Any, repo_id: str | None = None) -> None:
     """Add or replace the DoRA section of the README.md that PEFT wrote into `folder`."""
     path = os.path.join(folder, "README.md")
     card = ModelCard.load(path)
     card.data["tags"] = sorted({*(card.data.get("tags") or []), "dora", "lora"})
     before, _, rest = card.text.partition(_START)
     after = rest.partition(_END)[2]
-    section = _section(model.active_peft_config, card.data.get("base_model"))
+    section = _section(model.active_peft_config, card.data.get("base_model"), repo_id or "<this repository or folder>")
     card.text = f"{before.rstrip()}\n\n{_START}\n{section}\n{_END}\n{after}".lstrip()
     card.save(path)
 
 
-def _section(config: Any, base_model: str | None) -> str:
+def _section(config: Any, base_model: str | None, where: str) -> str:
     base = base_model or config.base_model_name_or_path or "the base model"
     auto = {"SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM", "CAUSAL_LM": "AutoModelForCausalLM"}.get(
         str(getattr(config.task_type, "value", config.task_type)), "AutoModel"
@@ -42,7 +52,7 @@ With plain PEFT, no other package needed:
 from peft import PeftModel
 from transformers import {auto}
 
-model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "<this repository or folder>")
+model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "{where}")
 ```
 
 With [dora_peft](https://pypi.org/project/dora-peft/), the tuner that trained it, one line comes first:

@@ -129,7 +129,8 @@ class DoraLayer(BaseTunerLayer):
         self.detach_norm[adapter_name] = config.detach_norm
         self.dropout_mode[adapter_name] = config.dropout_mode
         self.magnitude_only[adapter_name] = magnitude_only
-        self.lora_dropout[adapter_name] = initialised.lora_dropout[adapter_name]
+        # an adapter added to a model in evaluation must not drop
+        self.lora_dropout[adapter_name] = initialised.lora_dropout[adapter_name].train(self.training)
         for names in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
             created = getattr(initialised, names)
             if adapter_name in created:
@@ -151,8 +152,8 @@ class DoraLayer(BaseTunerLayer):
 
     def _check_rank(self, r: int, weight: BaseWeight) -> None:
         # Beyond the longer side a rank is surely a mistake; up to there it only wastes parameters (a router of 8 outputs
-        # among all linear layers). PEFT's default of 8 has to work on every layer.
-        largest = max(weight.out_features, weight.in_features, 8)
+        # among all linear layers). The usual small ranks have to work on every layer, however narrow.
+        largest = max(weight.out_features, weight.in_features, 16)
         if not isinstance(r, int) or r <= 0:
             raise ValueError(
                 f"`r` should be a positive integer value but the value passed is {r} (module '{self.name}'). "
@@ -460,8 +461,9 @@ class _ConvNd(DoraLayer):
         base = self.get_base_layer()
         if r % base.groups:
             raise ValueError(
-                f"Targeting a {type(base).__name__} with groups={base.groups} and rank {r} (module '{self.name}'): the "
-                "rank must be divisible by groups. Either choose a different rank or do not target this specific layer."
+                f"Targeting a {type(base).__name__} with groups={base.groups} and rank {r}. Currently, support is limited to "
+                "conv layers where the rank is divisible by groups. Either choose a different rank or do not target this "
+                f"specific layer. (module '{self.name}', rank_pattern sets the rank of one module)"
             )
         super().update_layer(adapter_name, r=r, config=config, **kwargs)
 
