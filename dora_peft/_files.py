@@ -11,9 +11,10 @@ from contextlib import contextmanager
 
 def atomic_write_text(path: str, text: str) -> None:
     """Write `text` to `path` through a temporary name beside it, or leave `path` as it was."""
-    with staged_directory(os.path.dirname(path) or ".") as staging, open(
-        os.path.join(staging, os.path.basename(path)), "w", encoding="utf-8"
-    ) as file:
+    with (
+        staged_directory(os.path.dirname(path) or ".") as staging,
+        open(os.path.join(staging, os.path.basename(path)), "w", encoding="utf-8") as file,
+    ):
         file.write(text)
 
 

@@ -2,11 +2,12 @@
 
 Written against PEFT 0.20.0 to 0.21.2 and transformers 5.23. Each patch acts on DoRA models or marked folders only.
 
-1. `PeftType` has no plugin hook: a member is added to the enum. A plain string would not do, transformers reads `.value`.
+1. `PeftType` has no plugin hook: a member is added to the enum. A plain string would not do, transformers reads
+   `.value`.
 2. A folder of ours says `peft_type: LORA`, so that plain PEFT reads it. PEFT picks the config class by that entry, in
    `_get_peft_type` and `from_peft_type`; both are taught to see the mark in auto_mapping.
-3. `PeftModel.save_pretrained` writes its files in place: for DoRA they go to a temporary directory first, and the model card
-   is completed. `push_to_hub` (transformers 5.23) overwrites that card with a generic one: it is made again.
+3. `PeftModel.save_pretrained` writes its files in place: for DoRA they go to a temporary directory first, and the model
+   card is completed. `push_to_hub` (transformers 5.23) overwrites that card with a generic one: it is made again.
 4. `PeftModel.load_adapter` and `from_pretrained` leave a half-loaded adapter behind an error: it is taken out again.
 5. `PeftModel.add_adapter` refuses another kind of adapter without saying what to do.
 6. `load_peft_weights` passes on safetensors' error about a damaged file, which names neither file nor cure.
@@ -78,7 +79,8 @@ def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(dora)
     if known is not None and known.__module__ != config_cls.__module__:
         raise ImportError(
-            f"PeftType.DORA is already taken by {known.__module__}.{known.__name__}. Import one of the two packages only."
+            f"PeftType.DORA is already taken by {known.__module__}.{known.__name__}. Import one of the two packages "
+            "only."
         )
     PEFT_TYPE_TO_CONFIG_MAPPING[dora] = config_cls
     PEFT_TYPE_TO_TUNER_MAPPING[dora] = model_cls
@@ -124,8 +126,8 @@ def _patch_config(config_cls: Any) -> None:
                 if not os.path.isdir(model_id):
                     raise
                 raise ValueError(
-                    f"{error}: expected the folder of a saved adapter, found {sorted(os.listdir(model_id))[:5]}. Pass the "
-                    "folder that save_pretrained wrote (an adapter that is not named 'default' has a subfolder)."
+                    f"{error}: expected the folder of a saved adapter, found {sorted(os.listdir(model_id))[:5]}. Pass "
+                    "the folder that save_pretrained wrote (an adapter that is not named 'default' has a subfolder)."
                 ) from error
             if found != "LORA":
                 return found
@@ -182,8 +184,8 @@ def _patch_model(layer_cls: type) -> None:
                     complete_model_card(staging, self)
             except (OSError, SafetensorError) as error:
                 raise OSError(
-                    f"Could not save the adapter in '{target}': {error}. Nothing was written or replaced there. Free space, "
-                    "or choose another directory."
+                    f"Could not save the adapter in '{target}': {error}. Nothing was written or replaced there. Free "
+                    "space, or choose another directory."
                 ) from error
 
         return save_pretrained

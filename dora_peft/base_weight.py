@@ -214,7 +214,7 @@ class Bnb4bit(BaseWeight):
 
 
 class Dequantized(Dense):
-    """A base whose library can only dequantise the whole weight (HQQ, torchao): one dense layer at a time, transient."""
+    """A base whose library can only dequantise the whole weight (HQQ, torchao): one dense layer, transient."""
 
     mergeable = False
 
@@ -288,9 +288,9 @@ def base_weight(layer: nn.Module, name: str, weight: Any = None) -> BaseWeight:
         return Dense(weight, lambda w: w.flatten(1))
     if isinstance(weight, Tensor) and isinstance(layer, (nn.Linear, nn.Embedding, Conv1D)) and kind == "Parameter":
         raise ValueError(
-            f"DoRA cannot adapt module '{name}' ({type(layer).__name__}): expected a weight of dtype float32, bfloat16, "
-            f"float16 or float64, or one quantised by bitsandbytes, found {weight.dtype}. Convert the base model, or "
-            f"leave the module out with exclude_modules=['{name.rpartition('.')[2]}']."
+            f"DoRA cannot adapt module '{name}' ({type(layer).__name__}): expected a weight of dtype float32, "
+            f"bfloat16, float16 or float64, or one quantised by bitsandbytes, found {weight.dtype}. Convert the base "
+            f"model, or leave the module out with exclude_modules=['{name.rpartition('.')[2]}']."
         )
     out_features, in_features = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
     if out_features is None or in_features is None:

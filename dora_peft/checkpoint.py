@@ -1,6 +1,7 @@
 """Between a model's adapter tensors and a checkpoint that plain PEFT reads to the same outputs.
 
-Three things differ between the two, all of them in cases where PEFT's `use_dora` is undefined or its norm is another one:
+Three things differ between the two, all of them in cases where PEFT's `use_dora` is undefined or its norm is another
+one:
 
 - the magnitude's key: "...lora_magnitude_vector.weight" or, as PEFT writes it, "...lora_magnitude_vector";
 - tied rows (zero rows of W0): saved with m = v, and where v is still 0 with a tiny entry in B, so that PEFT divides by
@@ -54,7 +55,9 @@ def to_checkpoint(
     return out
 
 
-def _readable_by_peft(layer: Any, adapter: str, prefix: str, infix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _readable_by_peft(
+    layer: Any, adapter: str, prefix: str, infix: str, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The tensors of one layer that have to differ from the model's."""
     m_key = f"{prefix}{MAGNITUDE}{infix}.weight"
     norm = _norm.weight_norm(layer, adapter)
@@ -108,19 +111,23 @@ def from_checkpoint(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) 
             problems.setdefault(f"have dtype {tensor.dtype} instead of a floating point one", []).append(key)
         elif not tensor.is_meta and not torch.isfinite(tensor).all():
             problems.setdefault("hold NaN or infinite values", []).append(key)
-    for name, layer in _layers(model, adapter):
+    for name, _ in _layers(model, adapter):
         name = name.removeprefix("_fsdp_wrapped_module.")
-        prefix = next((p for p in (name, f"base_model.model.{name}") if any(k.startswith(f"{p}.lora_") for k in out)), None)
+        prefix = next(
+            (p for p in (name, f"base_model.model.{name}") if any(k.startswith(f"{p}.lora_") for k in out)), None
+        )
         if prefix is None:
             continue  # the checkpoint says nothing about this module; PEFT reports missing keys
         if f"{prefix}.{MAGNITUDE}.weight" not in out:
             problems.setdefault("have factors but no magnitude (a plain LoRA adapter?)", []).append(name)
     if problems:
-        found = "; ".join(f"{', '.join(where[:3])}{' ...' * (len(where) > 3)} {what}" for what, where in problems.items())
+        found = "; ".join(
+            f"{', '.join(where[:3])}{' ...' * (len(where) > 3)} {what}" for what, where in problems.items()
+        )
         raise ValueError(
-            f"Cannot load DoRA adapter '{adapter}': expected finite floating point lora_A, lora_B and lora_magnitude_vector "
-            f"for every adapted module, found: {found}. Nothing was loaded. Use an intact DoRA checkpoint, or load a plain "
-            "LoRA adapter with peft.LoraConfig."
+            f"Cannot load DoRA adapter '{adapter}': expected finite floating point lora_A, lora_B and "
+            f"lora_magnitude_vector for every adapted module, found: {found}. Nothing was loaded. Use an intact DoRA "
+            "checkpoint, or load a plain LoRA adapter with peft.LoraConfig."
         )
     for name, layer in _layers(model, adapter):
         layer._norms[adapter] = _norm.Norm()  # tied rows are read off the loaded tensors at the next use
@@ -144,16 +151,14 @@ def _undo_grouped(layer: Any, adapter: str, prefix: str, tensors: dict[str, Tens
 def _grouped_norm(layer: Any, adapter: str, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     weight, base = layer.base_weight(), _norm.base_squared(layer)
     matrix_A, matrix_B = layer.as_matrices(lora_A, lora_B)
-    squared = functional.norm_squared(
-        weight, base, matrix_A.to(base), matrix_B.to(base), float(layer.scaling[adapter])
-    )
+    squared = functional.norm_squared(weight, base, matrix_A.to(base), matrix_B.to(base), float(layer.scaling[adapter]))
     return squared.clamp_(min=0).sqrt_()
 
 
 @torch.no_grad()
 def _peft_grouped_norm(layer: Any, adapter: str, lora_A: Tensor | None = None, lora_B: Tensor | None = None) -> Tensor:
-    """The norm that PEFT 0.20 to 0.21.2 divides by: B [out, r / groups] and A [r, in] reshaped to matrices whose product has
-    the kernel's number of elements, though not its meaning."""
+    """The norm that PEFT 0.20 to 0.21.2 divides by: B [out, r / groups] and A [r, in] reshaped to matrices whose
+    product has the kernel's number of elements, though not its meaning."""
     if lora_A is None or lora_B is None:
         lora_A, lora_B = layer.factor_parameters(adapter)
     kernel = layer.original_weight()

@@ -15,8 +15,8 @@ from peft.utils import CONFIG_NAME, PeftType
 
 from ._files import atomic_write_text
 
-# The key inside `auto_mapping` under which our own fields travel: plain PEFT keeps unknown entries there silently, while an
-# unknown top-level key makes it warn. Its presence marks a folder as written by this package.
+# The key inside `auto_mapping` under which our own fields travel: plain PEFT keeps unknown entries there silently,
+# while an unknown top-level key makes it warn. Its presence marks a folder as written by this package.
 MARKER = "dora_peft"
 
 # LoraConfig fields that have no meaning for DoRA, with the reason. They are accepted at PEFT's default only.
@@ -26,7 +26,7 @@ REFUSED = {
     "lora_bias": "a bias on lora_B is outside of m * (W0 + s B A) / ||W0 + s B A||",
     "megatron_config": "PEFT's DoRA does not support Megatron layers either",
     "use_qalora": "it pools the input, so its A does not have W0's input dimension and no norm ||W0 + s B A|| exists",
-    "velora_config": "it replaces the stored input of the gradient, a different method that PEFT cannot combine with DoRA",
+    "velora_config": "it replaces the stored input of the gradient, PEFT cannot combine it with DoRA",
     "alora_invocation_tokens": "it switches the adapter per token, PEFT cannot combine it with DoRA",
     "monteclora_config": "it samples the weights, PEFT cannot combine it with DoRA",
     "use_bdlora": "its factors are block-diagonal, PEFT cannot combine it with DoRA",
@@ -46,7 +46,7 @@ _LORA_FIELDS = {f.name: f for f in fields(LoraConfig)}
 
 
 def _refuse_foreign_fields(cls: type[DoraConfig]) -> type[DoraConfig]:
-    """Name the reason where a LoraConfig field has no meaning here; the generated __init__ would only say 'unexpected'."""
+    """Name the reason where a LoraConfig field has no meaning here, instead of 'unexpected keyword argument'."""
     generated = cls.__init__
 
     @wraps(generated)
@@ -74,8 +74,8 @@ def _offloads(runtime_config: Any) -> bool:
 class DoraConfig(PeftConfig):
     """Configuration of a DoRA adapter: W' = m * (W0 + s B A) / ||W0 + s B A||.
 
-    The options that PEFT's `LoraConfig` has keep their names, defaults and meanings. A `LoraConfig` field without meaning
-    for DoRA is refused with the reason.
+    The options that PEFT's `LoraConfig` has keep their names, defaults and meanings. A `LoraConfig` field without
+    meaning for DoRA is refused with the reason.
 
     Args:
         r: Rank of the direction's change.
@@ -94,16 +94,18 @@ class DoraConfig(PeftConfig):
         trainable_token_indices: Embedding rows that are trained in full.
         loftq_config, corda_config, lora_ga_config: For the initialisation of that name.
         layer_replication: Layers to repeat, as in PEFT.
-        detach_norm: Treat ||W0 + s B A|| as a constant of the backward pass (sec. 4.3 of the paper). False gives the full
-            gradient, to reproduce the paper's comparison.
+        detach_norm: Treat ||W0 + s B A|| as a constant of the backward pass (sec. 4.3 of the paper). False gives the
+            full gradient, to reproduce the paper's comparison.
         dropout_mode: "branch" drops the low-rank branch only, as LoRA does: y = c (x W0^T + s drop(x) A^T B^T) + b.
-            "paper" drops the base product of (c - 1) as well, as the paper's code and PEFT's `use_dora` do, at the cost of a
-            second base product: y = x W0^T + (c - 1) drop(x) W0^T + c s drop(x) A^T B^T + b. The expectation is the same.
+            "paper" drops the base product of (c - 1) as well, as the paper's code and PEFT's `use_dora` do, at the cost
+            of a second base product: y = x W0^T + (c - 1) drop(x) W0^T + c s drop(x) A^T B^T + b. The expectation is
+            the same.
         magnitude_only_modules: Names, a regular expression, or "all-linear": modules that train m alone (Table 6 of the
-            paper). They take precedence over `target_modules` and are saved as rank-1 zero factors, which plain PEFT reads.
-        magnitude_key: How `save_pretrained` spells the magnitude's key. "weight" ("...lora_magnitude_vector.weight") is read
-            by PEFT and by transformers' `load_adapter`; "peft" is PEFT's own spelling without ".weight", whose magnitudes
-            transformers 5.23 drops. Both are read here.
+            paper). They take precedence over `target_modules` and are saved as rank-1 zero factors, which plain PEFT
+            reads.
+        magnitude_key: How `save_pretrained` spells the magnitude's key. "weight" ("...lora_magnitude_vector.weight") is
+            read by PEFT and by transformers' `load_adapter`; "peft" is PEFT's own spelling without ".weight", whose
+            magnitudes transformers 5.23 drops. Both are read here.
 
     Raises:
         ValueError: A field has no meaning for DoRA, or its value is out of range.
@@ -169,7 +171,9 @@ class DoraConfig(PeftConfig):
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, found {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, allowed))}, found {getattr(self, name)!r}"
+                )
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), found {self.lora_dropout!r}")
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower() in _REFUSED_INIT:
@@ -221,7 +225,7 @@ class DoraConfig(PeftConfig):
 
     @property
     def magnitude_only_ranks(self) -> dict[str, int]:
-        """Rank patterns (exact module names) of the magnitude-only modules of the model that the config was applied to."""
+        """Rank patterns (exact names) of the magnitude-only modules that were found in the model."""
         return self.__dict__.setdefault("_magnitude_only_ranks", {})
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -243,8 +247,8 @@ class DoraConfig(PeftConfig):
             raise ValueError(f"Expected a DoRA adapter, found one of type {peft_type}. Load it with plain PEFT.")
         if peft_type == "LORA" and not kwargs.get("use_dora", False):
             raise ValueError(
-                "Expected a DoRA adapter, found plain LoRA (use_dora is false in its adapter_config.json). Load it with "
-                "peft.LoraConfig, or train a DoRA adapter."
+                "Expected a DoRA adapter, found plain LoRA (use_dora is false in its adapter_config.json). Load it "
+                "with peft.LoraConfig, or train a DoRA adapter."
             )
         auto_mapping = dict(kwargs.pop("auto_mapping", None) or {})
         own = auto_mapping.pop(MARKER, {})
@@ -253,7 +257,9 @@ class DoraConfig(PeftConfig):
         # a field that PEFT added later, at a value that switches it off, changes nothing
         unknown = sorted(k for k, v in kwargs.items() if k not in known and v not in (None, False, {}, []))
         if unknown:
-            warnings.warn(f"Unexpected keyword arguments {unknown} for class DoraConfig, these are ignored.")
+            warnings.warn(
+                f"Unexpected keyword arguments {unknown} for class DoraConfig, these are ignored.", stacklevel=2
+            )
         return cls(auto_mapping=auto_mapping or None, **{k: v for k, v in kwargs.items() if k in known})
 
     @classmethod

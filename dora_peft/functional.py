@@ -15,14 +15,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .base_weight import BaseWeight
 
-# Where v^2 is below this fraction of ||W0||^2 + s^2 ||BA||^2 the factored sum cancels: in fp32 its error grows to 1e-6 at
-# 10 % and 1e-5 at 1 %. Such rows are computed densely, a few at a time.
+# Where v^2 is below this fraction of ||W0||^2 + s^2 ||BA||^2 the factored sum cancels: in fp32 its error grows to 1e-6
+# at 10 % and 1e-5 at 1 %. Such rows are computed densely, a few at a time.
 CANCELLATION = 0.25
 
 
-def norm_squared(
-    weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
-) -> Tensor:
+def norm_squared(weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """v^2 [out] from the factors, in the accumulation dtype of `weight`:
 
     v^2 = ||W0||^2 + 2 s rowsum((W0 A^T) * B) + s^2 rowsum((B (A A^T)) * B)
@@ -100,7 +98,7 @@ def compose(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def compose_paper(base_out: Tensor, dropped_base: Tensor, low_rank: Tensor, c: Tensor) -> Tensor:
-    """base_out + (c - 1) * (drop(x) W0^T) + c * low_rank: dropout mode "paper", at the cost of a second base product."""
+    """base_out + (c - 1) * (drop(x) W0^T) + c * low_rank: dropout mode "paper", with a second base product."""
     return (base_out + (c - 1) * dropped_base + c * low_rank).to(base_out.dtype)
 
 
@@ -110,9 +108,7 @@ def linear_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> 
     return F.linear(F.linear(x, lora_A.to(x.dtype)), (scaling * lora_B).to(x.dtype))
 
 
-def conv_branch(
-    x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, base_layer: torch.nn.Module
-) -> Tensor:
+def conv_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, base_layer: torch.nn.Module) -> Tensor:
     """s B * (A * x) for a convolution with the geometry of `base_layer`; A [r, in, *kernel] crosses the groups, the
     pointwise B [out, r / groups, 1...] does not. A always pads with zeros, as PEFT's does."""
     conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[lora_A.dim()]
@@ -145,9 +141,7 @@ def embedding(
     return compose(base_out + low_rank.to(base_out.dtype), c, None)
 
 
-def merged_rows(
-    rows: Tensor, start: int, stop: int, adapters: list[tuple[Tensor, Tensor, float, Tensor]]
-) -> Tensor:
+def merged_rows(rows: Tensor, start: int, stop: int, adapters: list[tuple[Tensor, Tensor, float, Tensor]]) -> Tensor:
     """Rows start:stop of W' = c_n (... c_1 (W0 + s_1 B_1 A_1) ... + s_n B_n A_n) for adapters (A, B, s, c)."""
     for lora_A, lora_B, scaling, c in adapters:
         rows = torch.addmm(rows, lora_B[start:stop], lora_A, alpha=scaling) * c[start:stop, None]
@@ -159,8 +153,8 @@ def combine(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The weighted sum W0 + sum_i w_i (W'_i - W0) of adapters (A, B, s, c) as one DoRA adapter, without loss.
 
-    With k = 1 + sum_i w_i (c_i - 1) per row the sum is k * (W0 + sum_i (w_i s_i c_i / k) B_i A_i), which is a DoRA weight
-    whose scale is k and whose factors are the stacked ones.
+    With k = 1 + sum_i w_i (c_i - 1) per row the sum is k * (W0 + sum_i (w_i s_i c_i / k) B_i A_i), which is a DoRA
+    weight whose scale is k and whose factors are the stacked ones.
 
     Returns:
         lora_A [sum r_i, in], lora_B [out, sum r_i] (scaling 1) and k [out]; the magnitude is k * ||W0 + B A||.

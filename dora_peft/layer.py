@@ -1,7 +1,7 @@
 """The adapted layers: state and life cycle. The formulas are in functional.py, the refresh of the norm in norm.py.
 
-Tensors carry PEFT's own names (`lora_A`, `lora_B`, `lora_magnitude_vector`, `lora_embedding_A`, `lora_embedding_B`), so that
-checkpoints interchange with PEFT's `use_dora`. The initial factors come from PEFT's own LoRA layers.
+Tensors carry PEFT's own names (`lora_A`, `lora_B`, `lora_magnitude_vector`, `lora_embedding_A`, `lora_embedding_B`), so
+that checkpoints interchange with PEFT's `use_dora`. The initial factors come from PEFT's own LoRA layers.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners import lora
@@ -28,11 +28,11 @@ _LOW_PRECISION = (torch.float16, torch.bfloat16)
 class Magnitude(nn.Module):
     """m of one adapter as a module with `.weight`, the form that FSDP's wrap policy and checkpoint loaders expect.
 
-    `.half()` and `.to(torch.bfloat16)` move it but leave its dtype: in bf16 a whole run changes m by less than one rounding
-    step.
+    `.half()` and `.to(torch.bfloat16)` move it but leave its dtype: in bf16 a whole run changes m by less than one
+    rounding step.
     """
 
-    instances: weakref.WeakSet[Magnitude] = weakref.WeakSet()
+    instances: ClassVar[weakref.WeakSet[Magnitude]] = weakref.WeakSet()
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -151,8 +151,8 @@ class DoraLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _check_rank(self, r: int, weight: BaseWeight) -> None:
-        # Beyond the longer side a rank is surely a mistake; up to there it only wastes parameters (a router of 8 outputs
-        # among all linear layers). The usual small ranks have to work on every layer, however narrow.
+        # Beyond the longer side a rank is surely a mistake; up to there it only wastes parameters (a router of 8
+        # outputs among all linear layers). The usual small ranks have to work on every layer, however narrow.
         largest = max(weight.out_features, weight.in_features, 16)
         if not isinstance(r, int) or r <= 0:
             raise ValueError(
@@ -162,8 +162,9 @@ class DoraLayer(BaseTunerLayer):
         if r > largest:
             raise ValueError(
                 f"Rank r={r} is larger than module '{self.name}' itself, whose weight is "
-                f"{weight.out_features} x {weight.in_features}. Choose r <= {min(weight.out_features, weight.in_features)}, "
-                f"for this module alone with rank_pattern={{'{self.name}': ...}}."
+                f"{weight.out_features} x {weight.in_features}. Choose r <= "
+                f"{min(weight.out_features, weight.in_features)}, for this module alone with "
+                f"rank_pattern={{'{self.name}': ...}}."
             )
 
     def _peft_factors(
@@ -461,9 +462,9 @@ class _ConvNd(DoraLayer):
         base = self.get_base_layer()
         if r % base.groups:
             raise ValueError(
-                f"Targeting a {type(base).__name__} with groups={base.groups} and rank {r}. Currently, support is limited to "
-                "conv layers where the rank is divisible by groups. Either choose a different rank or do not target this "
-                f"specific layer. (module '{self.name}', rank_pattern sets the rank of one module)"
+                f"Targeting a {type(base).__name__} with groups={base.groups} and rank {r}. Currently, support is "
+                "limited to conv layers where the rank is divisible by groups. Either choose a different rank or do "
+                f"not target this specific layer. (module '{self.name}', rank_pattern sets the rank of one module)"
             )
         super().update_layer(adapter_name, r=r, config=config, **kwargs)
 

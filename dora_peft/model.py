@@ -74,8 +74,8 @@ class DoraModel(BaseTuner):
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type in _MAMBA_TYPES and target_name in _MAMBA_MODULES:
             raise ValueError(
-                f"Module '{target_name}' is incompatible with Mamba-based models (model_type='{model_type}'), which use its "
-                "weight without calling it. Remove it from target_modules, or add it to exclude_modules."
+                f"Module '{target_name}' is incompatible with Mamba-based models (model_type='{model_type}'), which "
+                "use its weight without calling it. Remove it from target_modules, or add it to exclude_modules."
             )
 
     def _create_and_replace(
@@ -115,16 +115,16 @@ class DoraModel(BaseTuner):
     ) -> DoraLayer:
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(
-                f"DoRA cannot adapt module '{key}': nn.MultiheadAttention uses its weight without calling it, so the adapter "
-                "would never run. Leave it out with exclude_modules."
+                f"DoRA cannot adapt module '{key}': nn.MultiheadAttention uses its weight without calling it, so the "
+                "adapter would never run. Leave it out with exclude_modules."
             )
         cls = layer_class(target)
         if cls is None:
             raise ValueError(
                 f"Target module {target} (module '{key}') is not supported. Currently, only the following modules are "
                 "supported: `torch.nn.Linear`, `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, "
-                "`torch.nn.Conv3d`, `transformers.pytorch_utils.Conv1D` and quantised linear layers. Change target_modules "
-                "or leave the module out with exclude_modules."
+                "`torch.nn.Conv3d`, `transformers.pytorch_utils.Conv1D` and quantised linear layers. Change "
+                "target_modules or leave the module out with exclude_modules."
             )
         return cls(target, adapter_name, name=key, **options)
 
@@ -188,8 +188,9 @@ class DoraModel(BaseTuner):
                 names = shared.get(id(module.original_weight()), [])
                 if len(names) > 1:
                     warnings.warn(
-                        f"Merging unties module '{module.name}': its weight is shared ({', '.join(sorted(names))}), and "
-                        "only the adapted module gets the merged one. Unmerging ties them again."
+                        f"Merging unties module '{module.name}': its weight is shared ({', '.join(sorted(names))}), "
+                        "and only the adapted module gets the merged one. Unmerging ties them again.",
+                        stacklevel=2,
                     )
 
     def merge_adapter(
@@ -197,8 +198,8 @@ class DoraModel(BaseTuner):
     ) -> None:
         """Write the adapters into the base weights; `unmerge_adapter` restores the originals bit for bit.
 
-        Costs a second copy of every adapted weight until then, on the same device or, with `offload_original`, on the CPU.
-        `merge_and_unload` keeps none.
+        Costs a second copy of every adapted weight until then, on the same device or, with `offload_original`, on the
+        CPU. `merge_and_unload` keeps none.
         """
         if offload_original:
             self._check_merge_allowed()
@@ -233,15 +234,15 @@ class DoraModel(BaseTuner):
         if combination_type not in ("cat", "svd") or any(v is not None for v in unsupported.values()):
             what = combination_type if combination_type not in ("cat", "svd") else ", ".join(unsupported)
             raise ValueError(
-                f"add_weighted_adapter supports combination_type 'cat' and 'svd' for DoRA, found {what!r}: m * (W0 + s B A) "
-                "/ ||W0 + s B A|| is not linear in A and B, so methods that combine these alone give another weight than "
-                "the weighted sum."
+                f"add_weighted_adapter supports combination_type 'cat' and 'svd' for DoRA, found {what!r}: m * (W0 + s "
+                "B A) / ||W0 + s B A|| is not linear in A and B, so methods that combine these alone give another "
+                "weight than the weighted sum."
             )
         missing = [name for name in adapters if name not in self.peft_config]
         if missing or not adapters or len(adapters) != len(weights):
             raise ValueError(
-                f"Expected existing adapters ({', '.join(self.peft_config)}) and as many weights, found adapters={adapters}, "
-                f"weights={weights}."
+                f"Expected existing adapters ({', '.join(self.peft_config)}) and as many weights, found "
+                f"adapters={adapters}, weights={weights}."
             )
         wrappers = [m for m in self.modules() if isinstance(m, ModulesToSaveWrapper)]
         if any(sum(name in w.modules_to_save for name in adapters) > 1 for w in wrappers):
@@ -281,8 +282,8 @@ class DoraModel(BaseTuner):
         """Replace an adapter's tensors and scalings by those of another checkpoint, in place.
 
         Raises:
-            ValueError: The adapter is merged, or the checkpoint targets other modules, has other ranks, or other options
-                that change the output; the old adapter is then untouched.
+            ValueError: The adapter is merged, or the checkpoint targets other modules, has other ranks, or other
+                options that change the output; the old adapter is then untouched.
         """
         config = DoraConfig.from_pretrained(path)
         old = self.peft_config[adapter_name]
@@ -294,7 +295,9 @@ class DoraModel(BaseTuner):
                 )
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, DoraLayer) and adapter_name in m.r}
         if any(adapter_name in layer.merged_adapters for layer in layers.values()):
-            raise ValueError(f"Cannot hot-swap adapter '{adapter_name}' while it is merged. Call unmerge_adapter() first.")
+            raise ValueError(
+                f"Cannot hot-swap adapter '{adapter_name}' while it is merged. Call unmerge_adapter() first."
+            )
         tensors = from_checkpoint(self.model, adapter_name, load_peft_weights(path, device=torch_device))
         tensors = self._remap_keys(self.model, adapter_name, tensors)
         current = {n: p for n, p in self.model.named_parameters() if _belongs_to(n, layers, adapter_name)}
@@ -303,8 +306,9 @@ class DoraModel(BaseTuner):
         )
         if different:
             raise ValueError(
-                f"Cannot hot-swap adapter '{adapter_name}' with '{path}': expected the same tensors of the same shapes, found "
-                f"a difference in {', '.join(different[:3])}{' ...' * (len(different) > 3)}. Load it under another name."
+                f"Cannot hot-swap adapter '{adapter_name}' with '{path}': expected the same tensors of the same "
+                f"shapes, found a difference in {', '.join(different[:3])}{' ...' * (len(different) > 3)}. Load it "
+                "under another name."
             )
         with torch.no_grad():
             for key, parameter in current.items():
@@ -345,8 +349,8 @@ class DoraModel(BaseTuner):
     def _convert_state_dict_for_initial_model(
         cls, peft_model: Any, peft_config: Any, path: str, output_state_dict: dict[str, Tensor], kwargs: Any
     ) -> dict[str, Tensor]:
-        """PiSSA and its kin moved s B0 A0 out of the base weight: W_res + s B A = W0 + s (B A - B0 A0), so the factors of the
-        unmutated base are [A; A0] and [B, -B0], and the magnitude stays as it is."""
+        """PiSSA and its kin moved s B0 A0 out of the base weight: W_res + s B A = W0 + s (B A - B0 A0), so the factors
+        of the unmutated base are [A; A0] and [B, -B0], and the magnitude stays as it is."""
         return _subtract_initial(output_state_dict, load_peft_weights(path, device="cpu"))
 
     def subtract_mutated_init(

@@ -1,16 +1,16 @@
 """When v = ||W0 + s B A|| is refreshed.
 
-v depends on A, B, s and W0 only, so it needs one refresh per optimizer step, whatever the number of forward passes. It is
-kept per layer and adapter beside a key of everything that it was computed from: a forward pass compares the key and
+v depends on A, B, s and W0 only, so it needs one refresh per optimizer step, whatever the number of forward passes. It
+is kept per layer and adapter beside a key of everything that it was computed from: a forward pass compares the key and
 recomputes v where it differs. The key holds
 
     - storage address, version counter, dtype and device of A, B and W0: in-place edits, loads, moves, casts, merges;
     - the scaling: rescaling an adapter;
-    - the number of optimizer steps in this process: optimizers that write through raw pointers or `.data` (bitsandbytes)
-      leave the version counters alone, but run the optimizer-step hooks.
+    - the number of optimizer steps in this process: optimizers that write through raw pointers or `.data`
+      (bitsandbytes) leave the version counters alone, but run the optimizer-step hooks.
 
-What none of these sees is a write through `.data` outside an optimizer: call `refresh(model)` after it. `checking()` finds
-such writes by recomputing v at every use.
+What none of these sees is a write through `.data` outside an optimizer: call `refresh(model)` after it. `checking()`
+finds such writes by recomputing v at every use.
 """
 
 from __future__ import annotations
@@ -126,8 +126,9 @@ def weight_norm(layer: DoraLayer, adapter: str) -> Norm:
         if _checking and norm.key == key and norm.value is not None and not torch.equal(norm.value, value):
             worst = ((norm.value - value).abs() / value).max().item()
             raise RuntimeError(
-                f"Stale weight norm in module '{layer.name}', adapter '{adapter}': off by {worst:.1e} (relative). A, B or "
-                "the base weight was changed through `.data` outside an optimizer; call dora_peft.refresh(model) after it."
+                f"Stale weight norm in module '{layer.name}', adapter '{adapter}': off by {worst:.1e} (relative). A, B "
+                "or the base weight was changed through `.data` outside an optimizer; call dora_peft.refresh(model) "
+                "after it."
             )
     norm.value, norm.key = value, key
     return norm

@@ -20,8 +20,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Trainable parameters in groups for a torch optimizer, with the magnitudes left out of weight decay.
 
-    Decaying lora_A and lora_B pulls the weight towards W0, as in LoRA. Decaying m pulls the adapted weight itself towards 0,
-    which no published DoRA recipe intends. Biases and norms (one-dimensional parameters) are not decayed either.
+    Decaying lora_A and lora_B pulls the weight towards W0, as in LoRA. Decaying m pulls the adapted weight itself
+    towards 0, which no published DoRA recipe intends. Biases and norms (one-dimensional parameters) are not decayed
+    either.
 
     Args:
         model: A model with DoRA adapters; other trainable parameters are included.
@@ -63,8 +64,9 @@ def _warn_about_decay(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     decayed = {id(p) for group in optimizer.param_groups if group.get("weight_decay") for p in group["params"]}
     if decayed and any(id(m.weight) in decayed for m in Magnitude.instances):
         warnings.warn(
-            "The optimizer applies weight decay to DoRA magnitudes, which shrinks the adapted weights themselves. Build it "
-            "from dora_peft.param_groups(model, weight_decay=...) to leave them out."
+            "The optimizer applies weight decay to DoRA magnitudes, which shrinks the adapted weights themselves. "
+            "Build it from dora_peft.param_groups(model, weight_decay=...) to leave them out.",
+            stacklevel=2,
         )
 
 

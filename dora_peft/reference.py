@@ -1,4 +1,4 @@
-"""DoRA in plain PyTorch: the algorithm, readable in two minutes, and the truth that every faster path is tested against.
+"""DoRA in plain PyTorch: the algorithm, and the truth that every faster path is tested against.
 
 DoRA (https://arxiv.org/abs/2402.09353) splits a frozen weight into a magnitude per output row and a direction, trains
 the magnitude directly and the direction through a low-rank change (Eq. 5):
@@ -104,9 +104,7 @@ def dora_linear(
     return y if bias is None else y + bias
 
 
-def combine(
-    weight: Tensor, adapters: list[tuple[Tensor, Tensor, Tensor, float]], weights: list[float]
-) -> Tensor:
+def combine(weight: Tensor, adapters: list[tuple[Tensor, Tensor, Tensor, float]], weights: list[float]) -> Tensor:
     """W0 + sum_i w_i (W'_i - W0): what a weighted sum of DoRA adapters (A, B, m, s) means, [out, in]."""
     combined = weight.clone()
     for (lora_A, lora_B, magnitude, scaling), w in zip(adapters, weights, strict=True):
