@@ -268,14 +268,14 @@ def _patch_model(layer_cls: type) -> None:
 
 def _unwrap(model: nn.Module, layer_cls: type) -> None:
     """Put the base layers back where an adapter could not be loaded."""
+    parent: Any
     for parent in list(model.modules()):
         if isinstance(parent, layer_cls):
             continue
         for name, child in list(parent.named_children()):
             if isinstance(child, layer_cls):
                 setattr(parent, name, child.get_base_layer())  # type: ignore[attr-defined]
-    if "peft_config" in model.__dict__:
-        del model.peft_config
+    model.__dict__.pop("peft_config", None)
 
 
 # ---- 7. PEFT 0.20

@@ -85,7 +85,8 @@ class Dense(BaseWeight):
         self.weight, self.view = weight.detach(), view
         self.matrix = view(self.weight)
         acc_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        super().__init__(*self.matrix.shape, acc_dtype, weight.device)
+        out_features, in_features = self.matrix.shape
+        super().__init__(out_features, in_features, acc_dtype, weight.device)
         if weight.dtype == acc_dtype:
             self.block_rows = max(1, self.out_features)
 
@@ -139,13 +140,14 @@ class GroupedConv(Dense):
 class Bnb8bit(BaseWeight):
     """bitsandbytes int8: a row is CB[row] * SCB[row] / 127."""
 
-    def __init__(self, layer: nn.Module, weight: Any) -> None:
+    def __init__(self, layer: Any, weight: Any) -> None:
         self.layer = layer
         self.data = weight.data
         # the first forward moves SCB from the parameter to the layer's state
         scb = weight.SCB if weight.SCB is not None else layer.state.SCB
         self.row_scale = scb.to(torch.float32) / 127
-        super().__init__(*weight.shape, torch.float32, weight.device)
+        out_features, in_features = weight.shape
+        super().__init__(out_features, in_features, torch.float32, weight.device)
 
     def block(self, start: int, stop: int) -> Tensor:
         return self.data[start:stop].to(self.dtype) * self.row_scale[start:stop, None].to(self.device)
@@ -160,7 +162,7 @@ class Bnb4bit(BaseWeight):
     """bitsandbytes nf4 or fp4. Quantisation blocks run along the flattened weight, so a block of rows is dequantised
     alone where rows end on block borders; elsewhere the weight is dequantised as a whole."""
 
-    def __init__(self, layer: nn.Module, weight: Any) -> None:
+    def __init__(self, layer: Any, weight: Any) -> None:
         self.layer, self.weight = layer, weight
         self.data, self.state = weight.data, weight.quant_state
         if getattr(self.state, "packing_format_for_cpu", False):
@@ -168,7 +170,8 @@ class Bnb4bit(BaseWeight):
             from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
             self.data, self.state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
-        super().__init__(*self.state.shape, torch.float32, weight.device)
+        out_features, in_features = self.state.shape
+        super().__init__(out_features, in_features, torch.float32, weight.device)
         # the least number of rows that fills whole quantisation blocks
         self.align = self.state.blocksize // math.gcd(self.state.blocksize, self.in_features)
         self.block_rows = max(self.align, self.block_rows // self.align * self.align)
@@ -261,7 +264,7 @@ class Opaque(BaseWeight):
         return torch.cat([columns @ grad for _, _, columns in self._columns()]).T
 
 
-def base_weight(layer: nn.Module, name: str, weight: Any = None) -> BaseWeight:
+def base_weight(layer: Any, name: str, weight: Any = None) -> BaseWeight:
     """The seam for a base layer.
 
     Args:

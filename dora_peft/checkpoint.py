@@ -60,7 +60,7 @@ def _readable_by_peft(
 ) -> dict[str, Tensor]:
     """The tensors of one layer that have to differ from the model's."""
     m_key = f"{prefix}{MAGNITUDE}{infix}.weight"
-    norm = _norm.weight_norm(layer, adapter)
+    norm: Any = _norm.weight_norm(layer, adapter)
     changed = {}
     magnitude = tensors[m_key].detach().clone()
     if norm.tied is not None:

@@ -130,8 +130,8 @@ class DoraConfig(PeftConfig):
     init_lora_weights: bool | str = field(default=True, metadata={"help": "One of PEFT's LoRA initialisations"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Layer indices to adapt"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the layers' list"})
-    rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "Rank per module"})
-    alpha_pattern: dict[str, float] | None = field(default_factory=dict, metadata={"help": "lora_alpha per module"})
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Rank per module"})
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "lora_alpha per module"})
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Embedding rows trained in full"}
     )

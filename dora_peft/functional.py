@@ -6,7 +6,7 @@ The equations and symbols are those of reference.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,7 @@ def compose(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
     return y.to(z.dtype)
 
 
-def compose_paper(base_out: Tensor, dropped_base: Tensor, low_rank: Tensor, c: Tensor) -> Tensor:
+def compose_paper(base_out: Tensor, dropped_base: Tensor, low_rank: Tensor | int, c: Tensor) -> Tensor:
     """base_out + (c - 1) * (drop(x) W0^T) + c * low_rank: dropout mode "paper", with a second base product."""
     return (base_out + (c - 1) * dropped_base + c * low_rank).to(base_out.dtype)
 
@@ -108,7 +108,7 @@ def linear_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> 
     return F.linear(F.linear(x, lora_A.to(x.dtype)), (scaling * lora_B).to(x.dtype))
 
 
-def conv_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, base_layer: torch.nn.Module) -> Tensor:
+def conv_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, base_layer: Any) -> Tensor:
     """s B * (A * x) for a convolution with the geometry of `base_layer`; A [r, in, *kernel] crosses the groups, the
     pointwise B [out, r / groups, 1...] does not. A always pads with zeros, as PEFT's does."""
     conv = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[lora_A.dim()]

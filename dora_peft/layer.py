@@ -65,10 +65,11 @@ class DoraLayer(BaseTunerLayer):
         "dropout_mode",
         "magnitude_only",
     )
+    training: bool  # nn.Module's
     peft_layer: type  # PEFT's LoRA layer of the same kind, which provides the initial factors
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: DoraConfig, name: str, **kwargs: Any) -> None:
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # type: ignore[arg-type]
         self.base_layer = base_layer
         self.name = name
         self.r: dict[str, int] = {}
@@ -87,7 +88,8 @@ class DoraLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # read by peft.helpers.disable_input_dtype_casting; inputs are never cast
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        features: tuple[Any, Any] = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = features
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self._norms: dict[str, _norm.Norm] = {}
         self._base_norm: tuple[Any, Tensor] | None = None
@@ -97,6 +99,9 @@ class DoraLayer(BaseTunerLayer):
         self.update_layer(adapter_name, config=config, **kwargs)
 
     # ---- the base weight
+
+    def get_base_layer(self) -> Any:
+        return super().get_base_layer()
 
     def original_weight(self) -> Any:
         """The base layer's weight without any merged adapter, as stored (packed where quantised)."""
@@ -172,7 +177,7 @@ class DoraLayer(BaseTunerLayer):
     ) -> Any:
         """PEFT's own LoRA layer around the same base layer: its factors are taken over, the layer is dropped."""
         lora_config = config.to_lora_config(fan_in_fan_out=self.fan_in_fan_out)
-        lora_config.r, lora_config.lora_alpha = r, lora_alpha
+        lora_config.r, lora_config.lora_alpha = r, lora_alpha  # type: ignore[assignment]
         if magnitude_only:
             lora_config.init_lora_weights = True
         allowed = (True, False, "gaussian", "lora_ga")
@@ -191,7 +196,9 @@ class DoraLayer(BaseTunerLayer):
 
     def factor_parameters(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A and B as stored."""
-        return self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        lora_A: Any = self.lora_A[adapter]
+        lora_B: Any = self.lora_B[adapter]
+        return lora_A.weight, lora_B.weight
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r] as matrices over the base weight's rows."""
@@ -211,7 +218,12 @@ class DoraLayer(BaseTunerLayer):
                 value = functional.weight_norm(
                     self.base_weight(), _norm.base_squared(self), lora_A, lora_B, self.scaling[adapter]
                 )
-        return functional.scale(self.lora_magnitude_vector[adapter].weight.view(-1), value, norm.tied)
+        return functional.scale(self.magnitude(adapter).view(-1), value, norm.tied)
+
+    def magnitude(self, adapter: str) -> nn.Parameter:
+        """m as stored."""
+        module: Any = self.lora_magnitude_vector[adapter]
+        return module.weight
 
     # ---- forward
 

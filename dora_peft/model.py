@@ -46,31 +46,31 @@ class DoraModel(BaseTuner):
 
     prefix = "lora_"
     tuner_layer_cls = DoraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # ---- finding and wrapping
 
-    def _prepare_adapter_config(self, peft_config: DoraConfig, model_config: dict[str, Any]) -> DoraConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and peft_config.magnitude_only_modules:
             peft_config.target_modules = set(self.target_module_mapping.get(model_config["model_type"], ()))
         return super()._prepare_adapter_config(peft_config, model_config)
 
-    def _prepare_model(self, peft_config: DoraConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if peft_config.layer_replication:
             replicate_layers(model, peft_config.layer_replication)
         if peft_config.magnitude_only_modules == "all-linear":
-            resolved = _for_magnitude_only(peft_config)
-            peft_config.magnitude_only_modules = _maybe_include_all_linear_layers(resolved, model).target_modules
+            resolved: Any = _maybe_include_all_linear_layers(_for_magnitude_only(peft_config), model)
+            peft_config.magnitude_only_modules = resolved.target_modules
         peft_config.magnitude_only_ranks.clear()
 
     @staticmethod
-    def _check_target_module_exists(peft_config: DoraConfig, key: str) -> Any:
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         found = check_target_module_exists(peft_config, key)
         if found or not peft_config.magnitude_only_modules:
             return found
         return check_target_module_exists(_for_magnitude_only(peft_config), key) or found
 
-    def _check_target_module_compatiblity(self, peft_config: DoraConfig, model: nn.Module, target_name: str) -> None:
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type in _MAMBA_TYPES and target_name in _MAMBA_MODULES:
             raise ValueError(
@@ -80,7 +80,7 @@ class DoraModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: DoraConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -100,11 +100,16 @@ class DoraModel(BaseTuner):
             base = target.get_base_layer() if isinstance(target, DoraLayer) else target
             r = getattr(base, "groups", 1)  # the smallest rank; plain PEFT learns it from the exact rank_pattern entry
             peft_config.magnitude_only_ranks[current_key] = r
-        options = {"r": r, "lora_alpha": lora_alpha, "config": peft_config, "magnitude_only": magnitude_only}
+        options: dict[str, Any] = {
+            "r": r,
+            "lora_alpha": lora_alpha,
+            "config": peft_config,
+            "magnitude_only": magnitude_only,
+        }
         if isinstance(target, DoraLayer):
             target.update_layer(adapter_name, **options)
             return
-        new_module = self._create_layer(target, adapter_name, parent, current_key, options)
+        new_module: Any = self._create_layer(target, adapter_name, parent, current_key, options)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)  # an additional adapter is trained only once it is activated
         self._replace_module(parent, target_name, new_module, target)
@@ -161,9 +166,10 @@ class DoraModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
         beams = kwargs.get("num_beams") or 1
-        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        model: Any = self.model
+        encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
         # beam search repeats every sample for the decoder, while an encoder still sees each once
-        once = set() if encoder is None or encoder is self.model else set(encoder.modules())
+        once = set() if encoder is None or encoder is model else set(encoder.modules())
         repeated = [name for name in adapter_names for _ in range(beams)]
         with ExitStack() as stack:
             for module in self.modules():
@@ -260,8 +266,7 @@ class DoraModel(BaseTuner):
         for name, present in parts.items():
             total = sum(self.model.get_submodule(name).r[a] for a, _ in present)
             ranks[name] = total if combination_type == "cat" else min(svd_rank or largest, total)
-        first = self.peft_config[adapters[0]]
-        config = copy.deepcopy(first)
+        config: Any = copy.deepcopy(self.peft_config[adapters[0]])
         # alpha / r = 1 (or alpha / sqrt(r)): the scalings are folded into B
         alphas = {name: math.sqrt(r) if config.use_rslora else r for name, r in ranks.items()}
         config.r, config.lora_alpha = max(ranks.values()), max(alphas.values())
@@ -314,7 +319,7 @@ class DoraModel(BaseTuner):
             for key, parameter in current.items():
                 parameter.copy_(tensors[key])
         for name, layer in layers.items():
-            pattern = get_pattern_key(config.alpha_pattern.keys(), name)
+            pattern = get_pattern_key(list(config.alpha_pattern), name)
             layer.lora_alpha[adapter_name] = config.alpha_pattern.get(pattern, config.lora_alpha)
             layer.set_scale(adapter_name, 1.0)
         config.inference_mode = old.inference_mode
@@ -324,14 +329,14 @@ class DoraModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: DoraConfig, adapter_name: str, *args: Any, **kwargs: Any
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         return to_checkpoint(model, adapter_name, tensors, config.magnitude_key)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: DoraConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         tensors = from_checkpoint(model, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
@@ -410,5 +415,6 @@ def _combine_layer(layer: Any, adapter_name: str, present: list[tuple[str, float
     new_A.flatten(1)[: lora_A.shape[0]].copy_(lora_A)
     new_B.flatten(1)[:, : lora_B.shape[1]].copy_(lora_B)
     layer._norms[adapter_name] = _norm.Norm(settled=True)
-    magnitude = layer.lora_magnitude_vector[adapter_name].weight
-    magnitude.view(-1).copy_(k * _norm.weight_norm(layer, adapter_name).value)
+    magnitude = layer.magnitude(adapter_name)
+    norm: Any = _norm.weight_norm(layer, adapter_name)
+    magnitude.view(-1).copy_(k * norm.value)

@@ -112,7 +112,7 @@ def weight_norm(layer: DoraLayer, adapter: str) -> Norm:
     # autocast would lower the products' precision; tensors made in inference mode cannot be used in training later
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(lora_A.device.type, enabled=False):
         value = _compute(layer, adapter)
-        magnitude = layer.lora_magnitude_vector[adapter].weight
+        magnitude = layer.magnitude(adapter)
         if not norm.settled:
             # after a load: a zero row of W0 whose magnitude is its norm was tied when it was saved
             flat = magnitude.detach().flatten().to(value.dtype)
@@ -153,6 +153,7 @@ def refresh(model: nn.Module) -> None:
 
     Needed only after A, B or a base weight was written through `.data` outside an optimizer.
     """
+    module: Any
     for module in model.modules():
         norms = getattr(module, "_norms", None)
         if isinstance(norms, dict):
