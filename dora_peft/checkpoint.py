@@ -59,6 +59,10 @@ def _readable_by_peft(
     layer: Any, adapter: str, prefix: str, infix: str, tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """The tensors of one layer that have to differ from the model's."""
+    grouped = getattr(layer.get_base_layer(), "groups", 1) > 1
+    known = layer._norms.get(adapter)
+    if known is not None and known.settled and known.tied is None and not grouped:
+        return {}  # also keeps a sharded model, whose state dict was gathered, from being asked for its norm
     m_key = f"{prefix}{MAGNITUDE}{infix}.weight"
     norm: Any = _norm.weight_norm(layer, adapter)
     changed = {}
@@ -72,7 +76,7 @@ def _readable_by_peft(
             flat[empty] = TINY
             changed.update(_fill_empty_rows(layer, adapter, prefix, infix, tensors, empty))
         changed[m_key] = magnitude
-    if getattr(layer.get_base_layer(), "groups", 1) > 1:
+    if grouped:
         ratio = _peft_grouped_norm(layer, adapter) / norm.value
         changed[m_key] = magnitude * ratio.to(magnitude).view(magnitude.shape)
     return changed

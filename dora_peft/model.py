@@ -145,7 +145,7 @@ class DoraModel(BaseTuner):
         for layer in self.model.modules():
             if isinstance(layer, DoraLayer) and adapter_name in layer.lora_magnitude_vector:
                 dtype = layer.factor_parameters(adapter_name)[0].dtype
-                magnitude = layer.lora_magnitude_vector[adapter_name]
+                magnitude: Any = layer.lora_magnitude_vector[adapter_name]
                 if magnitude.weight.dtype != dtype:
                     magnitude.cast(dtype)
 
