@@ -53,6 +53,10 @@ class UnreadableAdapterError(ValueError, SafetensorError):
     """An adapter file is truncated or not a safetensors file."""
 
 
+class AdapterShapeError(ValueError, RuntimeError):
+    """An adapter's tensors have other shapes than the model's."""
+
+
 # ---- 1. the enum
 
 
@@ -198,9 +202,15 @@ def _patch_model(layer_cls: type) -> None:
             token = _into_dora.set(True)
             try:
                 return original(self, model_id, adapter_name, *args, **kwargs)
-            except Exception:
+            except Exception as error:
                 if adapter_name in self.peft_config and adapter_name not in before:
                     self.delete_adapter(adapter_name)
+                if isinstance(error, RuntimeError) and "size mismatch" in str(error):
+                    raise AdapterShapeError(
+                        f"The adapter in '{model_id}' does not fit the model: {error}\nIt was trained on another base "
+                        "model or saved with another rank than its config says. Load it on its own base model, or pass "
+                        "ignore_mismatched_sizes=True to skip these tensors."
+                    ) from error
                 raise
             finally:
                 _into_dora.reset(token)

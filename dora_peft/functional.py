@@ -97,9 +97,10 @@ def compose(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
     return y.to(z.dtype)
 
 
-def compose_paper(base_out: Tensor, dropped_base: Tensor, low_rank: Tensor | int, c: Tensor) -> Tensor:
+def compose_paper(base_out: Tensor, dropped_base: Tensor, low_rank: Tensor | None, c: Tensor) -> Tensor:
     """base_out + (c - 1) * (drop(x) W0^T) + c * low_rank: dropout mode "paper", with a second base product."""
-    return (base_out + (c - 1) * dropped_base + c * low_rank).to(base_out.dtype)
+    y = base_out + (c - 1) * dropped_base
+    return (y if low_rank is None else y + c * low_rank).to(base_out.dtype)
 
 
 def linear_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

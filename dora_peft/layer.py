@@ -250,11 +250,11 @@ class DoraLayer(BaseTunerLayer):
         bias = None if bias is None else self._per_channel(bias)
         dropout = self.lora_dropout[adapter]
         dropped = dropout(x)
-        low_rank = 0 if self.magnitude_only[adapter] else self._low_rank(adapter, dropped).to(out.dtype)
+        low_rank = None if self.magnitude_only[adapter] else self._low_rank(adapter, dropped).to(out.dtype)
         if self.dropout_mode[adapter] == "paper" and self.training and isinstance(dropout, nn.Dropout):
             base = self.base_layer(dropped)
             return functional.compose_paper(out, base if bias is None else base - bias, low_rank, c)
-        return functional.compose(out + low_rank, c, bias)
+        return functional.compose(out if low_rank is None else out + low_rank, c, bias)
 
     def _low_rank(self, adapter: str, x: Tensor) -> Tensor:
         """s B A x, in the shape of the layer's output."""
@@ -306,9 +306,18 @@ class DoraLayer(BaseTunerLayer):
                 f"Merging is not supported for module '{self.name}' ({type(self.get_base_layer()).__name__}): "
                 f"{self._merge_obstacle()} Use the adapter unmerged."
             )
+        rows = self._merged_rows(self.merged_adapters + names, weight)
+        finite = True
+
+        def checked_rows(block: Tensor, start: int, stop: int) -> Tensor:
+            nonlocal finite
+            merged = rows(block, start, stop)
+            finite = finite and bool(torch.isfinite(merged).all())  # before it is quantised
+            return merged
+
         with torch.no_grad():
-            replacement = weight.replacement(self._merged_rows(self.merged_adapters + names, weight))
-        if safe_merge and replacement.is_floating_point() and not torch.isfinite(replacement).all():
+            replacement = weight.replacement(checked_rows if safe_merge else rows)
+        if safe_merge and not (finite and (replacement.dtype == torch.int8 or torch.isfinite(replacement).all())):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken "
                 f"(module '{self.name}')."

@@ -50,6 +50,20 @@ class DoraModel(BaseTuner):
 
     # ---- finding and wrapping
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        before = {id(module) for module in model.modules() if isinstance(module, DoraLayer)}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception as error:
+            _roll_back(model, adapter_name, before)
+            if isinstance(error, ValueError) and "not found in the base model" in str(error):
+                names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if layer_class(m) is not None})
+                raise type(error)(
+                    f"{error} Modules of {type(model).__name__} that can be adapted are named {', '.join(names[:20])}; "
+                    "target_modules='all-linear' takes every linear layer but the output layer."
+                ) from error
+            raise
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and peft_config.magnitude_only_modules:
             peft_config.target_modules = set(self.target_module_mapping.get(model_config["model_type"], ()))
@@ -378,6 +392,17 @@ def _subtract_initial(trained: dict[str, Tensor], initial: dict[str, Tensor]) ->
         is_A = "lora_A" in key or "lora_embedding_A" in key
         out[key] = torch.cat([tensor, start if is_A else -start], dim=0 if is_A else 1)
     return out
+
+
+def _roll_back(model: nn.Module, adapter_name: str, before: set[int]) -> None:
+    """Take out what a failed injection has put in, so that the model is as it was."""
+    parent: Any
+    for parent in list(model.modules()):
+        for name, child in [] if isinstance(parent, DoraLayer) else list(parent.named_children()):
+            if isinstance(child, DoraLayer) and id(child) not in before:
+                setattr(parent, name, child.get_base_layer())
+            elif isinstance(child, DoraLayer) and adapter_name in child.lora_magnitude_vector:
+                child.delete_adapter(adapter_name)
 
 
 def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, dict[str, Any]]:

@@ -102,7 +102,7 @@ def weight_norm(layer: DoraLayer, adapter: str) -> Norm:
     weight = layer.original_weight()
     key = (
         _optimizer_steps,
-        layer.scaling[adapter],
+        float(layer.scaling[adapter]),
         _identity(lora_A),
         _identity(lora_B),
         _identity(weight) if isinstance(weight, Tensor) else id(weight),
