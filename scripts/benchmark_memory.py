@@ -1,0 +1,315 @@
+"""Memory and speed of LoRA, PEFT's `use_dora` and this package's DoRA, with the norm detached and not, on one configuration.
+
+    python scripts/benchmark_memory.py CONFIG.yaml [--steps 10] [--json FILE] [--plot FILE] [--field value ...]
+
+On a laptop without GPU, with the model and the data of `scripts/prepare_smollm2.py` and `scripts/prepare_cmudict.py`:
+
+    python scripts/benchmark_memory.py configs/smollm2_135m.yaml --steps 5
+
+Every method runs in a process of its own, on the same batches. Expected result: a table with one line a method and, beside
+each figure, its ratio to LoRA's; the same as JSON; and a bar chart. "saved" is what autograd keeps from forward to backward:
+distinct storages, without parameters and buffers. "peak" is the allocator's peak on a GPU; on the CPU it is the growth of
+the resident set over the loaded model, read every 2 ms. Times are medians over the steps after the warm-up.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import set_seed
+
+import dora_peft
+from llama_config import FinetuneConfig, build_parser, parse_config
+from llama_data import AnswerCollator, load_datasets
+from llama_model import build_model, count_parameters, load_tokenizer
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora"},
+    "peft_dora": {"method": "peft_dora"},
+    "dora": {"method": "dora", "detach_norm": True},
+    "dora_not_detached": {"method": "dora", "detach_norm": False},
+}
+WARMUP_STEPS = 2
+MIB = 2**20
+Batch = dict[str, torch.Tensor]
+
+
+@contextlib.contextmanager
+def record_saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Collect what autograd saves for backward: address and size in bytes of each distinct storage.
+
+    Parameters and buffers are left out; they exist anyway.
+    """
+    kept = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in kept:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        # The graph holds the tensor until backward, so no address is used twice while we count.
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield sizes
+
+
+class PeakMemory:
+    """Peak memory from `start` to `stop`: the allocator's on a GPU, the resident set's growth over `__init__` on the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.base_bytes = psutil.Process().memory_info().rss
+        self.peak_bytes = 0
+        self.stopped = threading.Event()
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
+
+    def watch(self) -> None:
+        process = psutil.Process()
+        while not self.stopped.wait(0.002):
+            self.peak_bytes = max(self.peak_bytes, process.memory_info().rss - self.base_bytes)
+
+    def start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self.watcher.start()
+
+    def stop(self) -> None:
+        if self.device.type == "cuda":
+            self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.stopped.set()
+            self.watcher.join()
+
+
+def make_steps(config: FinetuneConfig, dataset: Any, pad_token_id: int, count: int) -> list[list[Batch]]:
+    """The batches of `count` optimizer steps, in the order of the data, from the start again when it ends."""
+    collate, size = AnswerCollator(pad_token_id), config.per_device_train_batch_size
+    batches = [
+        collate([dataset[i % len(dataset)] for i in range(first, first + size)])
+        for first in range(0, count * config.gradient_accumulation_steps * size, size)
+    ]
+    per_step = config.gradient_accumulation_steps
+    return [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
+
+
+def count_tokens(batch: Batch) -> int:
+    """Tokens of a batch, padding left out; a packed batch has next to none."""
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Turn on activation checkpointing, which transformers renamed in the course of version 5."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def measure(config: FinetuneConfig, num_steps: int, label: str) -> dict[str, Any]:
+    """Train for some steps and measure them.
+
+    Returns:
+        `trainable_parameters`, `saved_mib`, `peak_mib`, medians `time_s` and `tokens_per_s`, `step_times_s`,
+        `first_loss` and `last_loss`.
+    """
+    tokenizer = load_tokenizer(config)
+    dataset, _ = load_datasets(dataclasses.replace(config, eval_dataset=None, eval_size=0, eval_steps=None), tokenizer)
+    steps = make_steps(config, dataset, tokenizer.pad_token_id, WARMUP_STEPS + num_steps)
+    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    set_seed(config.seed)
+    model = build_model(config, tokenizer).to(device).train()
+    if config.gradient_checkpointing:
+        enable_checkpointing(model)
+    lr_magnitude = config.lr_magnitude if config.method == "dora" else None
+    groups = dora_peft.param_groups(model, config.weight_decay, lr_magnitude)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.bf16)
+
+    memory, times, rates, losses = PeakMemory(device), [], [], []
+    saved_mib = 0.0
+    for index, batches in enumerate(tqdm(steps, desc=label, unit="step")):
+        if index == 1:
+            memory.start()
+        start = time.perf_counter()
+        for batch in batches:
+            batch = {name: tensor.to(device) for name, tensor in batch.items()}
+            # Only in the first step, which counts for neither time nor peak: hooks cost some of both.
+            recorder = record_saved_bytes(model) if index == 0 else contextlib.nullcontext({})
+            with recorder as saved, autocast:
+                loss = model(**batch, use_cache=False).loss / len(batches)
+            saved_mib = max(saved_mib, sum(saved.values()) / MIB)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item() * len(batches))
+        if index >= WARMUP_STEPS:
+            times.append(time.perf_counter() - start)
+            rates.append(sum(map(count_tokens, batches)) / times[-1])
+    memory.stop()
+    return {
+        "trainable_parameters": count_parameters(model)[0],
+        "saved_mib": saved_mib,
+        "peak_mib": memory.peak_bytes / MIB,
+        "time_s": statistics.median(times),
+        "tokens_per_s": statistics.median(rates),
+        "step_times_s": times,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }
+
+
+def run_worker(name: str, argv: Sequence[str]) -> dict[str, Any]:
+    """Measure one method in a process of its own, so that none inherits another's memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        command = [sys.executable, __file__, *argv, "--worker", name, "--json", str(result)]
+        status = subprocess.run(command).returncode
+        if status != 0:
+            raise RuntimeError(f"{name}: the benchmark's process ended with status {status}; its message stands above.")
+        return json.loads(result.read_text(encoding="utf-8"))
+
+
+def check_losses(results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that all methods start from the same function: an adapter at initialisation leaves the model as it is.
+
+    Raises:
+        RuntimeError: if a method's first loss differs from the first method's by more than 1 %.
+    """
+    expected = next(iter(results.values()))["first_loss"]
+    for name, result in results.items():
+        if abs(result["first_loss"] - expected) > 0.01 * abs(expected):
+            raise RuntimeError(
+                f"{name}: expected the first loss {expected:.4f} of the other methods, found {result['first_loss']:.4f}; "
+                "the figures cannot be compared."
+            )
+
+
+def describe_machine() -> dict[str, Any]:
+    """Device, versions of the packages, and git commit if there is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except FileNotFoundError:
+        commit = None
+    is_cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name()
+        if is_cuda
+        else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")}
+        | {"dora_peft": dora_peft.__version__},
+        "commit": commit,
+    }
+
+
+COLUMNS = {
+    "trainable_parameters": ("trainable", "{:,.0f}"),
+    "peak_mib": ("peak MiB", "{:,.1f}"),
+    "saved_mib": ("saved MiB", "{:,.1f}"),
+    "time_s": ("s/step", "{:.3f}"),
+    "tokens_per_s": ("tokens/s", "{:,.0f}"),
+}
+
+
+def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line a method; beside each figure its ratio to LoRA's, if LoRA was measured."""
+    rows = [["method", *(title for title, _ in COLUMNS.values())]]
+    for name, result in results.items():
+        row = [name]
+        for key, (_, template) in COLUMNS.items():
+            cell = template.format(result[key])
+            reference = results.get("lora", {}).get(key)
+            row.append(f"{cell} ({result[key] / reference:.2f}x)" if reference else cell)
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def draw_bars(results: Mapping[str, Mapping[str, Any]], title: str, path: Path) -> None:
+    """Peak memory, bytes saved for backward and time per step, one bar a method."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure.suptitle(title)
+    panels = {"peak_mib": "peak memory, MiB", "saved_mib": "saved for backward, MiB", "time_s": "seconds per step"}
+    for axes, (key, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        bars = axes.bar(list(results), [result[key] for result in results.values()], color="tab:blue")
+        axes.bar_label(bars, fmt="%.4g")
+        axes.set_title(label)
+        axes.tick_params(axis="x", rotation=20)
+        axes.margins(y=0.15)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def read_variants(text: str) -> list[str]:
+    """Split the list of methods.
+
+    Raises:
+        argparse.ArgumentTypeError: naming a method that does not exist.
+    """
+    names = text.split(",")
+    for name in names:
+        if name not in VARIANTS:
+            raise argparse.ArgumentTypeError(f"unknown method {name!r}, expected some of {','.join(VARIANTS)}")
+    return names
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser(__doc__)
+    parser.add_argument("--steps", type=positive, default=10, help="optimizer steps to time (default 10)")
+    parser.add_argument("--methods", type=read_variants, default=list(VARIANTS), help=f"some of {','.join(VARIANTS)}")
+    parser.add_argument("--json", type=Path, help="where to write the figures (default: memory.json in output_dir)")
+    parser.add_argument("--plot", type=Path, help="where to draw the bar chart (default: memory.png in output_dir)")
+    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    try:
+        config, options = parse_config(argv, parser)
+    except ValueError as error:
+        parser.error(str(error))
+    if options.worker is not None:
+        config = dataclasses.replace(config, **VARIANTS[options.worker])
+        options.json.write_text(json.dumps(measure(config, options.steps, options.worker)), encoding="utf-8")
+        return
+
+    results = {name: run_worker(name, argv) for name in options.methods}
+    check_losses(results)
+    machine = describe_machine()
+    json_path = options.json or Path(config.output_dir) / "memory.json"
+    report = {**machine, "steps": options.steps, "config": dataclasses.asdict(config), "methods": results}
+    json_path.parent.mkdir(parents=True, exist_ok=True)
+    json_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    plot_path = options.plot or Path(config.output_dir) / "memory.png"
+    draw_bars(results, f"{Path(config.model_name_or_path).name}, r={config.r}, {machine['device']}", plot_path)
+    print(format_table(results))
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    print(f"{machine['device']}; {versions}; commit {machine['commit'] or 'unknown'}")
+    print(f"wrote {json_path} and {plot_path}")
+
+
+if __name__ == "__main__":
+    main()

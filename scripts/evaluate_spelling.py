@@ -1,0 +1,160 @@
+"""Measure how many held-out words a model pronounces rightly from their spelling, with or without an adapter.
+
+    python scripts/evaluate_spelling.py --model_name_or_path data/smollm2 \\
+        --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --dataset data/cmudict/test.jsonl --limit 200 \\
+        --adapter outputs/demo/dora --json outputs/demo/dora.json
+
+Runs on a GPU where there is one, and as it stands on the CPU: 200 words take about half a minute on 2 cores. Expected
+result: a line such as `dora  exact match 20.0 %  phoneme error rate 33.0 %  (200 words)`; without `--adapter` no word
+is right. Answers are generated greedily, so that the figures repeat. The model sees the records' prompts as they stand,
+the very text that `finetune_llama.py` trains on.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import dora_peft  # noqa: F401 - makes PEFT load the adapters that this package wrote as its own
+
+
+def load_model(
+    name_or_path: str, gguf_file: str | None, adapter: str | None
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Load a causal language model for generation, and the adapter on top of it where one is given.
+
+    Args:
+        name_or_path: a folder or a Hub id.
+        gguf_file: the model's file inside `name_or_path` if it is in GGUF format.
+        adapter: the folder or Hub id of a PEFT adapter.
+
+    Returns:
+        The model in evaluation mode, float32 on the CPU and bfloat16 on a GPU, and its tokenizer, which pads on the
+        left.
+    """
+    on_gpu = torch.cuda.is_available()
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, gguf_file=gguf_file, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(
+        name_or_path, gguf_file=gguf_file, dtype=torch.bfloat16 if on_gpu else torch.float32
+    )
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
+
+
+def read_records(path: Path, limit: int | None) -> list[dict[str, str]]:
+    """Read the first `limit` prompt/completion records of a JSON-lines file.
+
+    Raises:
+        ValueError: the file is empty or a record lacks a key.
+    """
+    with path.open(encoding="utf-8") as lines:
+        records = [json.loads(line) for line in lines][:limit]
+    if not records:
+        raise ValueError(f"{path} holds no record")
+    for number, record in enumerate(records, start=1):
+        if missing := {"prompt", "completion"} - record.keys():
+            raise ValueError(
+                f"{path}, line {number}: expected the keys prompt and completion, missing {sorted(missing)}"
+            )
+    return records
+
+
+def edit_distance(found: Sequence[str], expected: Sequence[str]) -> int:
+    """The least number of insertions, deletions and substitutions that turn `found` into `expected`."""
+    row = list(range(len(expected) + 1))
+    for i, symbol in enumerate(found, start=1):
+        diagonal, row[0] = row[0], i
+        for j, wanted in enumerate(expected, start=1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (symbol != wanted))
+    return row[-1]
+
+
+def score(answers: Sequence[str], completions: Sequence[str]) -> dict[str, float]:
+    """Compare answers with the expected completions, phoneme by phoneme.
+
+    Returns:
+        `exact_match`, the share of answers that are right in full, and `phoneme_error_rate`, the edit distances over
+        the number of expected phonemes; the latter passes 1 where answers are too long.
+    """
+    pairs = [(answer.split(), completion.split()) for answer, completion in zip(answers, completions, strict=True)]
+    errors = sum(edit_distance(found, expected) for found, expected in pairs)
+    return {
+        "exact_match": sum(found == expected for found, expected in pairs) / len(pairs),
+        "phoneme_error_rate": errors / sum(len(expected) for _, expected in pairs),
+    }
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    batch_size: int,
+    max_new_tokens: int,
+) -> list[str]:
+    """Continue every prompt greedily up to the end-of-sequence token."""
+    answers = []
+    with tqdm(total=len(prompts), unit="word") as progress:
+        for start in range(0, len(prompts), batch_size):
+            batch = tokenizer(list(prompts[start : start + batch_size]), padding=True, return_tensors="pt")
+            batch = batch.to(model.device)
+            tokens = model.generate(
+                **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
+            new_tokens = tokens[:, batch["input_ids"].shape[1] :]
+            answers += tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+            progress.update(len(new_tokens))
+    return answers
+
+
+def format_row(result: dict[str, str | int | float]) -> str:
+    """One line of the results."""
+    return (
+        f"{result['name']:<20} exact match {result['exact_match']:6.1%}   "
+        f"phoneme error rate {result['phoneme_error_rate']:7.1%}   ({result['words']} words)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--gguf_file")
+    parser.add_argument("--adapter", help="folder or Hub id; without it the model itself is measured")
+    parser.add_argument("--dataset", type=Path, default=Path("data/cmudict/test.jsonl"))
+    parser.add_argument("--limit", type=int, help="take the first words only")
+    parser.add_argument("--batch_size", type=int, default=50)
+    # Words of 9 letters have at most 16 tokens of phonemes; a model that does not stop is cut here.
+    parser.add_argument("--max_new_tokens", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="write the result and every answer to this file")
+    args = parser.parse_args()
+
+    records = read_records(args.dataset, args.limit)
+    model, tokenizer = load_model(args.model_name_or_path, args.gguf_file, args.adapter)
+    prompts = [record["prompt"] for record in records]
+    completions = [record["completion"] for record in records]
+    answers = generate_answers(model, tokenizer, prompts, args.batch_size, args.max_new_tokens)
+
+    name = Path(args.adapter).name if args.adapter else "without adapter"
+    result = {"name": name, "words": len(records), **score(answers, completions)}
+    for prompt, completion, answer in list(zip(prompts, completions, answers, strict=True))[:5]:
+        print(f"  {prompt}  expected{completion!s:<24}  found {' '.join(answer.split())}")
+    print(format_row(result))
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        rows = [
+            {"prompt": prompt, "expected": completion, "found": answer}
+            for prompt, completion, answer in zip(prompts, completions, answers, strict=True)
+        ]
+        args.json.write_text(json.dumps({**result, "answers": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

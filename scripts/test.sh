@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The whole check, on the CPU: lint, format, types and tests, in an environment that it makes in .venv.
+#
+#     bash scripts/test.sh              # everything, as CI runs it; under 10 minutes on 2 cores
+#     bash scripts/test.sh -k merge     # arguments go to pytest
+#
+# Needs Python 3.10 to 3.13 and access to a package index. Expected result: pytest's summary line last, exit status 0.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup_env.sh
+
+setup_env
+
+say "ruff check"
+"$VENV_PYTHON" -m ruff check .
+say "ruff format"
+"$VENV_PYTHON" -m ruff format --check .
+say "mypy"
+"$VENV_PYTHON" -m mypy
+
+say "pytest"
+# Two workers with one thread each: with torch's default of all cores per process the workers would fight over them.
+export OMP_NUM_THREADS=1
+"$VENV_PYTHON" -m pytest -n 2 --dist worksteal "$@"

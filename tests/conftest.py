@@ -1,0 +1,27 @@
+"""What every test starts from: no network, no telemetry, fixed seeds, and the scripts importable."""
+
+import os
+import sys
+from pathlib import Path
+
+# Before the first import of a Hugging Face library: they read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from transformers import set_seed
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores; several threads each would only wait for one another.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Start every test from the same random numbers, whatever ran before it."""
+    set_seed(0)
