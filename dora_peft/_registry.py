@@ -72,8 +72,8 @@ def add_peft_type(name: str = "DORA") -> None:
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
-    if sys.version_info >= (3, 13):
-        PeftType._hashable_values_.append(name)  # type: ignore[attr-defined]
+    if hasattr(PeftType, "_hashable_values_"):  # some releases of Python 3.13
+        PeftType._hashable_values_.append(name)
     type.__setattr__(PeftType, name, member)
 
 

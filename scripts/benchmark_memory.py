@@ -1,4 +1,4 @@
-"""Memory and speed of LoRA, PEFT's `use_dora` and this package's DoRA, with the norm detached and not, on one configuration.
+"""Memory and speed of LoRA, PEFT's `use_dora`, and this package's DoRA with the norm detached and not, on one YAML.
 
     python scripts/benchmark_memory.py CONFIG.yaml [--steps 10] [--json FILE] [--plot FILE] [--field value ...]
 
@@ -6,10 +6,11 @@ On a laptop without GPU, with the model and the data of `scripts/prepare_smollm2
 
     python scripts/benchmark_memory.py configs/smollm2_135m.yaml --steps 5
 
-Every method runs in a process of its own, on the same batches. Expected result: a table with one line a method and, beside
-each figure, its ratio to LoRA's; the same as JSON; and a bar chart. "saved" is what autograd keeps from forward to backward:
-distinct storages, without parameters and buffers. "peak" is the allocator's peak on a GPU; on the CPU it is the growth of
-the resident set over the loaded model, read every 2 ms. Times are medians over the steps after the warm-up.
+Every method runs in a process of its own, on the same batches. Expected result: a table with one line a method and,
+beside each figure, its ratio to LoRA's; the same as JSON; and a bar chart. "saved" is what autograd keeps from forward
+to backward: distinct storages, without parameters and buffers. "peak" is the allocator's peak on a GPU; on the CPU it
+is the growth of the resident set over the loaded model, read every 2 ms. Times are medians over the steps after two of
+warm-up.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def record_saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
 
 
 class PeakMemory:
-    """Peak memory from `start` to `stop`: the allocator's on a GPU, the resident set's growth over `__init__` on the CPU."""
+    """Peak memory from `start` to `stop`: the allocator's on a GPU, on the CPU the resident set's growth."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -195,7 +196,7 @@ def check_losses(results: Mapping[str, Mapping[str, Any]]) -> None:
     for name, result in results.items():
         if abs(result["first_loss"] - expected) > 0.01 * abs(expected):
             raise RuntimeError(
-                f"{name}: expected the first loss {expected:.4f} of the other methods, found {result['first_loss']:.4f}; "
+                f"{name}: expected the first loss {expected:.4f} of the others, found {result['first_loss']:.4f}; "
                 "the figures cannot be compared."
             )
 

@@ -52,6 +52,8 @@ fi
 mkdir -p "$output"
 # The output of a step goes through tee, and would otherwise come only at its end.
 export PYTHONUNBUFFERED=1
+# PEFT and transformers warn of each other's coming changes, which is for the tests to notice and not for a demo to show.
+export PYTHONWARNINGS=ignore::FutureWarning,ignore::UserWarning
 
 # once NAME SETTINGS COMMAND...: run the command, unless it ended well before under the same settings; its output is kept.
 once() {

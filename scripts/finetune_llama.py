@@ -240,11 +240,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     with staged(output_dir) if is_main else contextlib.nullcontext(output_dir) as folder:
         trainer.save_model(str(folder))
     model.config.use_cache = False
-    metrics = trainer.evaluate() if eval_dataset is not None else {}
+    history, last_step = trainer.state.log_history, trainer.state.global_step
+    metrics = next((entry for entry in history if "eval_loss" in entry and entry["step"] == last_step), {})
+    if eval_dataset is not None and not metrics:
+        metrics = trainer.evaluate()
     if not is_main:
         return
 
-    metrics["train_loss"] = result.training_loss
+    metrics = metrics | {"train_loss": result.training_loss, "step": last_step}
     with staged(output_dir) as folder:
         folder.mkdir()
         trainer.state.save_to_json(str(folder / "trainer_state.json"))

@@ -100,7 +100,7 @@ class FinetuneConfig:
         default="auto",
         metadata=about(
             choices=("auto", "instruction", "prompt_completion", "chat"),
-            help="records of instruction/input/output, of prompt/completion or of messages; auto looks at the first one",
+            help="records of instruction/input/output, prompt/completion or messages; auto looks at the first one",
         ),
     )
     max_length: int = field(
@@ -184,9 +184,11 @@ class FinetuneConfig:
             value = convert(option.name, getattr(self, option.name), hints[option.name])
             check_range(option, value)
             setattr(self, option.name, value)
-        if isinstance(self.target_modules, str) and self.target_modules.isidentifier():
-            # PEFT reads a string as a regular expression for the whole path, which a bare name never matches.
-            self.target_modules = [self.target_modules]
+        for name in ("target_modules", "exclude_modules", "magnitude_only_modules"):
+            modules = getattr(self, name)
+            if isinstance(modules, str) and modules.isidentifier():
+                # PEFT reads a string as a regular expression for the whole path, which a bare name never matches.
+                setattr(self, name, [modules])
         self._check_combinations()
 
     def _check_combinations(self) -> None:

@@ -10,6 +10,7 @@ block-diagonal mask (eager, SDPA and flex attention; FlashAttention for one bloc
 sees another one.
 """
 
+import csv
 import dataclasses
 import functools
 import re
@@ -52,7 +53,13 @@ def load_records(source: str, config_name: str | None, split: str) -> Dataset:
         if not path.read_bytes()[:64].strip():
             raise ValueError(f"{source}: the data set is empty; expected at least one record.")
         request = {"path": FILE_TYPES[path.suffix], "data_files": {split: source}}
-    elif path.suffix in FILE_TYPES or path.is_absolute() or source.startswith("."):
+        if path.suffix == ".csv":
+            # Everything is text: 007, NA and an empty cell stay what they are.
+            with path.open(newline="", encoding="utf-8") as lines:
+                columns = next(csv.reader(lines))
+            features = datasets.Features({name: datasets.Value("string") for name in columns})
+            request |= {"features": features, "keep_default_na": False}
+    elif not path.is_dir() and (path.suffix in FILE_TYPES or path.is_absolute() or source.startswith(".")):
         raise ValueError(f"{source}: no such file or folder; give the path of the data or the id of a Hub data set.")
     else:
         request = {"path": source, "name": config_name}
@@ -131,9 +138,10 @@ def encode_chat(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBa
         ids = list(encoded["input_ids"])
         is_answer = [any(start <= at < end for start, end in spans) for at, _ in encoded["offset_mapping"]]
     end = max((position for position, flag in enumerate(is_answer) if flag), default=-1) + 1
-    if ids[end - 1] != tokenizer.eos_token_id:
+    ids, is_answer = ids[:end], is_answer[:end]
+    if ids[-1] != tokenizer.eos_token_id:
         # Either the template leaves the token out of the turn, or it does not write it at all.
-        ids, is_answer = [*ids[:end], tokenizer.eos_token_id], [*is_answer[:end], True]
+        ids, is_answer = [*ids, tokenizer.eos_token_id], [*is_answer, True]
     return ids, [token if flag else IGNORE for token, flag in zip(ids, is_answer, strict=True)]
 
 

@@ -4,7 +4,8 @@
     python scripts/update_readme.py --check   # exits with 1 if README.md is not what the results say
 
 Expected result: the text between `<!-- table: memory -->` and `<!-- end: memory -->` holds one table per file
-`scripts/benchmarks/results/memory_*.json`, as `scripts/benchmark_memory.py --json` wrote them, with device and versions.
+`scripts/benchmarks/results/memory_*.json`, as `scripts/benchmark_memory.py --json` wrote them, with device and
+versions.
 """
 
 from __future__ import annotations
@@ -20,9 +21,39 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "benchmarks" / "results"
 
 
+NAMES = {
+    "lora": "PEFT LoRA",
+    "peft_dora": "PEFT `use_dora`",
+    "dora": "dora_peft",
+    "dora_not_detached": "dora_peft, `detach_norm=False`",
+}
+COLUMNS = {
+    "trainable_parameters": ("trainable", "{:,.0f}"),
+    "saved_mib": ("saved for backward, MiB", "{:,.0f}"),
+    "peak_mib": ("peak, MiB", "{:,.0f}"),
+    "time_s": ("s/step", "{:.2f}"),
+}
+
+
 def memory_table(result: dict[str, Any]) -> str:
-    """One Markdown table from one result of benchmark_memory.py."""
-    raise NotImplementedError
+    """One Markdown table from one result of benchmark_memory.py; ratios to LoRA in brackets."""
+    config, methods = result["config"], result["methods"]
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    lines = [
+        f"{Path(config['model_name_or_path']).name}, r={config['r']}, dropout {config['lora_dropout']}, batch "
+        f"{config['per_device_train_batch_size']}, {config['dtype']}, on {result['device']} ({versions}, commit "
+        f"{(result['commit'] or 'unknown')[:9]}), medians of {result['steps']} steps:",
+        "",
+        "| | " + " | ".join(title for title, _ in COLUMNS.values()) + " |",
+        "|---|" + "---:|" * len(COLUMNS),
+    ]
+    for name, figures in methods.items():
+        cells = []
+        for key, (_, template) in COLUMNS.items():
+            ratio = figures[key] / methods["lora"][key]
+            cells.append(template.format(figures[key]) + (f" ({ratio:.2f})" if key != "trainable_parameters" else ""))
+        lines.append(f"| {NAMES[name]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> int:
