@@ -73,7 +73,7 @@ def add_peft_type(name: str = "DORA") -> None:
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
     if hasattr(PeftType, "_hashable_values_"):  # some releases of Python 3.13
-        PeftType._hashable_values_.append(name)
+        PeftType._hashable_values_.append(name)  # type: ignore[attr-defined]
     type.__setattr__(PeftType, name, member)
 
 

@@ -52,6 +52,8 @@ fi
 mkdir -p "$output"
 # The output of a step goes through tee, and would otherwise come only at its end.
 export PYTHONUNBUFFERED=1
+# A thread that waits for the others sleeps instead of spinning, which makes steps several times slower on a busy machine.
+export OMP_WAIT_POLICY=PASSIVE
 # PEFT and transformers warn of each other's coming changes, which is for the tests to notice and not for a demo to show.
 export PYTHONWARNINGS=ignore::FutureWarning,ignore::UserWarning
 
