@@ -24,7 +24,10 @@ def staged_directory(target: str) -> Iterator[str]:
 
     On an exception nothing in `target` has changed and the temporary directory is gone.
     """
-    created = not os.path.exists(target)
+    created, folder = [], os.path.abspath(target)
+    while not os.path.exists(folder):
+        created.append(folder)
+        folder = os.path.dirname(folder)
     os.makedirs(target, exist_ok=True)
     staging = tempfile.mkdtemp(prefix=".saving-", dir=target)
     try:
@@ -38,5 +41,6 @@ def staged_directory(target: str) -> Iterator[str]:
             os.replace(source, destination)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        if created and not os.listdir(target):
-            os.rmdir(target)
+        for folder in created:  # the deepest first
+            if not os.listdir(folder):
+                os.rmdir(folder)

@@ -11,8 +11,9 @@ Written against PEFT 0.20.0 to 0.21.2 and transformers 5.23. Each patch acts on 
 4. `PeftModel.load_adapter` and `from_pretrained` leave a half-loaded adapter behind an error: it is taken out again.
 5. `PeftModel.add_adapter` refuses another kind of adapter without saying what to do.
 6. `load_peft_weights` passes on safetensors' error about a damaged file, which names neither file nor cure.
-7. PEFT 0.20 has no per-tuner hooks for the state dict: its two functions are wrapped.
-8. `peft.helpers.rescale_adapter_scale` looks for LoraLayer alone.
+7. transformers' `load_adapter` reads the file by itself: the checks and conversions of a DoRA checkpoint follow it.
+8. PEFT 0.20 has no per-tuner hooks for the state dict: its two functions are wrapped.
+9. `peft.helpers.rescale_adapter_scale` looks for LoraLayer alone.
 """
 
 from __future__ import annotations
@@ -39,9 +40,10 @@ from peft.mapping import (
 )
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import CONFIG_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError
 from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
 
 from ._files import staged_directory
 
@@ -92,6 +94,7 @@ def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
     peft.helpers.LoraLayer = (LoraLayer, layer_cls)  # type: ignore[assignment, misc]
     _patch_config(config_cls)
     _patch_model(layer_cls)
+    _patch_transformers()
     if not hasattr(BaseTuner, "_get_adapter_state_dict"):
         _patch_state_dict_functions()
 
@@ -127,12 +130,7 @@ def _patch_config(config_cls: Any) -> None:
             try:
                 found = original(cls, model_id, **kwargs)
             except ValueError as error:
-                if not os.path.isdir(model_id):
-                    raise
-                raise ValueError(
-                    f"{error}: expected the folder of a saved adapter, found {sorted(os.listdir(model_id))[:5]}. Pass "
-                    "the folder that save_pretrained wrote (an adapter that is not named 'default' has a subfolder)."
-                ) from error
+                raise _with_listing(error, model_id) from error
             if found != "LORA":
                 return found
             # the original has just found or downloaded the file
@@ -149,8 +147,44 @@ def _patch_config(config_cls: Any) -> None:
 
         return from_peft_type
 
+    def from_pretrained(original: Any) -> Any:
+        def from_pretrained(cls: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return original(cls, path, *args, **kwargs)
+            except ValueError as error:
+                raise _with_listing(error, path) from error
+
+        return from_pretrained
+
+    def from_json_file(original: Any) -> Any:
+        def from_json_file(cls: Any, path: str, **kwargs: Any) -> Any:
+            entries = original(cls, path, **kwargs)
+            if not isinstance(entries, dict):
+                raise ValueError(
+                    f"'{path}' is not a JSON object (found {type(entries).__name__}). Save or download the adapter again."
+                )
+            return entries
+
+        return from_json_file
+
+    _patch(PeftConfigMixin, "from_json_file", from_json_file)
+    _patch(PeftConfigMixin, "from_pretrained", from_pretrained)
     _patch(PeftConfigMixin, "_get_peft_type", get_peft_type)
     _patch(PeftConfigMixin, "from_peft_type", from_peft_type)
+
+
+def _with_listing(error: ValueError, path: Any) -> ValueError:
+    """PEFT's "Can't find 'adapter_config.json'", with what is there instead and what to pass."""
+    if (
+        not str(error).startswith(f"Can't find '{CONFIG_NAME}'")
+        or not os.path.isdir(path)
+        or ": expected" in str(error)
+    ):
+        return error
+    return ValueError(
+        f"{error}: expected the folder of a saved adapter, found {sorted(os.listdir(path))[:5]}. Pass the folder that "
+        "save_pretrained wrote (an adapter that is not named 'default' has a subfolder)."
+    )
 
 
 def _read_config(cls: Any, model_id: str, **kwargs: Any) -> dict[str, Any]:
@@ -162,7 +196,7 @@ def _read_config(cls: Any, model_id: str, **kwargs: Any) -> dict[str, Any]:
     return cls.from_json_file(file)
 
 
-# ---- 3 to 6. models
+# ---- 3 to 7. models
 
 
 def _patch_model(layer_cls: type) -> None:
@@ -185,7 +219,9 @@ def _patch_model(layer_cls: type) -> None:
                     original(*bound.args, **bound.kwargs)
                     from .card import complete_model_card
 
-                    complete_model_card(staging, self)
+                    selected = bound.arguments["selected_adapters"] or [self.active_adapter]
+                    name = self.active_adapter if self.active_adapter in selected else selected[0]
+                    complete_model_card(staging, self.peft_config[name])
             except (OSError, SafetensorError) as error:
                 raise OSError(
                     f"Could not save the adapter in '{target}': {error}. Nothing was written or replaced there. Free "
@@ -198,20 +234,17 @@ def _patch_model(layer_cls: type) -> None:
         def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
             if not _is_dora(self):
                 return original(self, model_id, adapter_name, *args, **kwargs)
-            before = set(self.peft_config)
+            from .model import Undo
+
+            undo, known = Undo(self, adapter_name), adapter_name in self.peft_config
             token = _into_dora.set(True)
             try:
                 return original(self, model_id, adapter_name, *args, **kwargs)
             except Exception as error:
-                if adapter_name in self.peft_config and adapter_name not in before:
+                if not known and adapter_name in self.peft_config:
                     self.delete_adapter(adapter_name)
-                if isinstance(error, RuntimeError) and "size mismatch" in str(error):
-                    raise AdapterShapeError(
-                        f"The adapter in '{model_id}' does not fit the model: {error}\nIt was trained on another base "
-                        "model or saved with another rank than its config says. Load it on its own base model, or pass "
-                        "ignore_mismatched_sizes=True to skip these tensors."
-                    ) from error
-                raise
+                undo()
+                raise _explained(error, model_id) from error
             finally:
                 _into_dora.reset(token)
 
@@ -219,12 +252,15 @@ def _patch_model(layer_cls: type) -> None:
 
     def from_pretrained(original: Any) -> Any:
         def from_pretrained(cls: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            adapted = any(isinstance(m, layer_cls) for m in model.modules())
+            from .model import Undo
+
+            undo = Undo(model, kwargs.get("adapter_name", "default"))
             try:
                 return original(cls, model, *args, **kwargs)
             except Exception:
-                if not adapted:
-                    _unwrap(model, layer_cls)
+                if not undo.layers and any(isinstance(m, layer_cls) for m in model.modules()):
+                    undo()
+                    model.__dict__.pop("peft_config", None)
                 raise
 
         return from_pretrained
@@ -245,12 +281,19 @@ def _patch_model(layer_cls: type) -> None:
 
     def load_peft_weights(original: Any) -> Any:
         def load_peft_weights(model_id: str, *args: Any, **kwargs: Any) -> Any:
+            folder = os.path.join(model_id, kwargs.get("subfolder") or "")
+            names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+            if os.path.isdir(folder) and not any(os.path.exists(os.path.join(folder, name)) for name in names):
+                raise ValueError(
+                    f"No {names[0]} or {names[1]} in '{folder}', found {sorted(os.listdir(folder))[:5]}. Save the adapter "
+                    "again, or download it completely."
+                )
             try:
                 return original(model_id, *args, **kwargs)
             except SafetensorError as error:
                 raise UnreadableAdapterError(
-                    f"Cannot read adapter_model.safetensors of '{model_id}': {error}. The file is truncated or not a "
-                    "safetensors file; save or download the adapter again."
+                    f"Cannot read {names[0]} of '{model_id}': {error}. The file is truncated or not a safetensors file; "
+                    "save or download the adapter again."
                 ) from error
 
         return load_peft_weights
@@ -262,7 +305,7 @@ def _patch_model(layer_cls: type) -> None:
 
                 remove_generic_card(str(working_dir))
                 self.create_or_update_model_card(str(working_dir))
-                complete_model_card(str(working_dir), self, repo_id)
+                complete_model_card(str(working_dir), self.active_peft_config, repo_id)
             return original(self, working_dir, repo_id, *args, **kwargs)
 
         return _upload_modified_files
@@ -276,19 +319,70 @@ def _patch_model(layer_cls: type) -> None:
         _patch(module, "load_peft_weights", load_peft_weights)
 
 
-def _unwrap(model: nn.Module, layer_cls: type) -> None:
-    """Put the base layers back where an adapter could not be loaded."""
-    parent: Any
-    for parent in list(model.modules()):
-        if isinstance(parent, layer_cls):
+def _explained(error: Exception, model_id: Any) -> Exception:
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in ("size mismatch", "mismatched_sizes")):
+        return AdapterShapeError(
+            f"The adapter in '{model_id}' does not fit the model: {error}\nIt was trained on another base model, or saved "
+            "with another rank than its config says. Load it on its own base model, or pass "
+            "ignore_mismatched_sizes=True to skip these tensors."
+        )
+    return error
+
+
+def _patch_transformers() -> None:
+    def load_adapter(original: Any) -> Any:
+        signature = inspect.signature(original)
+
+        def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+            from .model import Undo
+
+            bound = signature.bind(self, *args, **kwargs)
+            bound.apply_defaults()
+            name = bound.arguments["adapter_name"] or "default"
+            known = set(getattr(self, "peft_config", {})) if self._hf_peft_config_loaded else set()
+            undo = Undo(self, name)
+            try:
+                info = original(self, *args, **kwargs)
+                if self.peft_config[name].peft_type == "DORA":
+                    _check_loaded(self, name, bound.arguments)
+                return info
+            except Exception as error:
+                config = getattr(self, "peft_config", {}).get(name)
+                if name in known or config is None or config.peft_type != "DORA":
+                    raise
+                undo()
+                del self.peft_config[name]
+                if not self.peft_config:
+                    del self.peft_config
+                    self._hf_peft_config_loaded = False
+                raise _explained(error, bound.arguments["peft_model_id"]) from error
+
+        return load_adapter
+
+    _patch(PeftAdapterMixin, "load_adapter", load_adapter)
+
+
+def _check_loaded(model: Any, adapter_name: str, arguments: dict[str, Any]) -> None:
+    """What loading through PEFT checks and converts, after transformers has read the same file."""
+    from .checkpoint import MAGNITUDE, from_checkpoint
+
+    tensors = arguments["adapter_state_dict"]
+    if tensors is None:
+        options = {**(arguments["adapter_kwargs"] or {}), **arguments["kwargs"]}
+        hub = {k: options[k] for k in ("token", "revision", "subfolder", "cache_dir") if options.get(k) is not None}
+        path = arguments["peft_model_id"]
+        tensors = peft.utils.save_and_load.load_peft_weights(path, device="cpu", **hub)
+    converted = from_checkpoint(model, adapter_name, tensors)
+    for name, layer in model.named_modules():
+        if adapter_name not in getattr(layer, MAGNITUDE, {}):
             continue
-        for name, child in list(parent.named_children()):
-            if isinstance(child, layer_cls):
-                setattr(parent, name, child.get_base_layer())  # type: ignore[attr-defined]
-    model.__dict__.pop("peft_config", None)
+        keys = [f"{prefix}{name}.{MAGNITUDE}.weight" for prefix in ("", "base_model.model.")]
+        value = next((converted[key] for key in keys if key in converted), None)
+        if value is not None:  # differs from what was read for grouped convolutions
+            layer.magnitude(adapter_name).data.copy_(value)
 
 
-# ---- 7. PEFT 0.20
+# ---- 8. PEFT 0.20
 
 
 def _patch_state_dict_functions() -> None:

@@ -20,14 +20,14 @@ def remove_generic_card(folder: str) -> None:
             os.remove(path)
 
 
-def complete_model_card(folder: str, model: Any, repo_id: str | None = None) -> None:
-    """Add or replace the DoRA section of the README.md that PEFT wrote into `folder`."""
+def complete_model_card(folder: str, config: Any, repo_id: str | None = None) -> None:
+    """Add or replace the DoRA section, for an adapter's `config`, of the README.md that PEFT wrote into `folder`."""
     path = os.path.join(folder, "README.md")
     card = ModelCard.load(path)
     card.data["tags"] = sorted({*(card.data.get("tags") or []), "dora", "lora"})
     before, _, rest = card.text.partition(_START)
-    after = rest.partition(_END)[2]
-    section = _section(model.active_peft_config, card.data.get("base_model"), repo_id or "<this repository or folder>")
+    after = rest.partition(_END)[2].lstrip("\n")
+    section = _section(config, card.data.get("base_model"), repo_id or "<this repository or folder>")
     card.text = f"{before.rstrip()}\n\n{_START}\n{section}\n{_END}\n{after}".lstrip()
     card.save(path)
 

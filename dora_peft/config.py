@@ -35,6 +35,7 @@ REFUSED = {
     "ensure_weight_tying": (
         "tied layers share A and B transposed, but their magnitudes have different lengths; train one of the two layers"
     ),
+    "eva_config": "it belongs to init_lora_weights='eva', which PEFT computes for its own LoRA models only",
     "runtime_config": "ephemeral_gpu_offload belongs to PEFT's dense norm; the factored norm needs no such offload",
 }
 _REFUSED_INIT = {
@@ -163,7 +164,10 @@ class DoraConfig(PeftConfig):
     def _check(self) -> None:
         for name, value in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ValueError(f"`r` should be a positive integer value but the value passed is {value!r} ({name})")
+                raise ValueError(
+                    f"`r` should be a positive integer value but the value passed is {value!r} ({name}), "
+                    "take for example r=8"
+                )
         choices = {
             "bias": ("none", "all", "lora_only"),
             "dropout_mode": ("branch", "paper"),
@@ -251,7 +255,7 @@ class DoraConfig(PeftConfig):
                 "with peft.LoraConfig, or train a DoRA adapter."
             )
         auto_mapping = dict(kwargs.pop("auto_mapping", None) or {})
-        own = auto_mapping.pop(MARKER, {})
+        own, in_file = auto_mapping.pop(MARKER, {}), kwargs.get("rank_pattern") or {}
         kwargs.update({name: value for name, value in own.items() if name in _own_fields(cls)})
         known = {f.name for f in fields(cls)} | REFUSED.keys() | _IGNORED
         # a field that PEFT added later, at a value that switches it off, changes nothing
@@ -260,7 +264,10 @@ class DoraConfig(PeftConfig):
             warnings.warn(
                 f"Unexpected keyword arguments {unknown} for class DoraConfig, these are ignored.", stacklevel=2
             )
-        return cls(auto_mapping=auto_mapping or None, **{k: v for k, v in kwargs.items() if k in known})
+        config = cls(auto_mapping=auto_mapping or None, **{k: v for k, v in kwargs.items() if k in known})
+        if "rank_pattern" in own:  # the file has more entries than ours: those of the magnitude-only modules
+            config.magnitude_only_ranks.update({k: v for k, v in in_file.items() if k not in config.rank_pattern})
+        return config
 
     @classmethod
     def from_pretrained(

@@ -17,9 +17,9 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
     replicate_layers,
 )
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper, save_and_load
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
-from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights
 from torch import Tensor, nn
 
 from . import functional
@@ -51,11 +51,17 @@ class DoraModel(BaseTuner):
     # ---- finding and wrapping
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        before = {id(module) for module in model.modules() if isinstance(module, DoraLayer)}
+        undo = Undo(model, adapter_name)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            config: Any = self.peft_config[adapter_name]
+            found = any(isinstance(m, DoraLayer) and adapter_name in m.lora_magnitude_vector for m in model.modules())
+            if (
+                not found and config.target_modules != DUMMY_TARGET_MODULES
+            ):  # PEFT 0.20 overlooks it in a second adapter
+                raise ValueError(f"Target modules {config.target_modules} not found in the base model.")
         except Exception as error:
-            _roll_back(model, adapter_name, before)
+            undo()
             if isinstance(error, ValueError) and "not found in the base model" in str(error):
                 names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if layer_class(m) is not None})
                 raise type(error)(
@@ -317,9 +323,9 @@ class DoraModel(BaseTuner):
             raise ValueError(
                 f"Cannot hot-swap adapter '{adapter_name}' while it is merged. Call unmerge_adapter() first."
             )
-        tensors = from_checkpoint(self.model, adapter_name, load_peft_weights(path, device=torch_device))
+        tensors = from_checkpoint(self.model, adapter_name, save_and_load.load_peft_weights(path, device=torch_device))
         tensors = self._remap_keys(self.model, adapter_name, tensors)
-        current = {n: p for n, p in self.model.named_parameters() if _belongs_to(n, layers, adapter_name)}
+        current = {n: p for n, p in self.model.named_parameters() if _is_of(n, adapter_name)}
         different = sorted(set(current) ^ set(tensors)) or sorted(
             k for k in current if current[k].shape != tensors[k].shape
         )
@@ -370,13 +376,13 @@ class DoraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """PiSSA and its kin moved s B0 A0 out of the base weight: W_res + s B A = W0 + s (B A - B0 A0), so the factors
         of the unmutated base are [A; A0] and [B, -B0], and the magnitude stays as it is."""
-        return _subtract_initial(output_state_dict, load_peft_weights(path, device="cpu"))
+        return _subtract_initial(output_state_dict, save_and_load.load_peft_weights(path, device="cpu"))
 
     def subtract_mutated_init(
         self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None
     ) -> dict[str, Tensor]:
         """The same for PEFT 0.20, which loads the initial adapter beside the trained one."""
-        initial = get_peft_model_state_dict(self, adapter_name=adapter_name)
+        initial = save_and_load.get_peft_model_state_dict(self, adapter_name=adapter_name)
         return _subtract_initial(output_state_dict, {f"base_model.{key}": value for key, value in initial.items()})
 
 
@@ -394,15 +400,38 @@ def _subtract_initial(trained: dict[str, Tensor], initial: dict[str, Tensor]) ->
     return out
 
 
-def _roll_back(model: nn.Module, adapter_name: str, before: set[int]) -> None:
-    """Take out what a failed injection has put in, so that the model is as it was."""
-    parent: Any
-    for parent in list(model.modules()):
-        for name, child in [] if isinstance(parent, DoraLayer) else list(parent.named_children()):
-            if isinstance(child, DoraLayer) and id(child) not in before:
-                setattr(parent, name, child.get_base_layer())
-            elif isinstance(child, DoraLayer) and adapter_name in child.lora_magnitude_vector:
-                child.delete_adapter(adapter_name)
+class Undo:
+    """Takes an adapter that could not be created or loaded out of a model, which then is as it was at construction.
+
+    An adapter that existed already keeps its old tensors.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
+        self.model, self.adapter_name = model, adapter_name
+        self.layers = {id(m): m for m in model.modules() if isinstance(m, DoraLayer)}
+        self.existed = any(adapter_name in layer.lora_magnitude_vector for layer in self.layers.values())
+        self.trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        old = ((n, p) for n, p in model.named_parameters() if self.existed and _is_of(n, adapter_name))
+        self.tensors = [(parameter, parameter.detach().clone()) for _, parameter in old]
+
+    def __call__(self) -> None:
+        parent: Any
+        for parent in list(self.model.modules()):
+            for name, child in [] if isinstance(parent, DoraLayer) else list(parent.named_children()):
+                if isinstance(child, DoraLayer) and id(child) not in self.layers:
+                    setattr(parent, name, child.get_base_layer())
+                elif isinstance(child, DoraLayer) and not self.existed and self.adapter_name in child.r:
+                    child.delete_adapter(self.adapter_name)
+        for parameter, requires_grad in self.trainable:
+            parameter.requires_grad_(requires_grad)
+        with torch.no_grad():
+            for parameter, tensor in self.tensors:
+                parameter.copy_(tensor)
+
+
+def _is_of(parameter_name: str, adapter: str) -> bool:
+    rest = parameter_name.rpartition(".lora_")[2]
+    return rest != parameter_name and (f".{adapter}." in rest or rest.endswith(f".{adapter}"))
 
 
 def _pass_names(module: nn.Module, args: Any, kwargs: dict[str, Any], names: list[str]) -> tuple[Any, dict[str, Any]]:
@@ -414,11 +443,6 @@ def _for_magnitude_only(config: DoraConfig) -> DoraConfig:
     view = copy.copy(config)
     view.target_modules = config.magnitude_only_modules
     return view
-
-
-def _belongs_to(parameter_name: str, layers: dict[str, Any], adapter: str) -> bool:
-    layer, _, rest = parameter_name.rpartition(".lora_")
-    return layer in layers and (f".{adapter}." in rest or rest.endswith(f".{adapter}"))
 
 
 @torch.no_grad()

@@ -104,9 +104,9 @@ def test_dora_options_reach_the_adapter(tmp_path: Path) -> None:
 
 def test_magnitudes_have_their_rate_and_no_decay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     optimizers = []
-    create = finetune_llama.DecayTrainer.create_optimizer
+    create = finetune_llama.AnswerTrainer.create_optimizer
     monkeypatch.setattr(
-        finetune_llama.DecayTrainer,
+        finetune_llama.AnswerTrainer,
         "create_optimizer",
         lambda self, model=None: optimizers.append(create(self, model)) or self.optimizer,
     )
@@ -125,6 +125,16 @@ def test_gradient_checkpointing_and_accumulation_leave_the_losses(tmp_path: Path
         assert one == pytest.approx(other, rel=1e-4)
 
 
+def test_eval_loss_is_the_mean_over_answer_tokens(tmp_path: Path) -> None:
+    config = make_config(tmp_path, max_steps=1)
+    losses = []
+    for number, flags in enumerate([[], ["--per_device_eval_batch_size", 4], ["--packing", "--max_length", 48]]):
+        # A step too small to matter: packing changes the training batch.
+        finetune(config, "--output_dir", tmp_path / str(number), "--learning_rate", 1e-12, *flags)
+        losses.append(json.loads((tmp_path / str(number) / "eval_results.json").read_text())["eval_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
 def test_a_killed_run_resumes_with_the_same_curve(tmp_path: Path) -> None:
     config = make_config(tmp_path, lora_dropout=0.1, max_steps=10, save_steps=3, eval_steps=5)
     finetune(config, "--output_dir", tmp_path / "whole")
@@ -134,14 +144,14 @@ def test_a_killed_run_resumes_with_the_same_curve(tmp_path: Path) -> None:
 import os, signal, sys, transformers
 sys.path.insert(0, {str(SCRIPT.parent)!r})
 import finetune_llama
-step = finetune_llama.DecayTrainer.training_step
+step = finetune_llama.AnswerTrainer.training_step
 calls = []
 def killing_step(*args, **kwargs):
     calls.append(1)
     if len(calls) == 8:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(*args, **kwargs)
-finetune_llama.DecayTrainer.training_step = killing_step
+finetune_llama.AnswerTrainer.training_step = killing_step
 finetune_llama.main([{str(config)!r}, "--output_dir", {str(killed)!r}])
 """
     process = subprocess.run([sys.executable, "-c", program], env=subprocess_environment(tmp_path), capture_output=True)
@@ -162,23 +172,11 @@ finetune_llama.main([{str(config)!r}, "--output_dir", {str(killed)!r}])
 
 @pytest.mark.distributed
 def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
-    config = make_config(tmp_path, max_steps=4, per_device_eval_batch_size=2)
+    config = make_config(tmp_path, max_steps=4)
     finetune(config, "--output_dir", tmp_path / "one")
-    launcher = [
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(ROOT / "configs/accelerate/cpu_2_processes.yaml"),
-    ]
-    launcher += ["--main_process_port", "0"]
-    flags = [
-        "--per_device_train_batch_size",
-        "2",
-        "--per_device_eval_batch_size",
-        "1",
-        "--output_dir",
-        str(tmp_path / "two"),
-    ]
+    launcher = ["-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
+    launcher += [str(ROOT / "configs/accelerate/cpu_2_processes.yaml")]
+    flags = ["--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "two")]
     process = subprocess.run(
         [sys.executable, *launcher, str(SCRIPT), str(config), *flags],
         env=subprocess_environment(tmp_path),
