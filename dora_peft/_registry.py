@@ -19,6 +19,7 @@ Written against PEFT 0.20.0 to 0.21.2 and transformers 5.23. Each patch acts on 
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import shutil
 import sys
@@ -158,10 +159,14 @@ def _patch_config(config_cls: Any) -> None:
 
     def from_json_file(original: Any) -> Any:
         def from_json_file(cls: Any, path: str, **kwargs: Any) -> Any:
-            entries = original(cls, path, **kwargs)
+            try:
+                entries = original(cls, path, **kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"'{path}' is not JSON: {error}. Save or download the adapter again.") from error
             if not isinstance(entries, dict):
                 raise ValueError(
-                    f"'{path}' is not a JSON object (found {type(entries).__name__}). Save or download the adapter again."
+                    f"'{path}' is not a JSON object (found {type(entries).__name__}). Save or download the adapter "
+                    "again."
                 )
             return entries
 
@@ -285,15 +290,15 @@ def _patch_model(layer_cls: type) -> None:
             names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
             if os.path.isdir(folder) and not any(os.path.exists(os.path.join(folder, name)) for name in names):
                 raise ValueError(
-                    f"No {names[0]} or {names[1]} in '{folder}', found {sorted(os.listdir(folder))[:5]}. Save the adapter "
-                    "again, or download it completely."
+                    f"No {names[0]} or {names[1]} in '{folder}', found {sorted(os.listdir(folder))[:5]}. Save the "
+                    "adapter again, or download it completely."
                 )
             try:
                 return original(model_id, *args, **kwargs)
             except SafetensorError as error:
                 raise UnreadableAdapterError(
-                    f"Cannot read {names[0]} of '{model_id}': {error}. The file is truncated or not a safetensors file; "
-                    "save or download the adapter again."
+                    f"Cannot read {names[0]} of '{model_id}': {error}. The file is truncated or not a safetensors "
+                    "file; save or download the adapter again."
                 ) from error
 
         return load_peft_weights
@@ -322,8 +327,8 @@ def _patch_model(layer_cls: type) -> None:
 def _explained(error: Exception, model_id: Any) -> Exception:
     if isinstance(error, RuntimeError) and any(words in str(error) for words in ("size mismatch", "mismatched_sizes")):
         return AdapterShapeError(
-            f"The adapter in '{model_id}' does not fit the model: {error}\nIt was trained on another base model, or saved "
-            "with another rank than its config says. Load it on its own base model, or pass "
+            f"The adapter in '{model_id}' does not fit the model: {error}\nIt was trained on another base model, or "
+            "saved with another rank than its config says. Load it on its own base model, or pass "
             "ignore_mismatched_sizes=True to skip these tensors."
         )
     return error

@@ -13,6 +13,7 @@ A convolution's kernel is flattened: in = in_channels * prod(kernel_size). An em
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,8 +23,9 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# One dense block in the accumulation dtype. Norm, product and one copy may be alive together: below 64 MiB in all.
-BLOCK_BYTES = 16 * 2**20
+# One dense block in the accumulation dtype. Four may be alive together (rows, product, sum, square): below 64 MiB in
+# all.
+BLOCK_BYTES = 12 * 2**20
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -51,7 +53,10 @@ class BaseWeight:
 
     def rows(self, index: Tensor) -> Tensor:
         """The rows of `index` [k], densely: [k, in]."""
-        return torch.cat([self.block(i, i + 1) for i in index.tolist()])
+        out = torch.empty(len(index), self.in_features, dtype=self.dtype, device=self.device)
+        for position, i in enumerate(index.tolist()):
+            out[position] = self.block(i, i + 1)[0]
+        return out
 
     def row_norms_squared(self) -> Tensor:
         out = torch.empty(self.out_features, dtype=self.dtype, device=self.device)
@@ -100,7 +105,11 @@ class Dense(BaseWeight):
         new = torch.empty_like(self.weight)
         for start in range(0, self.out_features, self.dense_rows):
             stop = min(start + self.dense_rows, self.out_features)
-            self.view(new)[start:stop] = rows(self.block(start, stop), start, stop).to(new.dtype)
+            part = rows(self.block(start, stop), start, stop).to(new.dtype)
+            if new.dim() > 2:  # flattening a channels_last kernel would copy it
+                new[start:stop] = part.view(new[start:stop].shape)
+            else:
+                self.view(new)[start:stop] = part
         return nn.Parameter(new, requires_grad=False)
 
 
@@ -164,12 +173,7 @@ class Bnb4bit(BaseWeight):
 
     def __init__(self, layer: Any, weight: Any) -> None:
         self.layer, self.weight = layer, weight
-        self.data, self.state = weight.data, weight.quant_state
-        if getattr(self.state, "packing_format_for_cpu", False):
-            # an evaluation on a CPU with AVX512-BF16 repacks the weight in place (bitsandbytes >= 0.49)
-            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-            self.data, self.state = _convert_weight_packed_for_cpu_inverse(weight.data, weight.quant_state)
+        self.data, self.state = _unpacked(weight)
         out_features, in_features = self.state.shape
         super().__init__(out_features, in_features, torch.float32, weight.device)
         # the least number of rows that fills whole quantisation blocks
@@ -214,6 +218,29 @@ class Bnb4bit(BaseWeight):
             module=self.layer,
         )
         return new.to(self.device)
+
+
+def _unpacked(weight: Any) -> tuple[Tensor, Any]:
+    """Data and quantisation state of a 4-bit weight in row order.
+
+    An evaluation on a CPU with AVX512-BF16 repacks both in place (bitsandbytes >= 0.49), with fp32 statistics as bf16.
+    """
+    if not getattr(weight.quant_state, "packing_format_for_cpu", False):
+        return weight.data, weight.quant_state
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    state = copy.copy(weight.quant_state)  # the inverse writes into it, and leaves the statistics transposed
+    absmax = state.absmax.T.reshape(-1).float()
+    data, _ = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    state.absmax, state.nested = absmax, False
+    return data, state
+
+
+def unpack_for_training(layer: Any) -> None:
+    """Undo bitsandbytes' repacking for evaluation: its product of a packed weight has no gradient for the input."""
+    weight: Any = getattr(layer, "weight", None)
+    if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
+        weight.data, weight.quant_state = _unpacked(weight)
 
 
 class Dequantized(Dense):

@@ -54,30 +54,43 @@ class _WeightNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, lora_A, lora_B, weight, base_squared, scaling):
-        acc = base_squared.dtype
-        norm = norm_squared(weight, base_squared, lora_A.to(acc), lora_B.to(acc), scaling).clamp_(min=0).sqrt_()
-        norm = torch.maximum(norm, floor(base_squared))
+    def forward(ctx, lora_A, lora_B, weight, norm, scaling):
         ctx.save_for_backward(lora_A, lora_B, norm)
         ctx.weight, ctx.scaling = weight, scaling
-        return norm
+        return norm.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         lora_A, lora_B, norm = ctx.saved_tensors
         weight, s = ctx.weight, ctx.scaling
-        A, B = lora_A.to(norm.dtype), lora_B.to(norm.dtype)
-        h = (grad / norm)[:, None]  # [out, 1]
-        hB = h * B  # [out, r]
-        grad_A = s * weight.vjp(hB) + s**2 * ((B.T @ hB) @ A)  # [r, in]
-        grad_B = s * h * (weight.times(A) + s * (B @ (A @ A.T)))  # [out, r]
+        with torch.autocast(grad.device.type, enabled=False):
+            A, B = lora_A.to(norm.dtype), lora_B.to(norm.dtype)
+            h = (grad / norm)[:, None]  # [out, 1]
+            hB = h * B  # [out, r]
+            grad_A = s * weight.vjp(hB) + s**2 * ((B.T @ hB) @ A)  # [r, in]
+            grad_B = s * h * (weight.times(A) + s * (B @ (A @ A.T)))  # [out, r]
         return grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), None, None, None
 
 
-def weight_norm(weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """v [out], differentiable with respect to A and B; equals `reference.weight_norm(W0, A, B, s)`."""
-    return _WeightNorm.apply(lora_A, lora_B, weight, base_squared, scaling)
+def weight_norm(
+    weight: BaseWeight,
+    base_squared: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    value: Tensor | None = None,
+) -> Tensor:
+    """v [out], differentiable with respect to A and B; equals `reference.weight_norm(W0, A, B, s)`.
+
+    `value` is v where it is known already; only its gradient is computed then.
+    """
+    if value is None:
+        with torch.no_grad(), torch.autocast(lora_A.device.type, enabled=False):
+            A, B = lora_A.to(base_squared.dtype), lora_B.to(base_squared.dtype)
+            value = norm_squared(weight, base_squared, A, B, scaling).clamp_(min=0).sqrt_()
+            value = torch.maximum(value, floor(base_squared))
+    return _WeightNorm.apply(lora_A, lora_B, weight, value, scaling)
 
 
 def scale(magnitude: Tensor, norm: Tensor, tied: Tensor | None) -> Tensor:
@@ -174,6 +187,6 @@ def truncate(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]
     """The best rank-`rank` approximation of B A (truncated SVD through two thin QR decompositions, no [out, in])."""
     q_B, r_B = torch.linalg.qr(lora_B)  # [out, k], [k, r]
     q_A, r_A = torch.linalg.qr(lora_A.T)  # [in, k], [k, r]
-    u, sigma, vh = torch.linalg.svd(r_B @ r_A.T)
+    u, sigma, vh = torch.linalg.svd(r_B @ r_A.T, full_matrices=False)
     root = sigma[:rank].sqrt()
     return (root[:, None] * vh[:rank]) @ q_A.T, q_B @ (u[:, :rank] * root)

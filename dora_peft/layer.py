@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import functional
 from . import norm as _norm
-from .base_weight import BaseWeight, base_weight
+from .base_weight import BaseWeight, base_weight, unpack_for_training
 from .config import DoraConfig
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -38,6 +38,10 @@ class Magnitude(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(value)
         self.instances.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.instances.add(self)  # copied or unpickled
 
     def cast(self, dtype: torch.dtype) -> None:
         """Change the dtype, low precision included: on explicit request only."""
@@ -92,7 +96,7 @@ class DoraLayer(BaseTunerLayer):
         self.in_features, self.out_features = features
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self._norms: dict[str, _norm.Norm] = {}
-        self._base_norm: tuple[Any, Tensor] | None = None
+        self._base_norm = _norm.Cached()
         # the unmerged weight parameter while adapters are merged; in a tuple, so that it is not registered
         self._original: tuple[nn.Parameter] | None = None
         self._active_adapter = adapter_name
@@ -216,7 +220,7 @@ class DoraLayer(BaseTunerLayer):
             lora_A, lora_B = self.factors(adapter)
             if torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
                 value = functional.weight_norm(
-                    self.base_weight(), _norm.base_squared(self), lora_A, lora_B, self.scaling[adapter]
+                    self.base_weight(), _norm.base_squared(self), lora_A, lora_B, self.scaling[adapter], value
                 )
         return functional.scale(self.magnitude(adapter).view(-1), value, norm.tied)
 
@@ -235,6 +239,8 @@ class DoraLayer(BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        if self.training:
+            unpack_for_training(self.get_base_layer())
         out = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return out

@@ -4,7 +4,8 @@ v depends on A, B, s and W0 only, so it needs one refresh per optimizer step, wh
 is kept per layer and adapter beside a key of everything that it was computed from: a forward pass compares the key and
 recomputes v where it differs. The key holds
 
-    - storage address, version counter, dtype and device of A, B and W0: in-place edits, loads, moves, casts, merges;
+    - identity, storage address, version counter, dtype and device of A, B and W0: in-place edits, loads, moves, casts,
+      merges;
     - the scaling: rescaling an adapter;
     - the number of optimizer steps in this process: optimizers that write through raw pointers or `.data`
       (bitsandbytes) leave the version counters alone, but run the optimizer-step hooks.
@@ -15,6 +16,7 @@ finds such writes by recomputing v at every use.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,12 +25,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import functional
 
 if TYPE_CHECKING:
     from .layer import DoraLayer
 
+# A number for every tensor that was seen: addresses alone are reused.
+_numbers = WeakIdKeyDictionary()
+_count = itertools.count()
 _optimizer_steps = 0
 _checking = False
 
@@ -42,7 +48,18 @@ register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 @dataclass
-class Norm:
+class Cached:
+    """A value beside the key of what it was computed from. The key means nothing in a copy or another process."""
+
+    value: Tensor | None = None
+    key: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "key": None}
+
+
+@dataclass
+class Norm(Cached):
     """v and what belongs to it, for one adapter of one layer.
 
     Attributes:
@@ -52,10 +69,8 @@ class Norm:
         key: What `value` was computed from.
     """
 
-    value: Tensor | None = None
     tied: Tensor | None = None
     settled: bool = False
-    key: Any = None
 
 
 def _identity(tensor: Tensor) -> Any:
@@ -65,17 +80,20 @@ def _identity(tensor: Tensor) -> Any:
     try:
         address = tensor.data_ptr()
     except RuntimeError:  # a tensor subclass without storage of its own
-        address = id(tensor)
-    return address, tensor._version, tensor.dtype, tensor.device, tuple(tensor.shape)
+        address = 0
+    if tensor not in _numbers:
+        _numbers[tensor] = next(_count)
+    return _numbers[tensor], address, tensor._version, tensor.dtype, tensor.device, tuple(tensor.shape)
 
 
 def base_squared(layer: DoraLayer) -> Tensor:
     """||W0||^2 per output row [out]; computed once, again only after W0 changed."""
     weight = layer.original_weight()
     key = _identity(weight) if isinstance(weight, Tensor) else id(weight)
-    if layer._base_norm is None or layer._base_norm[0] != key:
-        layer._base_norm = (key, layer.base_weight().row_norms_squared())
-    return layer._base_norm[1]
+    cached = layer._base_norm
+    if cached.value is None or cached.key != key:
+        cached.value, cached.key = layer.base_weight().row_norms_squared(), key
+    return cached.value
 
 
 def _compute(layer: DoraLayer, adapter: str) -> Tensor:
@@ -157,7 +175,7 @@ def refresh(model: nn.Module) -> None:
     for module in model.modules():
         norms = getattr(module, "_norms", None)
         if isinstance(norms, dict):
-            module._base_norm = None
+            module._base_norm.key = None
             for norm in norms.values():
                 norm.key = None
 

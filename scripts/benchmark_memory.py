@@ -122,6 +122,11 @@ def enable_checkpointing(model: nn.Module) -> None:
     enable({"use_reentrant": False})
 
 
+def choose_device(config: FinetuneConfig) -> torch.device:
+    """The GPU if there is one and `use_cpu` does not forbid it."""
+    return torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+
+
 def measure(config: FinetuneConfig, num_steps: int, label: str) -> dict[str, Any]:
     """Train for some steps and measure them.
 
@@ -132,7 +137,7 @@ def measure(config: FinetuneConfig, num_steps: int, label: str) -> dict[str, Any
     tokenizer = load_tokenizer(config)
     dataset, _ = load_datasets(dataclasses.replace(config, eval_dataset=None, eval_size=0, eval_steps=None), tokenizer)
     steps = make_steps(config, dataset, tokenizer.pad_token_id, WARMUP_STEPS + num_steps)
-    device = torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    device = choose_device(config)
     set_seed(config.seed)
     model = build_model(config, tokenizer).to(device).train()
     if config.gradient_checkpointing:
@@ -201,18 +206,16 @@ def check_losses(results: Mapping[str, Mapping[str, Any]]) -> None:
             )
 
 
-def describe_machine() -> dict[str, Any]:
-    """Device, versions of the packages, and git commit if there is one."""
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Device, threads, versions of the packages, and git commit if there is one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     except FileNotFoundError:
         commit = None
-    is_cuda = torch.cuda.is_available()
     return {
-        "device": torch.cuda.get_device_name()
-        if is_cuda
-        else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")}
         | {"dora_peft": dora_peft.__version__},
@@ -251,10 +254,10 @@ def draw_bars(results: Mapping[str, Mapping[str, Any]], title: str, path: Path) 
     figure.suptitle(title)
     panels = {"peak_mib": "peak memory, MiB", "saved_mib": "saved for backward, MiB", "time_s": "seconds per step"}
     for axes, (key, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        bars = axes.bar(list(results), [result[key] for result in results.values()], color="tab:blue")
+        names = [name.replace("_", "\n", 1) for name in results]
+        bars = axes.bar(names, [result[key] for result in results.values()], color="tab:blue")
         axes.bar_label(bars, fmt="%.4g")
         axes.set_title(label)
-        axes.tick_params(axis="x", rotation=20)
         axes.margins(y=0.15)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -299,7 +302,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     results = {name: run_worker(name, argv) for name in options.methods}
     check_losses(results)
-    machine = describe_machine()
+    device = choose_device(config)
+    machine = describe_machine(device)
     json_path = options.json or Path(config.output_dir) / "memory.json"
     report = {**machine, "steps": options.steps, "config": dataclasses.asdict(config), "methods": results}
     json_path.parent.mkdir(parents=True, exist_ok=True)
@@ -308,7 +312,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     draw_bars(results, f"{Path(config.model_name_or_path).name}, r={config.r}, {machine['device']}", plot_path)
     print(format_table(results))
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    print(f"{machine['device']}; {versions}; commit {machine['commit'] or 'unknown'}")
+    peak = "peak of the allocator" if device.type == "cuda" else "growth of the resident set over the loaded model"
+    print(f"peak: {peak}; saved: kept from forward to backward; s/step: median of {options.steps}")
+    print(f"{machine['device']}, threads {machine['threads']}; {versions}; commit {machine['commit'] or 'unknown'}")
     print(f"wrote {json_path} and {plot_path}")
 
 

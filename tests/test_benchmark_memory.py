@@ -134,13 +134,13 @@ def test_one_whole_run(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkey
     flags = ["--steps", "2", "--methods", "lora,dora", "--json", str(figures), "--plot", str(plot), "--r", "3"]
     benchmark_memory.main([str(make_config(tmp_path)), *flags])
     out = capfd.readouterr().out
-    assert "dora" in out.splitlines()[-3]
+    assert "dora" in out.splitlines()[-4]
     assert "(1.00x)" in out
     report = json.loads(figures.read_text(encoding="utf-8"))
     assert list(report["methods"]) == ["lora", "dora"]
     assert set(report["versions"]) == {"torch", "transformers", "peft", "dora_peft"}
     assert (report["steps"], report["config"]["r"]) == (2, 3)
-    assert {"device", "commit", "python"} <= set(report)
+    assert {"device", "threads", "commit", "python"} <= set(report)
     assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 

@@ -981,3 +981,18 @@ def test_a_refused_layer_is_left_as_it_was():
     with pytest.raises(ValueError, match="'layer'"):
         get_peft_model(base, DoraConfig(r=500, target_modules=["layer"]))
     assert base.layer is before
+
+
+def test_four_bit_base_trains_after_an_evaluation():
+    # an evaluation may repack the 4-bit weight (AVX512-BF16), and bitsandbytes has no input gradient for that form
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    base = bnb.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    model = get_peft_model(nn.Sequential(base), DoraConfig(r=4, target_modules=["0"]))
+    x = torch.randn(5, 64, requires_grad=True)
+    before = torch.autograd.grad(model.train()(x).sum(), x)[0]
+    with torch.no_grad():
+        model.eval()(x.detach())
+    after = torch.autograd.grad(model.train()(x).sum(), x)[0]
+    # the statistics went through bf16
+    torch.testing.assert_close(after, before, rtol=2**-6, atol=2**-6 * before.abs().max().item())
