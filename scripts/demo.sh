@@ -6,7 +6,7 @@
 #     bash scripts/demo.sh --model meta-llama/Llama-3.2-1B --output outputs/llama32
 #
 #     --model ID_OR_PATH   any LLaMA in transformers' format instead of SmolLM2; an id is downloaded from the Hub
-#     --steps N            optimizer steps for each method (default 80)
+#     --steps N            optimizer steps for each method (default 60)
 #     --words N            held-out words to measure on (default 200)
 #     --output DIR         folder for adapters, results and plots (default outputs/demo)
 #     --force              train and measure anew; otherwise a second run reuses what a first one left
@@ -19,7 +19,7 @@ source scripts/setup_env.sh
 
 usage() { sed -n '4,12s/^# \{0,1\}//p' scripts/demo.sh; }
 
-model= steps=80 words=200 output=outputs/demo force=
+model= steps=60 words=200 output=outputs/demo force=
 while [ $# -gt 0 ]; do
     case $1 in
         --force) force=1; shift; continue ;;
