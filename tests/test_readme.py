@@ -4,10 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-import update_readme
 from peft import PeftModel
 from torch.optim import AdamW
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import update_readme
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
