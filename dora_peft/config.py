@@ -42,7 +42,7 @@ _REFUSED_INIT = {
     "eva": "it is computed by peft.initialize_lora_eva_weights, which accepts PEFT's LoRA models only",
     "mica": "it freezes B, a variant that PEFT cannot combine with DoRA",
 }
-_IGNORED = {"qalora_group_size", "megatron_core"}  # companions of refused fields, meaningless alone
+_IGNORED = {"qalora_group_size": "use_qalora", "megatron_core": "megatron_config"}  # companions of refused fields
 _LORA_FIELDS = {f.name: f for f in fields(LoraConfig)}
 
 
@@ -52,12 +52,14 @@ def _refuse_foreign_fields(cls: type[DoraConfig]) -> type[DoraConfig]:
 
     @wraps(generated)
     def __init__(self: DoraConfig, *args: Any, **kwargs: Any) -> None:
-        for name in (REFUSED.keys() | _IGNORED) & kwargs.keys():
+        for name in (REFUSED.keys() | _IGNORED.keys()) & kwargs.keys():
             value = kwargs.pop(name)
             harmless = value in (None, False) if name != "use_dora" else value is True
-            if name in _IGNORED or harmless or (name == "runtime_config" and not _offloads(value)):
+            harmless = harmless or (name in _IGNORED and value == _LORA_FIELDS[name].default)
+            if harmless or (name == "runtime_config" and not _offloads(value)):
                 continue
-            raise ValueError(f"DoraConfig does not take {name}={value!r}: {REFUSED[name]}.")
+            reason = REFUSED[_IGNORED.get(name, name)]
+            raise ValueError(f"DoraConfig does not take {name}={value!r}: {reason}.")
         generated(self, *args, **kwargs)
 
     cls.__init__ = __init__  # type: ignore[method-assign]
@@ -168,6 +170,14 @@ class DoraConfig(PeftConfig):
                     f"`r` should be a positive integer value but the value passed is {value!r} ({name}), "
                     "take for example r=8"
                 )
+        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+                raise ValueError(f"lora_alpha and alpha_pattern must hold numbers, found {alpha!r} ({name})")
+        only = self.magnitude_only_modules
+        if self.layers_to_transform is not None and isinstance(only, str) and only != "all-linear":
+            raise ValueError(
+                "`layers_to_transform` cannot be used when `magnitude_only_modules` is a str; give a list of names."
+            )
         choices = {
             "bias": ("none", "all", "lora_only"),
             "dropout_mode": ("branch", "paper"),
@@ -257,7 +267,7 @@ class DoraConfig(PeftConfig):
         auto_mapping = dict(kwargs.pop("auto_mapping", None) or {})
         own, in_file = auto_mapping.pop(MARKER, {}), kwargs.get("rank_pattern") or {}
         kwargs.update({name: value for name, value in own.items() if name in _own_fields(cls)})
-        known = {f.name for f in fields(cls)} | REFUSED.keys() | _IGNORED
+        known = {f.name for f in fields(cls)} | REFUSED.keys() | _IGNORED.keys()
         # a field that PEFT added later, at a value that switches it off, changes nothing
         unknown = sorted(k for k, v in kwargs.items() if k not in known and v not in (None, False, {}, []))
         if unknown:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -56,9 +57,10 @@ class DoraModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             config: Any = self.peft_config[adapter_name]
             found = any(isinstance(m, DoraLayer) and adapter_name in m.lora_magnitude_vector for m in model.modules())
-            if (
-                not found and config.target_modules != DUMMY_TARGET_MODULES
-            ):  # PEFT 0.20 overlooks it in a second adapter
+            if config.magnitude_only_modules and not config.magnitude_only_ranks:
+                raise ValueError(f"Magnitude-only modules {config.magnitude_only_modules} not found in the base model.")
+            # PEFT 0.20 overlooks this in a second adapter
+            if not found and config.target_modules != DUMMY_TARGET_MODULES:
                 raise ValueError(f"Target modules {config.target_modules} not found in the base model.")
         except Exception as error:
             undo()
@@ -119,7 +121,7 @@ class DoraModel(BaseTuner):
         if magnitude_only:
             base = target.get_base_layer() if isinstance(target, DoraLayer) else target
             r = getattr(base, "groups", 1)  # the smallest rank; plain PEFT learns it from the exact rank_pattern entry
-            peft_config.magnitude_only_ranks[current_key] = r
+            peft_config.magnitude_only_ranks[_exactly(current_key)] = r
         options: dict[str, Any] = {
             "r": r,
             "lora_alpha": lora_alpha,
@@ -290,18 +292,22 @@ class DoraModel(BaseTuner):
         # alpha / r = 1 (or alpha / sqrt(r)): the scalings are folded into B
         alphas = {name: math.sqrt(r) if config.use_rslora else r for name, r in ranks.items()}
         config.r, config.lora_alpha = max(ranks.values()), max(alphas.values())
-        config.rank_pattern, config.alpha_pattern = dict(ranks), dict(alphas)
-        config.target_modules, config.magnitude_only_modules = set(parts), None
+        config.rank_pattern = {_exactly(name): r for name, r in ranks.items()}
+        config.alpha_pattern = {_exactly(name): alpha for name, alpha in alphas.items()}
+        # a regular expression is matched in full, a list of names by their ends
+        config.target_modules, config.magnitude_only_modules = "|".join(map(re.escape, parts)), None
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = config.layer_replication = None
         config.init_lora_weights, config.inference_mode = False, True
         self.peft_config[adapter_name] = config
+        undo = Undo(self.model, adapter_name)
         try:
             self.inject_adapter(self.model, adapter_name)
+            for name, present in parts.items():
+                _combine_layer(self.model.get_submodule(name), adapter_name, present, ranks[name])
         except Exception:
+            undo()
             del self.peft_config[adapter_name]
             raise
-        for name, present in parts.items():
-            _combine_layer(self.model.get_submodule(name), adapter_name, present, ranks[name])
 
     def hotswap_adapter(self, path: str, adapter_name: str = "default", torch_device: str | None = None) -> None:
         """Replace an adapter's tensors and scalings by those of another checkpoint, in place.
@@ -312,7 +318,7 @@ class DoraModel(BaseTuner):
         """
         config = DoraConfig.from_pretrained(path)
         old = self.peft_config[adapter_name]
-        for name in ("use_rslora", "lora_dropout", "dropout_mode"):
+        for name in ("use_rslora", "lora_dropout", "dropout_mode", "magnitude_only_modules"):
             if getattr(old, name) != getattr(config, name):
                 raise ValueError(
                     f"Cannot hot-swap adapter '{adapter_name}' with '{path}': {name} is {getattr(old, name)!r} and "
@@ -323,25 +329,37 @@ class DoraModel(BaseTuner):
             raise ValueError(
                 f"Cannot hot-swap adapter '{adapter_name}' while it is merged. Call unmerge_adapter() first."
             )
-        tensors = from_checkpoint(self.model, adapter_name, save_and_load.load_peft_weights(path, device=torch_device))
-        tensors = self._remap_keys(self.model, adapter_name, tensors)
-        current = {n: p for n, p in self.model.named_parameters() if _is_of(n, adapter_name)}
-        different = sorted(set(current) ^ set(tensors)) or sorted(
-            k for k in current if current[k].shape != tensors[k].shape
-        )
-        if different:
-            raise ValueError(
-                f"Cannot hot-swap adapter '{adapter_name}' with '{path}': expected the same tensors of the same "
-                f"shapes, found a difference in {', '.join(different[:3])}{' ...' * (len(different) > 3)}. Load it "
-                "under another name."
+        undo = Undo(self.model, adapter_name)
+        before = [(layer, layer.lora_alpha[adapter_name], layer.scaling[adapter_name]) for layer in layers.values()]
+        try:
+            for name, layer in layers.items():  # the conversion of grouped convolutions depends on the new scaling
+                pattern = get_pattern_key(list(config.alpha_pattern), name)
+                layer.lora_alpha[adapter_name] = config.alpha_pattern.get(pattern, config.lora_alpha)
+                layer.set_scale(adapter_name, 1.0)
+            tensors = from_checkpoint(
+                self.model, adapter_name, save_and_load.load_peft_weights(path, device=torch_device)
             )
+            tensors = self._remap_keys(self.model, adapter_name, tensors)
+            current = {n: p for n, p in self.model.named_parameters() if _is_of(n, adapter_name)}
+            different = sorted(set(current) ^ set(tensors)) or sorted(
+                k for k in current if current[k].shape != tensors[k].shape
+            )
+            if different:
+                raise ValueError(
+                    f"Cannot hot-swap adapter '{adapter_name}' with '{path}': expected the same tensors of the same "
+                    f"shapes, found a difference in {', '.join(different[:3])}{' ...' * (len(different) > 3)}. Load it "
+                    "under another name."
+                )
+        except Exception:
+            for layer, lora_alpha, scaling in before:
+                layer.lora_alpha[adapter_name], layer.scaling[adapter_name] = lora_alpha, scaling
+            undo()
+            raise
         with torch.no_grad():
             for key, parameter in current.items():
                 parameter.copy_(tensors[key])
-        for name, layer in layers.items():
-            pattern = get_pattern_key(list(config.alpha_pattern), name)
-            layer.lora_alpha[adapter_name] = config.alpha_pattern.get(pattern, config.lora_alpha)
-            layer.set_scale(adapter_name, 1.0)
+        for layer in layers.values():
+            layer.detach_norm[adapter_name] = config.detach_norm
         config.inference_mode = old.inference_mode
         self.peft_config[adapter_name] = config
 
@@ -395,9 +413,18 @@ def _subtract_initial(trained: dict[str, Tensor], initial: dict[str, Tensor]) ->
         if key not in initial:
             raise ValueError(f"Expected the initial adapter to have the tensor '{key}', found {len(initial)} others.")
         start = initial[key].to(tensor)
+        partner = key.replace("_B", "_A") if "_B" in key else key.replace("_A", "_B")
+        if not any(t.any() for t in (tensor, start, trained[partner], initial[partner])):
+            out[key] = tensor  # a magnitude-only module's zero factors, whose rank is not doubled
+            continue
         is_A = "lora_A" in key or "lora_embedding_A" in key
         out[key] = torch.cat([tensor, start if is_A else -start], dim=0 if is_A else 1)
     return out
+
+
+def _exactly(name: str) -> str:
+    """A rank_pattern or alpha_pattern key for one module alone; a bare name would match the ends of others too."""
+    return f"^{re.escape(name)}"
 
 
 class Undo:
@@ -413,6 +440,7 @@ class Undo:
         self.trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         old = ((n, p) for n, p in model.named_parameters() if self.existed and _is_of(n, adapter_name))
         self.tensors = [(parameter, parameter.detach().clone()) for _, parameter in old]
+        self.norms = [(layer, layer._norms.get(adapter_name)) for layer in self.layers.values() if self.existed]
 
     def __call__(self) -> None:
         parent: Any
@@ -427,6 +455,9 @@ class Undo:
         with torch.no_grad():
             for parameter, tensor in self.tensors:
                 parameter.copy_(tensor)
+        for layer, norm in self.norms:
+            if norm is not None:
+                layer._norms[self.adapter_name] = norm  # which rows are tied; its key no longer fits
 
 
 def _is_of(parameter_name: str, adapter: str) -> bool:
