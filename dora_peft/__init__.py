@@ -10,12 +10,22 @@ Importing the package registers `PeftType.DORA`, `DoraConfig` and `DoraModel` wi
 
 from . import _registry  # first: adds PeftType.DORA, which the other modules use
 from .config import DoraConfig
+from .functional import implementation
 from .layer import DoraLayer
 from .model import DoraModel
 from .norm import checking, refresh
 from .optim import param_groups
 
 __version__ = "0.1.0"
-__all__ = ["DoraConfig", "DoraLayer", "DoraModel", "__version__", "checking", "param_groups", "refresh"]
+__all__ = [
+    "DoraConfig",
+    "DoraLayer",
+    "DoraModel",
+    "__version__",
+    "checking",
+    "implementation",
+    "param_groups",
+    "refresh",
+]
 
 _registry.register(DoraConfig, DoraModel, DoraLayer)

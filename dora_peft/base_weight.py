@@ -58,6 +58,10 @@ class BaseWeight:
             out[position] = self.block(i, i + 1)[0]
         return out
 
+    def dense(self) -> Tensor:
+        """W0 itself, [out, in]; for the reference implementation only."""
+        return torch.cat([rows for _, _, rows in self.blocks()])
+
     def row_norms_squared(self) -> Tensor:
         out = torch.empty(self.out_features, dtype=self.dtype, device=self.device)
         for start, stop, rows in self.blocks():
@@ -126,6 +130,9 @@ class GroupedConv(Dense):
         self.groups = groups
         self.in_features *= groups
         self.dense_rows = max(1, self.dense_rows // groups)
+
+    def dense(self) -> Tensor:
+        return self.rows(torch.arange(self.out_features, device=self.device))
 
     def _per_group(self, tensor: Tensor) -> Tensor:
         """[out, k] -> [groups, out / groups, k]."""

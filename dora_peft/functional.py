@@ -1,16 +1,20 @@
-"""What the layers compute, without any [out, in] temporary: norm, scale and composition.
+"""What the layers compute, without any [out, in] temporary: norm, scale and composition; and which implementation does.
 
 `weight` is a `base_weight.BaseWeight` here, the seam through which dense, quantised and grouped weights look alike.
-The equations and symbols are those of reference.py.
+The equations and symbols are those of reference.py; linear layers have their own function in linear.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .linear import saved_tensor_hooks_active
 
 if TYPE_CHECKING:
     from .base_weight import BaseWeight
@@ -18,6 +22,64 @@ if TYPE_CHECKING:
 # Where v^2 is below this fraction of ||W0||^2 + s^2 ||BA||^2 the factored sum cancels: in fp32 its error grows to 1e-6
 # at 10 % and 1e-5 at 1 %. Such rows are computed densely, a few at a time.
 CANCELLATION = 0.25
+
+
+IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
+_implementation = "auto"
+
+
+class implementation:
+    """Choose how DoRA layers compute, from here on or for the length of a `with` block.
+
+        dora_peft.implementation("torch")
+        with dora_peft.implementation("reference"):
+            ...
+
+    Args:
+        name: "auto" takes the fastest that runs; "torch" is this package's own autograd functions on torch operations;
+            "reference" is the plain algorithm by autograd, with the dense norm of W0 + s B A at every forward pass, to
+            compare with; "triton" are GPU kernels.
+
+    Raises:
+        ValueError: An unknown name.
+        RuntimeError: An implementation that is not available here; only "auto" falls back.
+
+    The choice is a property of the process, never of a checkpoint. With gradient checkpointing, backward computes the
+    forward pass again, so it has to run under the same choice.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _implementation
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, found {name!r}.")
+        if name == "triton":
+            raise RuntimeError(
+                "implementation('triton') is not available: this version of dora_peft has no Triton kernels. Use "
+                "'auto' or 'torch'."
+            )
+        self._before, _implementation = _implementation, name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        global _implementation
+        _implementation = self._before
+
+
+def use_reference() -> bool:
+    return _implementation == "reference"
+
+
+def by_autograd() -> bool:
+    """Whether to compute by plain differentiable operations instead of autograd functions of our own.
+
+    torch.compile derives the backward pass itself, and chooses better what to keep; torch.func transforms cannot pass
+    through an autograd function that saves its output.
+    """
+    return (
+        _implementation == "reference" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    )
 
 
 def norm_squared(weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -60,7 +122,7 @@ class _WeightNorm(torch.autograd.Function):
         return norm.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, grad):
         lora_A, lora_B, norm = ctx.saved_tensors
         weight, s = ctx.weight, ctx.scaling
@@ -110,6 +172,67 @@ def compose(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
     return y.to(z.dtype)
 
 
+class _Compose(torch.autograd.Function):
+    """y = c * (z - b) + b, keeping y, which the next operation often keeps anyway, instead of z. With g = dL/dy:
+
+        dz = c * g          dc = sum g (y - b) / c
+
+    Where y does not tell z (c = 0, the bias drowns it, y was changed in place), z is computed again.
+    """
+
+    @staticmethod
+    def forward(ctx, z, c, bias, recompute, *needed):
+        y = compose(z, c, bias)
+        saved = [c, bias, *needed]
+        # see linear._Linear for the alias
+        ctx.alias, ctx.version, ctx.through_hooks = y.detach(), y._version, saved_tensor_hooks_active()
+        if ctx.through_hooks:
+            ctx.alias.data = y.new_empty(0)
+            saved.append(y)
+        ctx.save_for_backward(*saved)
+        ctx.recompute, ctx.dtype = recompute, z.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        c, bias, *needed = ctx.saved_tensors
+        y = needed.pop() if ctx.through_hooks else ctx.alias
+        if ctx.alias is None or ctx.alias._version != ctx.version:
+            y = None
+        if not ctx.through_hooks:
+            ctx.alias = None
+        need_z, need_c, need_bias = ctx.needs_input_grad[:3]
+        d_z = d_c = d_bias = None
+        with torch.autocast(grad.device.type, enabled=False):
+            if need_z:
+                d_z = (grad * c).to(ctx.dtype)
+            if need_c:
+                lossy = bias is not None and grad.dtype in (torch.float16, torch.bfloat16)
+                if y is None or lossy or bool((c.abs() < 1e-30).any()):
+                    with torch.no_grad():
+                        z = ctx.recompute(*needed)
+                    z = z.to(c.dtype) if bias is None else z.to(c.dtype) - bias
+                    d_c = (grad * z).sum_to_size(c.shape)
+                else:
+                    change = y.to(c.dtype) if bias is None else y.to(c.dtype) - bias
+                    d_c = (grad * change).sum_to_size(c.shape) / c
+            if need_bias:
+                d_bias = ((1 - c) * grad).sum_to_size(bias.shape)
+        return d_z, d_c, d_bias, None, *(None for _ in ctx.needs_input_grad[4:])
+
+
+def compose_keeping_output(
+    z: Tensor, c: Tensor, bias: Tensor | None, recompute: Callable[..., Tensor], *needed: Tensor
+) -> Tensor:
+    """`compose` with less kept for the backward pass.
+
+    Args:
+        recompute: Gives z from `needed` again, in the rare cases where y does not tell it.
+    """
+    return _Compose.apply(z, c, bias, recompute, *needed)
+
+
 def compose_paper(base_out: Tensor, dropped_base: Tensor, low_rank: Tensor | None, c: Tensor) -> Tensor:
     """base_out + (c - 1) * (drop(x) W0^T) + c * low_rank: dropout mode "paper", with a second base product."""
     y = base_out + (c - 1) * dropped_base
@@ -132,61 +255,18 @@ def conv_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, base_
     return conv(after_A, (scaling * lora_B).to(x.dtype), groups=base_layer.groups)
 
 
-def embedding(
+def embedding_branch(
     ids: Tensor,
-    base_out: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    c: Tensor,
     *,
     embed_scale: Tensor | float | None = None,
     padding_idx: int | None = None,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """c * (E[ids] + s A^T[ids] B^T) with A [r, vocab], B [dim, r], c [dim]; `embed_scale` comes after the norm."""
-    after_A = F.embedding(
-        ids, lora_A.T, padding_idx=padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse
-    ).to(base_out.dtype)
-    low_rank = F.linear(after_A, (scaling * lora_B).to(base_out.dtype))
-    if embed_scale is not None:
-        low_rank = low_rank * embed_scale
-    return compose(base_out + low_rank.to(base_out.dtype), c, None)
-
-
-def merged_rows(rows: Tensor, start: int, stop: int, adapters: list[tuple[Tensor, Tensor, float, Tensor]]) -> Tensor:
-    """Rows start:stop of W' = c_n (... c_1 (W0 + s_1 B_1 A_1) ... + s_n B_n A_n) for adapters (A, B, s, c)."""
-    for lora_A, lora_B, scaling, c in adapters:
-        rows = torch.addmm(rows, lora_B[start:stop], lora_A, alpha=scaling) * c[start:stop, None]
-    return rows
-
-
-def combine(
-    adapters: list[tuple[Tensor, Tensor, float, Tensor]], weights: list[float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The weighted sum W0 + sum_i w_i (W'_i - W0) of adapters (A, B, s, c) as one DoRA adapter, without loss.
-
-    With k = 1 + sum_i w_i (c_i - 1) per row the sum is k * (W0 + sum_i (w_i s_i c_i / k) B_i A_i), which is a DoRA
-    weight whose scale is k and whose factors are the stacked ones.
-
-    Returns:
-        lora_A [sum r_i, in], lora_B [out, sum r_i] (scaling 1) and k [out]; the magnitude is k * ||W0 + B A||.
-    """
-    k = torch.ones_like(adapters[0][3])
-    for (_, _, _, c), w in zip(adapters, weights, strict=True):
-        k = k + w * (c - 1)
-    # a row whose scale is exactly 0 has no direction; any tiny k gives the same weight up to rounding
-    k = torch.where(k.abs() < torch.finfo(k.dtype).eps, torch.finfo(k.dtype).eps, k)
-    lora_A = torch.cat([A.to(k.dtype) for A, _, _, _ in adapters])
-    lora_B = torch.cat([(w * s * c / k)[:, None] * B for (_, B, s, c), w in zip(adapters, weights, strict=True)], 1)
-    return lora_A, lora_B, k
-
-
-def truncate(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best rank-`rank` approximation of B A (truncated SVD through two thin QR decompositions, no [out, in])."""
-    q_B, r_B = torch.linalg.qr(lora_B)  # [out, k], [k, r]
-    q_A, r_A = torch.linalg.qr(lora_A.T)  # [in, k], [k, r]
-    u, sigma, vh = torch.linalg.svd(r_B @ r_A.T, full_matrices=False)
-    root = sigma[:rank].sqrt()
-    return (root[:, None] * vh[:rank]) @ q_A.T, q_B @ (u[:, :rank] * root)
+    """s A^T[ids] B^T with A [r, vocab], B [dim, r]: [..., dim]; `embed_scale` comes after the norm."""
+    after_A = F.embedding(ids, lora_A.T, padding_idx=padding_idx, scale_grad_by_freq=scale_grad_by_freq, sparse=sparse)
+    low_rank = F.linear(after_A, (scaling * lora_B).to(after_A.dtype))
+    return low_rank if embed_scale is None else low_rank * embed_scale

@@ -1,4 +1,5 @@
-"""The adapted layers: state and life cycle. The formulas are in functional.py, the refresh of the norm in norm.py.
+"""What all adapted layers share: state and life cycle. The formulas are in linear.py, functional.py and merging.py, the
+refresh of the norm is in norm.py, the kinds of layers in kinds.py.
 
 Tensors carry PEFT's own names (`lora_A`, `lora_B`, `lora_magnitude_vector`, `lora_embedding_A`, `lora_embedding_B`), so
 that checkpoints interchange with PEFT's `use_dora`. The initial factors come from PEFT's own LoRA layers.
@@ -17,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import functional
+from . import functional, merging, reference
 from . import norm as _norm
 from .base_weight import BaseWeight, base_weight, unpack_for_training
 from .config import DoraConfig
@@ -100,7 +101,32 @@ class DoraLayer(BaseTunerLayer):
         # the unmerged weight parameter while adapters are merged; in a tuple, so that it is not registered
         self._original: tuple[nn.Parameter] | None = None
         self._active_adapter = adapter_name
+        _norm.watch(self)
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[attr-defined]
         self.update_layer(adapter_name, config=config, **kwargs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        _norm.watch(self)  # copied or unpickled
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        _norm.refresh_layer(self)
+        return self
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        # each replica computes on a device, and in a thread, of its own
+        replica._norms = {name: _norm.Norm(tied=n.tied, settled=n.settled) for name, n in self._norms.items()}
+        replica._base_norm = _norm.Cached()
+        return replica
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)  # type: ignore[misc]
+        if mode:
+            for norm in self._norms.values():
+                norm.folded = None  # what evaluation keeps beside A and B
+        return self
 
     # ---- the base weight
 
@@ -214,15 +240,29 @@ class DoraLayer(BaseTunerLayer):
     def scale(self, adapter: str, *, differentiable: bool = False) -> Tensor:
         """c = m / v, [out]; with the norm's gradient where `differentiable` and the adapter's config ask for it."""
         norm = _norm.weight_norm(self, adapter)
-        value = norm.value
-        assert value is not None
-        if differentiable and not self.detach_norm[adapter] and not self.magnitude_only[adapter]:
+        value: Any = norm.value
+        trained = differentiable and not self.magnitude_only[adapter] and torch.is_grad_enabled()
+        if functional.use_reference() and not self.magnitude_only[adapter]:
+            value = torch.maximum(self._dense_norm(adapter), functional.floor(_norm.base_squared(self)))
+            value = value if trained and not self.detach_norm[adapter] else value.detach()
+        elif trained and not self.detach_norm[adapter]:
             lora_A, lora_B = self.factors(adapter)
-            if torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
+            if lora_A.requires_grad or lora_B.requires_grad:
                 value = functional.weight_norm(
                     self.base_weight(), _norm.base_squared(self), lora_A, lora_B, self.scaling[adapter], value
                 )
         return functional.scale(self.magnitude(adapter).view(-1), value, norm.tied)
+
+    def _dense_norm(self, adapter: str) -> Tensor:
+        """v [out] of the reference implementation: from the dense W0 + s B A, at every call."""
+        weight = self.base_weight()
+        if not weight.has_rows:
+            raise RuntimeError(
+                f"implementation('reference') needs a dense weight, which module '{self.name}' "
+                f"({type(self.get_base_layer()).__name__}) cannot give. Use 'auto' or 'torch'."
+            )
+        lora_A, lora_B = (factor.to(weight.dtype) for factor in self.factors(adapter))
+        return reference.weight_norm(weight.dense(), lora_A, lora_B, self.scaling[adapter])
 
     def magnitude(self, adapter: str) -> nn.Parameter:
         """m as stored."""
@@ -241,30 +281,57 @@ class DoraLayer(BaseTunerLayer):
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         if self.training:
             unpack_for_training(self.get_base_layer())
+        adapters = [name for name in self.active_adapters if name in self.lora_magnitude_vector]
+        if self.merged or not adapters:
+            return self.base_layer(x, *args, **kwargs)
+        if len(adapters) == 1 and not self._drops_base(adapters[0]) and not functional.by_autograd():
+            return self.adapt_fast(adapters[0], x, *args, **kwargs)
         out = self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return out
-        for adapter in self.active_adapters:
-            if adapter in self.lora_magnitude_vector:
-                out = self.adapt(adapter, x, out)
+        for adapter in adapters:
+            out = self.adapt(adapter, x, out)
         return out
 
-    def adapt(self, adapter: str, x: Tensor, out: Tensor) -> Tensor:
-        """The output with one adapter composed on top of `out`: c * (out - b + s B A x) + b."""
-        c = self._per_channel(self.scale(adapter, differentiable=True))
-        bias = getattr(self.get_base_layer(), "bias", None)
-        bias = None if bias is None else self._per_channel(bias)
+    def _drops_base(self, adapter: str) -> bool:
+        """Whether the paper's dropout is at work, which needs a second base product and its own intermediate."""
         dropout = self.lora_dropout[adapter]
-        dropped = dropout(x)
+        return self.training and isinstance(dropout, nn.Dropout) and self.dropout_mode[adapter] == "paper"
+
+    def adapt(self, adapter: str, x: Tensor, out: Tensor) -> Tensor:
+        """The output with one adapter composed on top of `out`: c * (out - b + s B A x) + b, by plain operations."""
+        c = self._per_channel(self.scale(adapter, differentiable=True))
+        bias = self._bias()
+        dropped = self.lora_dropout[adapter](x)
         low_rank = None if self.magnitude_only[adapter] else self._low_rank(adapter, dropped).to(out.dtype)
-        if self.dropout_mode[adapter] == "paper" and self.training and isinstance(dropout, nn.Dropout):
+        if self._drops_base(adapter):
             base = self.base_layer(dropped)
             return functional.compose_paper(out, base if bias is None else base - bias, low_rank, c)
         return functional.compose(out if low_rank is None else out + low_rank, c, bias)
 
-    def _low_rank(self, adapter: str, x: Tensor) -> Tensor:
-        """s B A x, in the shape of the layer's output."""
+    def adapt_fast(self, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of the layer with one adapter, keeping less for the backward pass than `adapt` does."""
+        bias = self._bias()
+        if not torch.is_grad_enabled():
+            return self.adapt(adapter, x, self.base_layer(x, *args, **kwargs))
+        c = self._per_channel(self.scale(adapter, differentiable=True))
+        if self.magnitude_only[adapter]:
+            out = self.base_layer(x, *args, **kwargs)
+            return functional.compose_keeping_output(out, c, bias, lambda x: self.base_layer(x, *args, **kwargs), x)
+
+        def before_scaling(x: Tensor, dropped: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+            out = self.base_layer(x, *args, **kwargs)
+            return out + self._low_rank(adapter, dropped, lora_A, lora_B).to(out.dtype)
+
+        needed = (x, self.lora_dropout[adapter](x), *self.factor_parameters(adapter))
+        return functional.compose_keeping_output(before_scaling(*needed), c, bias, before_scaling, *needed)
+
+    def _low_rank(self, adapter: str, x: Tensor, lora_A: Tensor | None = None, lora_B: Tensor | None = None) -> Tensor:
+        """s B A x, in the shape of the layer's output; with the adapter's own factors where None."""
         raise NotImplementedError
+
+    def _bias(self) -> Tensor | None:
+        """b in the shape that broadcasts against the layer's output."""
+        bias = getattr(self.get_base_layer(), "bias", None)
+        return None if bias is None else self._per_channel(bias)
 
     def _per_channel(self, vector: Tensor) -> Tensor:
         """[out] in the shape that broadcasts against the layer's output."""
@@ -364,7 +431,7 @@ class DoraLayer(BaseTunerLayer):
             lora_A, lora_B = (t.detach().to(weight.device, weight.dtype) for t in self.factors(adapter))
             c = self.scale(adapter).detach().to(weight.device, weight.dtype)
             parts.append((lora_A, lora_B, float(self.scaling[adapter]), c))
-        return lambda rows, start, stop: functional.merged_rows(rows, start, stop, parts)
+        return lambda rows, start, stop: merging.merged_rows(rows, start, stop, parts)
 
     def _mergeable(self) -> bool:
         return True
@@ -418,12 +485,14 @@ class DoraLayer(BaseTunerLayer):
         if adapter in self.scaling:
             root = math.sqrt(self.r[adapter]) if self.use_rslora[adapter] else self.r[adapter]
             self.scaling[adapter] = scale * self.lora_alpha[adapter] / root
+            _norm.refresh_layer(self)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters by `scale`; the norm follows."""
         for adapter in self.active_adapters:
             if adapter in self.scaling:
                 self.scaling[adapter] *= scale
+        _norm.refresh_layer(self)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters by `scale`, or reset it if None."""
@@ -433,6 +502,7 @@ class DoraLayer(BaseTunerLayer):
                     self.set_scale(adapter, 1.0)
                 else:
                     self.scaling[adapter] /= scale
+        _norm.refresh_layer(self)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return self.base_weight().has_rows and self._mergeable()
@@ -441,117 +511,5 @@ class DoraLayer(BaseTunerLayer):
         return "dora." + super().__repr__()
 
 
-class Linear(DoraLayer, nn.Module):
-    """DoRA on nn.Linear, transformers' Conv1D, and every quantised linear layer."""
-
-    peft_layer = lora.Linear
-
-    def _low_rank(self, adapter: str, x: Tensor) -> Tensor:
-        return functional.linear_branch(x, *self.factor_parameters(adapter), self.scaling[adapter])
-
-    def _to_layout(self, delta: Tensor) -> Tensor:
-        return delta.T if self.fan_in_fan_out else delta
-
-
-class Embedding(DoraLayer, nn.Module):
-    """DoRA on nn.Embedding: `out` is the embedding dimension, norms run over the vocabulary, no dropout."""
-
-    peft_layer = lora.Embedding
-
-    def factor_parameters(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-        return self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
-
-    def adapt(self, adapter: str, x: Tensor, out: Tensor) -> Tensor:
-        c = self.scale(adapter, differentiable=True)
-        if self.magnitude_only[adapter]:
-            return functional.compose(out, c, None)
-        base = self.get_base_layer()
-        return functional.embedding(
-            x,
-            out,
-            *self.factor_parameters(adapter),
-            self.scaling[adapter],
-            c,
-            embed_scale=self._get_embed_scale(),
-            padding_idx=base.padding_idx,
-            scale_grad_by_freq=base.scale_grad_by_freq,
-            sparse=base.sparse,
-        )
-
-    def _to_layout(self, delta: Tensor) -> Tensor:
-        return delta.T
-
-
-class _ConvNd(DoraLayer):
-    """DoRA on a convolution; norms run over the flattened kernel, m is [1, out, 1, ...] as in PEFT."""
-
-    def update_layer(self, adapter_name: str, *, r: int, config: DoraConfig, **kwargs: Any) -> None:
-        base = self.get_base_layer()
-        if r % base.groups:
-            raise ValueError(
-                f"Targeting a {type(base).__name__} with groups={base.groups} and rank {r}. Currently, support is "
-                "limited to conv layers where the rank is divisible by groups. Either choose a different rank or do "
-                f"not target this specific layer. (module '{self.name}', rank_pattern sets the rank of one module)"
-            )
-        super().update_layer(adapter_name, r=r, config=config, **kwargs)
-
-    def _magnitude_shape(self, out_features: int) -> tuple[int, ...]:
-        return (1, out_features, *(1 for _ in self.get_base_layer().kernel_size))
-
-    def as_matrices(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
-        lora_A, lora_B = lora_A.flatten(1), lora_B.flatten(1)
-        groups = self.get_base_layer().groups
-        if groups > 1:  # B reads the ranks of its own group only
-            lora_B = torch.block_diag(*lora_B.unflatten(0, (groups, -1)))
-        return lora_A, lora_B
-
-    def _low_rank(self, adapter: str, x: Tensor) -> Tensor:
-        base = self.get_base_layer()
-        return functional.conv_branch(x, *self.factor_parameters(adapter), self.scaling[adapter], base)
-
-    def _per_channel(self, vector: Tensor) -> Tensor:
-        return vector.view(-1, *(1 for _ in self.get_base_layer().kernel_size))  # batched and unbatched input alike
-
-    def _mergeable(self) -> bool:
-        base = self.get_base_layer()
-        return base.groups == 1 and base.padding_mode == "zeros"
-
-    def _merge_obstacle(self) -> str:
-        base = self.get_base_layer()
-        if base.groups > 1:
-            return f"A crosses its {base.groups} groups, so the composed kernel is not a grouped one."
-        return f"its base pads with '{base.padding_mode}' and the low-rank branch with zeros."
-
-    def _to_layout(self, delta: Tensor) -> Tensor:
-        return delta.view(self.get_base_layer().weight.shape)
-
-
-class Conv1d(_ConvNd, nn.Module):
-    peft_layer = lora.layer.Conv1d
-
-
-class Conv2d(_ConvNd, nn.Module):
-    peft_layer = lora.layer.Conv2d
-
-
-class Conv3d(_ConvNd, nn.Module):
-    peft_layer = lora.layer.Conv3d
-
-
-def layer_class(base_layer: nn.Module) -> type[DoraLayer] | None:
-    """The class that adapts `base_layer`, None where there is none."""
-    kinds: tuple[tuple[type | tuple[type, ...], type[DoraLayer]], ...] = (
-        (nn.Embedding, Embedding),
-        (nn.Conv1d, Conv1d),
-        (nn.Conv2d, Conv2d),
-        (nn.Conv3d, Conv3d),
-        (nn.MultiheadAttention, DoraLayer),
-        ((nn.Linear, Conv1D), Linear),
-    )
-    for kind, cls in kinds:
-        if isinstance(base_layer, kind):
-            return None if cls is DoraLayer else cls
-    # quantised linear layers that do not derive from nn.Linear
-    if hasattr(base_layer, "in_features") and hasattr(base_layer, "out_features"):
-        return Linear
-    return None
+def _after_load(layer: Any, _incompatible_keys: Any) -> None:
+    _norm.refresh_layer(layer)

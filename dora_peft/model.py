@@ -23,11 +23,12 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
-from . import functional
+from . import merging
 from . import norm as _norm
 from .checkpoint import from_checkpoint, to_checkpoint
 from .config import DoraConfig
-from .layer import DoraLayer, layer_class
+from .kinds import layer_class
+from .layer import DoraLayer
 
 # Modules whose weight these architectures use without calling the module, so that an adapter would never run
 # (peft.tuners.tuners_utils._check_lora_target_modules_mamba, which looks at PEFT's own types only).
@@ -485,9 +486,9 @@ def _combine_layer(layer: Any, adapter_name: str, present: list[tuple[str, float
         lora_A, lora_B = (t.detach().to(weight.device, weight.dtype) for t in layer.factors(name))
         c = layer.scale(name).to(weight.device, weight.dtype)
         parts.append((lora_A, lora_B, float(layer.scaling[name]), c))
-    lora_A, lora_B, k = functional.combine(parts, [w for _, w in present])
+    lora_A, lora_B, k = merging.combine(parts, [w for _, w in present])
     if rank < lora_A.shape[0]:
-        lora_A, lora_B = functional.truncate(lora_A, lora_B, rank)
+        lora_A, lora_B = merging.truncate(lora_A, lora_B, rank)
     new_A, new_B = layer.factor_parameters(adapter_name)
     new_A.zero_()
     new_B.zero_()

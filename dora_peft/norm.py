@@ -1,50 +1,38 @@
 """When v = ||W0 + s B A|| is refreshed.
 
 v depends on A, B, s and W0 only, so it needs one refresh per optimizer step, whatever the number of forward passes. It
-is kept per layer and adapter beside a key of everything that it was computed from: a forward pass compares the key and
-recomputes v where it differs. The key holds
+lives in a buffer per layer and adapter that forward, compiled or not, only reads. It is written
 
-    - identity, storage address, version counter, dtype and device of A, B and W0: in-place edits, loads, moves, casts,
-      merges;
-    - the scaling: rescaling an adapter;
-    - the number of optimizer steps in this process: optimizers that write through raw pointers or `.data`
-      (bitsandbytes) leave the version counters alone, but run the optimizer-step hooks.
+    - after an optimizer step on A or B, from a hook that every torch optimizer runs, also those that write through raw
+      pointers or `.data` (bitsandbytes);
+    - on load_state_dict, `.to()` and its kin, and when an adapter is rescaled;
+    - in the next eager forward pass after anything else that changes identity, storage address or version counter of
+      A, B or W0 (edits by hand, merges, sharding), or the scaling; and after any optimizer step for adapters that no
+      optimizer holds directly (DeepSpeed steps on flat copies and writes them back afterwards).
 
-What none of these sees is a write through `.data` outside an optimizer: call `refresh(model)` after it. `checking()`
-finds such writes by recomputing v at every use.
+What none of these sees is a write through `.data` outside an optimizer, and a compiled forward does not see edits by
+hand: call `refresh(model)` after them. `checking()` finds stale norms by recomputing v at every use.
 """
 
 from __future__ import annotations
 
-import itertools
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
-from . import functional
+from . import functional, linear
 
-if TYPE_CHECKING:
-    from .layer import DoraLayer
-
-# A number for every tensor that was seen: addresses alone are reused.
-_numbers = WeakIdKeyDictionary()
-_count = itertools.count()
-_optimizer_steps = 0
+# Every adapted layer: what PEFT's or our own classes hold, see layer.DoraLayer for the interface.
+_layers: weakref.WeakSet[Any] = weakref.WeakSet()
+# What stands for PEFT's own layers while accelerate_use_dora() is on.
+views: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _checking = False
-
-
-def _count_optimizer_step(*_: Any) -> None:
-    global _optimizer_steps
-    _optimizer_steps += 1
-
-
-register_optimizer_step_post_hook(_count_optimizer_step)
 
 
 @dataclass
@@ -64,71 +52,107 @@ class Norm(Cached):
 
     Attributes:
         value: v [out], fp32 (fp64 for an fp64 base), floored where it vanishes over a non-zero row of W0.
+        key: What `value` was computed from; None where it has to be computed again.
         tied: Rows whose magnitude follows their norm [out, bool], None where there are none.
         settled: False until `tied` is known: from creation, or at the first use after a load.
-        key: What `value` was computed from.
+        held: An optimizer that holds A, B or m has made a step.
+        sharded: A or B was seen as a DTensor: FSDP2 gathers them into another storage for every forward pass, so that
+            addresses say nothing.
+        folded: s c * B [out, r] and c [out] for evaluation, with the key of what they were computed from.
     """
 
     tied: Tensor | None = None
     settled: bool = False
+    held: bool = False
+    sharded: bool = False
+    folded: tuple[Any, Tensor, Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "folded": None, "held": False}
 
 
-def _identity(tensor: Tensor) -> Any:
+def watch(layer: Any) -> None:
+    """Refresh the layer's norms from the optimizer hook from now on."""
+    _layers.add(layer)
+
+
+def _content(tensor: Any, address: bool = True) -> Any:
     """A value that changes when the tensor's content does, as far as that is visible."""
+    if not isinstance(tensor, Tensor):
+        return id(tensor)
     if tensor.is_inference():
         return object()  # no version counter: never equal, so always recomputed
+    if not address:
+        return tensor._version
     try:
-        address = tensor.data_ptr()
+        return tensor._version, tensor.data_ptr()
     except RuntimeError:  # a tensor subclass without storage of its own
-        address = 0
-    if tensor not in _numbers:
-        _numbers[tensor] = next(_count)
-    return _numbers[tensor], address, tensor._version, tensor.dtype, tensor.device, tuple(tensor.shape)
+        return tensor._version
 
 
-def base_squared(layer: DoraLayer) -> Tensor:
+def _key(layer: Any, adapter: str, sharded: bool) -> Any:
+    lora_A, lora_B = layer.factor_parameters(adapter)
+    weight = layer.original_weight()
+    # the tensors themselves stay alive in the key, so that no other one takes their identity
+    return (
+        layer.scaling[adapter],
+        _Same(lora_A),
+        _content(lora_A, not sharded),
+        _Same(lora_B),
+        _content(lora_B, not sharded),
+        _Same(weight),
+        _content(weight, not sharded),
+    )
+
+
+class _Same:
+    """Compares by identity, which tensors do not."""
+
+    __slots__ = ("thing",)
+
+    def __init__(self, thing: Any) -> None:
+        self.thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.thing is other.thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
+
+
+def base_squared(layer: Any) -> Tensor:
     """||W0||^2 per output row [out]; computed once, again only after W0 changed."""
     weight = layer.original_weight()
-    key = _identity(weight) if isinstance(weight, Tensor) else id(weight)
+    sharded = any(norm.sharded for norm in layer._norms.values())
+    key = (_Same(weight), _content(weight, not sharded))
     cached = layer._base_norm
     if cached.value is None or cached.key != key:
         cached.value, cached.key = layer.base_weight().row_norms_squared(), key
     return cached.value
 
 
-def _compute(layer: DoraLayer, adapter: str) -> Tensor:
+def _compute(layer: Any, adapter: str) -> Tensor:
     squared = base_squared(layer)
-    lora_A, lora_B = layer.factors(adapter)
-    if layer.magnitude_only[adapter]:
-        norm = squared.sqrt()
-    else:
-        norm = functional.norm_squared(
-            layer.base_weight(),
-            squared,
-            lora_A.detach().to(squared.dtype),
-            lora_B.detach().to(squared.dtype),
-            float(layer.scaling[adapter]),
-        )
-        norm = norm.clamp_(min=0).sqrt_()
-    return norm
+    if layer.magnitude_only.get(adapter):
+        return squared.sqrt()
+    lora_A, lora_B = (factor.detach().to(squared.dtype) for factor in layer.factors(adapter))
+    norm = functional.norm_squared(layer.base_weight(), squared, lora_A, lora_B, float(layer.scaling[adapter]))
+    return norm.clamp_(min=0).sqrt_()
 
 
-def weight_norm(layer: DoraLayer, adapter: str) -> Norm:
+def weight_norm(layer: Any, adapter: str) -> Norm:
     """The up-to-date norm of an adapter, refreshed where something it depends on changed. No gradient."""
-    norm = layer._norms.setdefault(adapter, Norm())
-    lora_A, lora_B = layer.factor_parameters(adapter)
-    weight = layer.original_weight()
-    key = (
-        _optimizer_steps,
-        float(layer.scaling[adapter]),
-        _identity(lora_A),
-        _identity(lora_B),
-        _identity(weight) if isinstance(weight, Tensor) else id(weight),
-    )
+    norm = layer._norms.get(adapter)
+    if norm is None:
+        norm = layer._norms[adapter] = Norm()
+    if torch.compiler.is_compiling():
+        return norm  # refreshed by events only
+    key = _key(layer, adapter, norm.sharded)
     if norm.key == key and not _checking:
         return norm
     # autocast would lower the products' precision; tensors made in inference mode cannot be used in training later
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(lora_A.device.type, enabled=False):
+    device = layer.factor_parameters(adapter)[0].device.type
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         value = _compute(layer, adapter)
         magnitude = layer.magnitude(adapter)
         if not norm.settled:
@@ -148,17 +172,53 @@ def weight_norm(layer: DoraLayer, adapter: str) -> Norm:
                 "or the base weight was changed through `.data` outside an optimizer; call dora_peft.refresh(model) "
                 "after it."
             )
-    norm.value, norm.key = value, key
+        _store(norm, value)
+    norm.key, norm.folded = key, None
     return norm
 
 
-def initial(layer: DoraLayer, adapter: str) -> Tensor:
+def _store(norm: Norm, value: Tensor) -> None:
+    old = norm.value
+    if old is not None and (old.shape, old.dtype, old.device) == (value.shape, value.dtype, value.device):
+        # In place, since compiled graphs and CUDA graphs read this address; past the version counter, since a graph
+        # that still needs the old v needs the old A and B as well, whose counters tell.
+        old.data.copy_(value)
+    else:
+        norm.value = value
+
+
+def folded(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """s c * B [out, r] and c [out] for evaluation, computed once and dropped by `train()`."""
+    norm = weight_norm(layer, adapter)
+    magnitude = layer.magnitude(adapter)
+    key = (_Same(magnitude), _content(magnitude))
+    if norm.folded is None or norm.folded[0] != key or _checking:
+        with torch.inference_mode(False), torch.no_grad():
+            assert norm.value is not None
+            c = functional.scale(magnitude.detach().view(-1), norm.value, norm.tied)
+            lora_B = layer.factor_parameters(adapter)[1].detach()
+            product = linear.fold(lora_B, c, layer.scaling[adapter]).to(_compute_dtype(layer, lora_B))
+        norm.folded = (key, product, c)
+        if layer.training:  # a pass without gradients amid training: not worth its memory
+            entry, norm.folded = norm.folded, None
+            return entry[1:]
+    return norm.folded[1:]
+
+
+def _compute_dtype(layer: Any, lora_B: Tensor) -> torch.dtype:
+    weight = layer.original_weight()
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else lora_B.dtype
+
+
+def initial(layer: Any, adapter: str) -> Tensor:
     """m at creation: ||W0 + s B A||, [out]. Rows where it is 0 are tied from now on."""
     with torch.inference_mode(False), torch.no_grad():
         device = layer.factor_parameters(adapter)[0].device.type
         with torch.autocast(device, enabled=False):
             value = _compute(layer, adapter)
-    layer._norms[adapter] = Norm(tied=_or_none(value == 0), settled=True)
+            floored = torch.maximum(value, functional.floor(base_squared(layer)))
+    key = _key(layer, adapter, False)
+    layer._norms[adapter] = Norm(floored, key, tied=_or_none(value == 0), settled=True)
     return value
 
 
@@ -166,18 +226,62 @@ def _or_none(mask: Tensor) -> Tensor | None:
     return mask if bool(mask.any()) else None
 
 
-def refresh(model: nn.Module) -> None:
-    """Forget every cached norm of the model's DoRA layers, so that the next use recomputes it.
+# ---- events
 
-    Needed only after A, B or a base weight was written through `.data` outside an optimizer.
+
+def refresh(model: nn.Module) -> None:
+    """Recompute every cached norm of the model's DoRA layers.
+
+    Needed only after A, B or a base weight was written through `.data` outside an optimizer, or by hand where the
+    model is compiled.
     """
-    module: Any
     for module in model.modules():
-        norms = getattr(module, "_norms", None)
-        if isinstance(norms, dict):
-            module._base_norm.key = None
-            for norm in norms.values():
-                norm.key = None
+        for layer in _layers_of(module):
+            layer._base_norm.key = None
+            refresh_layer(layer)
+
+
+def _layers_of(module: nn.Module) -> list[Any]:
+    layers = [module] if isinstance(getattr(module, "_norms", None), dict) else []
+    taken_over = views.get(module)
+    return layers if taken_over is None else [*layers, taken_over]
+
+
+def refresh_layer(layer: Any) -> None:
+    """Recompute the norms of one layer; those that cannot be now, at their next use."""
+    for adapter, norm in layer._norms.items():
+        norm.key, norm.folded = None, None
+        if adapter in layer.lora_magnitude_vector and _computable(layer, adapter):
+            weight_norm(layer, adapter)
+
+
+def _computable(layer: Any, adapter: str) -> bool:
+    """Whether everything is here: not on the meta device (offloaded, or still to be loaded), not sharded."""
+    tensors = [*layer.factor_parameters(adapter), layer.magnitude(adapter), *layer.get_base_layer().parameters()]
+    return not any(t.is_meta or t.numel() == 0 or hasattr(t, "device_mesh") for t in tensors)
+
+
+def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for layer in list(_layers):
+        for adapter, norm in layer._norms.items():
+            if adapter not in layer.lora_magnitude_vector:
+                continue
+            lora_A, lora_B = layer.factor_parameters(adapter)
+            magnitude = layer.magnitude(adapter)
+            held = [p for p in (lora_A, lora_B, magnitude) if id(p) in parameters]
+            if held:
+                norm.held, norm.folded = True, None
+                if any(p is not magnitude and p.grad is not None for p in held):
+                    norm.sharded = norm.sharded or hasattr(lora_A, "device_mesh")
+                    norm.key = None
+                    if _computable(layer, adapter):
+                        weight_norm(layer, adapter)
+            elif not norm.held and (lora_A.requires_grad or lora_B.requires_grad or magnitude.requires_grad):
+                norm.key = norm.folded = None  # it may step on copies
+
+
+register_optimizer_step_post_hook(_after_optimizer_step)
 
 
 @contextmanager
