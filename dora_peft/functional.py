@@ -71,15 +71,18 @@ def use_reference() -> bool:
     return _implementation == "reference"
 
 
+def transforming() -> bool:
+    """Whether a torch.func transform is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def by_autograd() -> bool:
     """Whether to compute by plain differentiable operations instead of autograd functions of our own.
 
     torch.compile derives the backward pass itself, and chooses better what to keep; torch.func transforms cannot pass
     through an autograd function that saves its output.
     """
-    return (
-        _implementation == "reference" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    )
+    return _implementation == "reference" or torch.compiler.is_compiling() or transforming()
 
 
 def norm_squared(weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -153,6 +156,19 @@ def weight_norm(
             value = norm_squared(weight, base_squared, A, B, scaling).clamp_(min=0).sqrt_()
             value = torch.maximum(value, floor(base_squared))
     return _WeightNorm.apply(lora_A, lora_B, weight, value, scaling)
+
+
+def attach_norm_gradient(norm: Tensor, matrix: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """v [out] unchanged, with its gradient with respect to A and B by plain operations, for torch.compile.
+
+    Args:
+        norm: v [out], without gradient.
+        matrix: W0 [out, in].
+    """
+    A, B = lora_A.to(norm.dtype), lora_B.to(norm.dtype)
+    cross = (F.linear(matrix.to(norm.dtype), A) * B).sum(1)
+    varying = 2 * scaling * cross + scaling**2 * (F.linear(B, A @ A.T) * B).sum(1)  # v^2 - ||W0||^2
+    return norm + (varying - varying.detach()) / (2 * norm)
 
 
 def scale(magnitude: Tensor, norm: Tensor, tied: Tensor | None) -> Tensor:

@@ -75,6 +75,9 @@ class Linear(DoraLayer, nn.Module):
     def _low_rank(self, adapter: str, x: Tensor, lora_A: Tensor | None = None, lora_B: Tensor | None = None) -> Tensor:
         return functional.linear_branch(x, *self.factor_parameters(adapter), self.scaling[adapter])
 
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T if self.fan_in_fan_out else weight
+
     def _to_layout(self, delta: Tensor) -> Tensor:
         return delta.T if self.fan_in_fan_out else delta
 
@@ -101,6 +104,9 @@ class Embedding(DoraLayer, nn.Module):
             scale_grad_by_freq=base.scale_grad_by_freq,
             sparse=base.sparse,
         )
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
 
     def _to_layout(self, delta: Tensor) -> Tensor:
         return delta.T
@@ -146,6 +152,9 @@ class _ConvNd(DoraLayer):
         if base.groups > 1:
             return f"A crosses its {base.groups} groups, so the composed kernel is not a grouped one."
         return f"its base pads with '{base.padding_mode}' and the low-rank branch with zeros."
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
 
     def _to_layout(self, delta: Tensor) -> Tensor:
         return delta.view(self.get_base_layer().weight.shape)

@@ -239,30 +239,50 @@ class DoraLayer(BaseTunerLayer):
 
     def scale(self, adapter: str, *, differentiable: bool = False) -> Tensor:
         """c = m / v, [out]; with the norm's gradient where `differentiable` and the adapter's config ask for it."""
-        norm = _norm.weight_norm(self, adapter)
+        transforming = functional.transforming()
+        norm = self._norms[adapter] if transforming else _norm.weight_norm(self, adapter)
         value: Any = norm.value
-        trained = differentiable and not self.magnitude_only[adapter] and torch.is_grad_enabled()
-        if functional.use_reference() and not self.magnitude_only[adapter]:
-            value = torch.maximum(self._dense_norm(adapter), functional.floor(_norm.base_squared(self)))
-            value = value if trained and not self.detach_norm[adapter] else value.detach()
-        elif trained and not self.detach_norm[adapter]:
+        if not self.magnitude_only[adapter]:
             lora_A, lora_B = self.factors(adapter)
-            if lora_A.requires_grad or lora_B.requires_grad:
+            trained = differentiable and not self.detach_norm[adapter] and torch.is_grad_enabled()
+            if functional.use_reference() or transforming:
+                # a transform's A and B are not the parameters that `value` belongs to
+                value = self._dense_norm(adapter)
+                value = value if trained else value.detach()
+            elif trained and torch.compiler.is_compiling():
+                value = functional.attach_norm_gradient(
+                    value, self._dense_matrix(), lora_A, lora_B, self.scaling[adapter]
+                )
+            elif trained and (lora_A.requires_grad or lora_B.requires_grad):
                 value = functional.weight_norm(
                     self.base_weight(), _norm.base_squared(self), lora_A, lora_B, self.scaling[adapter], value
                 )
         return functional.scale(self.magnitude(adapter).view(-1), value, norm.tied)
 
     def _dense_norm(self, adapter: str) -> Tensor:
-        """v [out] of the reference implementation: from the dense W0 + s B A, at every call."""
+        """v [out] from the dense W0 + s B A, computed at every call, as in the reference."""
         weight = self.base_weight()
         if not weight.has_rows:
             raise RuntimeError(
-                f"implementation('reference') needs a dense weight, which module '{self.name}' "
-                f"({type(self.get_base_layer()).__name__}) cannot give. Use 'auto' or 'torch'."
+                f"The reference implementation and torch.func need a dense weight, which module '{self.name}' "
+                f"({type(self.get_base_layer()).__name__}) cannot give. Use implementation('auto')."
             )
         lora_A, lora_B = (factor.to(weight.dtype) for factor in self.factors(adapter))
-        return reference.weight_norm(weight.dense(), lora_A, lora_B, self.scaling[adapter])
+        norm = reference.weight_norm(weight.dense(), lora_A, lora_B, self.scaling[adapter])
+        return torch.maximum(norm, functional.floor(_norm.base_squared(self)))
+
+    def _dense_matrix(self) -> Tensor:
+        """W0 [out, in] as a view of the base layer's weight."""
+        weight = getattr(self.get_base_layer(), "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or getattr(self.get_base_layer(), "groups", 1) > 1:
+            raise NotImplementedError(
+                f"torch.compile with detach_norm=False needs a dense weight, which module '{self.name}' "
+                f"({type(self.get_base_layer()).__name__}) has not. Use detach_norm=True, or train without compiling."
+            )
+        return self._as_matrix(weight)
+
+    def _as_matrix(self, weight: Tensor) -> Tensor:
+        return weight
 
     def magnitude(self, adapter: str) -> nn.Parameter:
         """m as stored."""

@@ -173,7 +173,8 @@ def weight_norm(layer: Any, adapter: str) -> Norm:
                 "after it."
             )
         _store(norm, value)
-    norm.key, norm.folded = key, None
+    if norm.key != key:
+        norm.key, norm.folded = key, None
     return norm
 
 
@@ -192,17 +193,21 @@ def folded(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     norm = weight_norm(layer, adapter)
     magnitude = layer.magnitude(adapter)
     key = (_Same(magnitude), _content(magnitude))
-    if norm.folded is None or norm.folded[0] != key or _checking:
-        with torch.inference_mode(False), torch.no_grad():
-            assert norm.value is not None
-            c = functional.scale(magnitude.detach().view(-1), norm.value, norm.tied)
-            lora_B = layer.factor_parameters(adapter)[1].detach()
-            product = linear.fold(lora_B, c, layer.scaling[adapter]).to(_compute_dtype(layer, lora_B))
+    if norm.folded is not None and norm.folded[0] == key and not _checking:
+        return norm.folded[1:]
+    with torch.inference_mode(False), torch.no_grad():
+        value: Any = norm.value
+        c = functional.scale(magnitude.detach().view(-1), value, norm.tied)
+        lora_B = layer.factor_parameters(adapter)[1].detach()
+        product = linear.fold(lora_B, c, layer.scaling[adapter]).to(_compute_dtype(layer, lora_B))
+    if _checking and norm.folded is not None and norm.folded[0] == key and not torch.equal(norm.folded[2], c):
+        raise RuntimeError(
+            f"Stale scale in module '{layer.name}', adapter '{adapter}': its magnitude was changed through `.data` "
+            "outside an optimizer; call dora_peft.refresh(model) after it."
+        )
+    if not layer.training:  # amid training it would not be worth its memory
         norm.folded = (key, product, c)
-        if layer.training:  # a pass without gradients amid training: not worth its memory
-            entry, norm.folded = norm.folded, None
-            return entry[1:]
-    return norm.folded[1:]
+    return product, c
 
 
 def _compute_dtype(layer: Any, lora_B: Tensor) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before the first import of a Hugging Face library: they read these once.
@@ -14,6 +15,8 @@ import pytest
 import torch
 from transformers import set_seed
 
+import dora_peft
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -25,3 +28,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def fixed_seed() -> None:
     """Start every test from the same random numbers, whatever ran before it."""
     set_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_stale_norm(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Recompute the norm at every use in every test, and fail where the cached one was stale.
+
+    Tests of when it is recomputed say `@pytest.mark.cached_norms`.
+    """
+    if request.node.get_closest_marker("cached_norms"):
+        yield
+        return
+    with dora_peft.checking():
+        yield

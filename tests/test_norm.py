@@ -271,6 +271,7 @@ def checkpointed(model, kind):
     return lambda x: checkpoint(model, x, use_reentrant=kind == "reentrant")
 
 
+@pytest.mark.cached_norms
 @pytest.mark.parametrize("kind", ["none", "reentrant", "non-reentrant"])
 def test_one_refresh_per_adapter_and_optimizer_step(kind, model, counted):
     forward = checkpointed(model, kind)
@@ -288,6 +289,7 @@ def test_one_refresh_per_adapter_and_optimizer_step(kind, model, counted):
         assert len(counted) == 2  # adapters, once each
 
 
+@pytest.mark.cached_norms
 def test_one_refresh_per_adapter_and_step_with_the_full_gradient(model, counted):
     for module in (up(model), model.base_model.model.down):
         module.detach_norm["default"] = False
@@ -298,6 +300,7 @@ def test_one_refresh_per_adapter_and_step_with_the_full_gradient(model, counted)
     assert not counted
 
 
+@pytest.mark.cached_norms
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_evaluation_does_not_refresh(mode, model, counted):
     model.eval()
@@ -309,6 +312,7 @@ def test_evaluation_does_not_refresh(mode, model, counted):
     assert not counted
 
 
+@pytest.mark.cached_norms
 def test_training_and_evaluation_share_the_norm(model, counted):
     model(torch.randn(2, 6))
     counted.clear()
@@ -322,6 +326,7 @@ def test_training_and_evaluation_share_the_norm(model, counted):
     assert not counted
 
 
+@pytest.mark.cached_norms
 def test_merging_does_not_refresh(model, counted):
     model(torch.randn(2, 6))
     counted.clear()
@@ -356,6 +361,7 @@ def write_through_data(model):
     up(model).lora_A["default"].weight.data.mul_(2)
 
 
+@pytest.mark.cached_norms
 def test_refresh_after_a_write_through_data(model):
     before = used(up(model))
     write_through_data(model)
@@ -402,6 +408,7 @@ def test_checking_is_quiet_about_what_the_cache_sees(model):
         model(x)
 
 
+@pytest.mark.cached_norms
 def test_checking_ends_with_its_block(model, counted):
     with dora_peft.checking():
         with dora_peft.checking():
