@@ -274,7 +274,11 @@ class DoraLayer(BaseTunerLayer):
     def _dense_matrix(self) -> Tensor:
         """W0 [out, in] as a view of the base layer's weight."""
         weight = getattr(self.get_base_layer(), "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or getattr(self.get_base_layer(), "groups", 1) > 1:
+        if (
+            not isinstance(weight, Tensor)
+            or not weight.is_floating_point()
+            or getattr(self.get_base_layer(), "groups", 1) > 1
+        ):
             raise NotImplementedError(
                 f"torch.compile with detach_norm=False needs a dense weight, which module '{self.name}' "
                 f"({type(self.get_base_layer()).__name__}) has not. Use detach_norm=True, or train without compiling."

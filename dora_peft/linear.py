@@ -67,10 +67,17 @@ def linear(
         lora_A, lora_B and c.
     """
     dtype = x.dtype if base_out is None else base_out.dtype
-    if base_out is None and torch.is_autocast_enabled(x.device.type) and dtype is not torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if not torch.is_autocast_enabled(x.device.type):
+        return _Linear.apply(
+            x, base_out, bias, lora_A, lora_B, c, weight, base_product, scaling, dropout_p, dtype, None
+        )
+    lowered = torch.get_autocast_dtype(x.device.type)
+    if base_out is None and dtype is not torch.float64:
+        dtype = lowered
     with torch.autocast(x.device.type, enabled=False):
-        return _Linear.apply(x, base_out, bias, lora_A, lora_B, c, weight, base_product, scaling, dropout_p, dtype)
+        return _Linear.apply(
+            x, base_out, bias, lora_A, lora_B, c, weight, base_product, scaling, dropout_p, dtype, lowered
+        )
 
 
 def linear_eval(
@@ -109,7 +116,9 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, base_out, bias, lora_A, lora_B, c, weight, base_product, scaling, dropout_p, dtype):
+    def forward(
+        ctx, x, base_out, bias, lora_A, lora_B, c, weight, base_product, scaling, dropout_p, dtype, autocast_dtype
+    ):
         rows = _rows(x).to(dtype)  # [N, in]
         mask, k = None, scaling
         if dropout_p > 0:
@@ -124,75 +133,84 @@ class _Linear(torch.autograd.Function):
             z = F.linear(rows, weight.to(dtype))
             y = compose(z, u, fold(lora_B, c, k), c, bias, out=z)
         y = _shaped_like(x, y)
-        saved = [x, u, mask, bias, lora_A, lora_B, c]
         # An alias, since y on its own graph node would be a reference cycle. Under checkpointing and offloading y has
         # to go through their hooks, which switch off torch's own check for changes in place; there the alias keeps
         # y's version counter and lets go of its storage.
-        ctx.alias, ctx.version, ctx.through_hooks = y.detach(), y._version, saved_tensor_hooks_active()
+        ctx.alias, ctx.version, ctx.through_hooks = y.detach(), _version(y), saved_tensor_hooks_active()
         if ctx.through_hooks:
             ctx.alias.data = y.new_empty(0)
-            saved.append(y)
-        ctx.save_for_backward(*saved)
+            ctx.save_for_backward(x, u, mask, bias, lora_A, lora_B, c, y)
+        else:
+            ctx.save_for_backward(x, u, mask, bias, lora_A, lora_B, c)
         # not among the saved tensors: offloading would move W0 with them
         ctx.weight, ctx.weight_version = weight, _version(weight)
-        ctx.base_product, ctx.k, ctx.dtype = base_product, k, dtype
+        ctx.base_product, ctx.k, ctx.dtype, ctx.autocast_dtype = base_product, k, dtype, autocast_dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, u, mask, bias, lora_A, lora_B, c, *saved_y = ctx.saved_tensors
-        alias, k, dtype = ctx.alias, ctx.k, ctx.dtype
         if _version(ctx.weight) != ctx.weight_version:
             raise RuntimeError(
                 "A base weight was changed in place between the forward and the backward pass that needs it "
                 f"(shape {list(ctx.weight.shape)}). Change base weights before the forward pass, or after backward."
             )
-        changed = alias is None or alias._version != ctx.version
-        y = None if changed else _rows(saved_y[0] if saved_y else alias)
+        if torch.is_autocast_enabled(grad.device.type):
+            with torch.autocast(grad.device.type, enabled=False):
+                return _Linear.gradients(ctx, grad)
+        return _Linear.gradients(ctx, grad)
+
+    @staticmethod
+    def gradients(ctx, grad):
+        x, u, mask, bias, lora_A, lora_B, c, *saved_y = ctx.saved_tensors
+        need_x, need_base, need_bias, need_A, need_B, need_c = ctx.needs_input_grad[:6]
+        k, dtype, alias = ctx.k, ctx.dtype, ctx.alias
+        y = None if alias is None or _version(alias) != ctx.version else _rows(saved_y[0] if saved_y else alias)
         if not ctx.through_hooks:
             ctx.alias = None  # lets go of y as the saved tensors are; a second pass over the graph computes it again
-        need_x, need_base, need_bias, need_A, need_B, need_c = ctx.needs_input_grad[:6]
-        with torch.autocast(grad.device.type, enabled=False):
-            g = _rows(grad)  # [N, out]
-            rows = _rows(x).to(dtype)  # [N, in]
-            weight = None if ctx.weight is None else ctx.weight.to(dtype)  # [out, in]
-            d_bias = d_A = d_B = d_c = None
+        g = _rows(grad)  # [N, out]
+        rows = _rows(x).to(dtype)  # [N, in]
+        weight = None if ctx.weight is None else ctx.weight.to(dtype)  # [out, in]
+        d_bias = d_A = d_B = d_c = None
 
-            def z_at(index: Tensor | None) -> Tensor:
-                if weight is None:
+        def z_at(index: Tensor | None) -> Tensor:
+            """x W0^T + s u B^T at columns `index`, at all where None."""
+            if weight is not None:
+                z = F.linear(rows, weight if index is None else weight[index])
+            elif ctx.autocast_dtype is None:
+                z = _rows(ctx.base_product(x, index))
+            else:
+                with torch.autocast(x.device.type, ctx.autocast_dtype):
                     z = _rows(ctx.base_product(x, index))
-                else:
-                    z = F.linear(rows, weight if index is None else weight[index])
-                B = lora_B if index is None else lora_B[index]
-                return z.to(c.dtype).addmm_(u.to(c.dtype), B.to(c.dtype).T, alpha=k)
+            B = lora_B if index is None else lora_B[index]
+            return torch.addmm(z.to(c.dtype), u.to(c.dtype), B.to(c.dtype).T, alpha=k)
 
-            dx, d_base, sums = scale_and_sum(
-                g, c, y if need_c else None, bias, weight if need_x else None, keep_scaled=need_base
-            )
-            if need_c:
-                d_c = magnitude_gradient(sums, g, y, c, bias, z_at)  # [out]
-            if need_B:
-                d_B = (u.T @ g).T * (k * c)[:, None]  # [out, r]
-            if need_A or need_x:
-                du = g @ fold(lora_B, c, k).to(dtype)  # [N, r]
-            if need_A:
-                d_A = du.T @ (rows if mask is None else rows * mask)  # [r, in]
-            if need_x:
-                if mask is not None:
-                    low_rank = (du @ lora_A.to(dtype)).mul_(mask)  # [N, in]
-                    dx = low_rank if dx is None else dx.add_(low_rank)
-                elif dx is None:
-                    dx = du @ lora_A.to(dtype)
-                else:
-                    dx.addmm_(du, lora_A.to(dtype))
-                dx = dx.view(x.shape)
-            if need_bias:
-                d_bias = g.sum(0, dtype=c.dtype)
-                if weight is None:  # the rest comes through base_out
-                    d_bias = (1 - c) * d_bias
-            d_base = None if d_base is None else d_base.view(grad.shape)
-        return dx, d_base, d_bias, d_A, d_B, d_c, None, None, None, None, None
+        dx, d_base, sums = scale_and_sum(
+            g, c, y if need_c else None, bias, weight if need_x else None, keep_scaled=need_base
+        )
+        if need_c:
+            d_c = magnitude_gradient(sums, g, y, c, bias, z_at)  # [out]
+        kc = k * c
+        if need_B:
+            d_B = ((u.T @ g) * kc).T  # [out, r]
+        if need_A or need_x:
+            du = g @ (lora_B * kc[:, None]).to(dtype)  # [N, r]
+        if need_A:
+            d_A = du.T @ (rows if mask is None else rows * mask)  # [r, in]
+        if need_x:
+            A = lora_A.to(dtype)
+            if mask is not None:
+                low_rank = (du @ A).mul_(mask)  # [N, in]
+                dx = low_rank if dx is None else dx.add_(low_rank)
+            else:
+                dx = du @ A if dx is None else dx.addmm_(du, A)
+            dx = dx.view(x.shape)
+        if need_bias:
+            d_bias = g.sum(0, dtype=c.dtype)
+            if weight is None:  # the rest comes through base_out
+                d_bias = (1 - c) * d_bias
+        d_base = None if d_base is None else d_base.view(grad.shape)
+        return dx, d_base, d_bias, d_A, d_B, d_c, None, None, None, None, None, None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -232,7 +250,9 @@ def compose(z: Tensor, u: Tensor, folded_B: Tensor, c: Tensor, offset: Tensor | 
         else:
             torch.addcmul(offset.to(c.dtype), z, c, out=out)
         return out.addmm_(u, folded_B.T.to(out.dtype))
-    for part in _chunks(len(z), z.device):
+    step = _step(len(z), z.device) if len(z) else 1
+    for start in range(0, len(z), step):
+        part = slice(start, start + step)
         wide = z[part].to(c.dtype)
         if offset is None:
             wide.mul_(c)
@@ -250,31 +270,33 @@ def scale_and_sum(
     Returns:
         g' W0 [N, in] where `weight` is given, g' [N, out] where `keep_scaled`, the sums [out] where y is given.
     """
-    product = None if weight is None else g.new_empty(len(g), weight.shape[1])
-    scaled = torch.empty_like(g) if keep_scaled else None
-    sums = None if y is None else c.new_zeros(len(c))
-    chunks = _chunks(len(g), g.device)
-    if not chunks:
-        return product, scaled, sums
-    height = chunks[0].stop
-    wide = g.new_empty(height, g.shape[1], dtype=c.dtype)
-    narrow = wide if g.dtype is c.dtype else g.new_empty(height, g.shape[1])
-    for part in chunks:
-        g_part = g[part]
-        buffer = wide[: len(g_part)]
-        if y is not None and sums is not None:
+    length, width = g.shape
+    product = None if weight is None else g.new_empty(length, weight.shape[1])
+    scaled = torch.empty_like(g, memory_format=torch.contiguous_format) if keep_scaled else None
+    if not length:
+        return product, scaled, None if y is None else c.new_zeros(width)
+    step = _step(length, g.device)
+    buffer = g.new_empty(step, width, dtype=c.dtype)
+    narrow = buffer if g.dtype is c.dtype else g.new_empty(step, width)
+    sums = None
+    for start in range(0, length, step):
+        part = slice(start, start + step)
+        g_part = g if step == length else g[part]
+        height = len(g_part)
+        if y is not None:
+            products = buffer if height == step else buffer[:height]
             if bias is not None:
-                torch.sub(y[part].to(c.dtype), bias, out=buffer).mul_(g_part)
+                torch.sub(y[part].to(c.dtype), bias, out=products).mul_(g_part)
             elif g.dtype is c.dtype:
-                torch.mul(g_part, y[part], out=buffer)
+                torch.mul(g_part, y[part], out=products)
             else:
-                buffer.copy_(g_part).mul_(y[part])
-            sums += buffer.sum(0)
-        if product is not None or scaled is not None:
-            target = narrow[: len(g_part)] if scaled is None else scaled[part]
+                products.copy_(g_part).mul_(y[part])
+            sums = products.sum(0) if sums is None else sums.add_(products.sum(0))
+        if weight is not None or scaled is not None:
+            target = scaled[part] if scaled is not None else narrow if height == step else narrow[:height]
             torch.mul(g_part, c, out=target)
-            if product is not None and weight is not None:
-                torch.mm(target, weight, out=product[part])
+            if product is not None:
+                torch.mm(target, weight, out=product[part])  # type: ignore[arg-type]
     return product, scaled, sums
 
 
@@ -295,11 +317,18 @@ def magnitude_gradient(
     """
     if y is None or sums is None:
         return (g * z_at(None)).sum(0)
-    lost = c.abs() < _TINY.get(y.dtype, 1e-30)
-    if bias is not None:
-        # the rounding of y = c z + b against the size of c z, on a sample of the tokens
+    size, tiny = c.abs(), _TINY.get(y.dtype, 1e-30)
+    if bias is None:
+        if not len(y) or size.min() >= tiny:
+            return sums / c
+        lost = size < tiny
+    else:
+        # the rounding of y = c z + b against the size of c z, on a sample of the tokens; its median, since the first
+        # token is often far larger than all others
         sample = y[:: max(1, len(y) // 64)].to(c.dtype) - bias
-        lost |= sample.square().mean(0).sqrt() < _DROWNED.get(y.dtype, 1e-3) * bias.abs()
+        lost = size < tiny
+        if len(y):
+            lost |= sample.abs_().median(0).values < _DROWNED.get(y.dtype, 1e-3) * bias.abs()
     index = lost.nonzero()[:, 0]
     if not len(index):
         return sums / c
@@ -313,11 +342,9 @@ _TINY = {torch.float16: 2.0**-8}
 _DROWNED = {torch.float16: 0.25, torch.bfloat16: 0.25}
 
 
-def _chunks(length: int, device: torch.device) -> list[slice]:
-    """Slices over `length` tokens: equal parts of about CHUNK on a CPU, one of all elsewhere."""
-    parts = max(1, -(-length // CHUNK)) if device.type == "cpu" else 1
-    step = -(-length // parts)
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)] if length else []
+def _step(length: int, device: torch.device) -> int:
+    """How many of `length` tokens to take at once: equal parts of at most CHUNK on a CPU, all elsewhere."""
+    return -(-length // -(-length // CHUNK)) if device.type == "cpu" else length
 
 
 def dropout_mask(shape: torch.Size, p: float, device: torch.device) -> tuple[Tensor, float]:
