@@ -70,6 +70,8 @@ class BaseWeight:
 
     def times(self, lora_A: Tensor) -> Tensor:
         """W0 A^T, [out, r], for A [r, in]."""
+        if self.block_rows >= self.out_features:
+            return self.block(0, self.out_features) @ lora_A.T
         out = torch.empty(self.out_features, lora_A.shape[0], dtype=self.dtype, device=self.device)
         for start, stop, rows in self.blocks():
             torch.mm(rows, lora_A.T, out=out[start:stop])

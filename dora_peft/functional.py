@@ -94,11 +94,14 @@ def norm_squared(weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_
         base_squared: ||W0||^2 per row, [out].
         lora_A, lora_B: [r, in] and [out, r], in the accumulation dtype.
     """
-    cross = (weight.times(lora_A) * lora_B).sum(1)
-    change = ((lora_B @ (lora_A @ lora_A.T)) * lora_B).sum(1).mul_(scaling**2)
-    squared = base_squared + change + 2 * scaling * cross
+    cross = torch.linalg.vecdot(weight.times(lora_A), lora_B)
+    change = torch.linalg.vecdot(lora_B @ (lora_A @ lora_A.T), lora_B)
+    total = torch.add(base_squared, change, alpha=scaling**2)  # ||W0||^2 + s^2 ||BA||^2
+    squared = torch.add(total, cross, alpha=2 * scaling)
     if weight.has_rows:
-        cancelling = squared < CANCELLATION * (base_squared + change)
+        cancelling = squared < CANCELLATION * total
+        if not cancelling.any():
+            return squared
         for rows in cancelling.nonzero()[:, 0].split(weight.dense_rows):
             dense = weight.rows(rows) + scaling * (lora_B[rows] @ lora_A)
             squared[rows] = dense.square_().sum(1)

@@ -16,6 +16,59 @@ from .config import DoraConfig
 from .layer import DoraLayer
 
 
+class Shortcut:
+    """Evaluation of a linear layer with one adapter, for as long as nothing that it was made from has changed.
+
+    Decoding calls each layer for one token at a time, so that asking the modules for everything anew would take as
+    long as the products.
+    """
+
+    def __init__(self, layer: Any, adapter: str, weight: Tensor) -> None:
+        self.norm = layer._norms[adapter]
+        self.folded = self.norm.folded
+        self.scaling, self.adapter, self.active = layer.scaling[adapter], adapter, layer._active_adapter
+        self.base = layer.base_layer
+        self.weight, self.bias = weight, self.base.bias
+        lora_A, lora_B = layer.factor_parameters(adapter)
+        self.lora_A = lora_A.detach().to(weight.dtype)
+        modules = layer._modules
+        owners = {
+            modules["lora_A"]._modules[adapter]: lora_A,
+            modules["lora_B"]._modules[adapter]: lora_B,
+            modules["lora_magnitude_vector"]._modules[adapter]: layer.magnitude(adapter),
+            self.base: self.base.weight,
+        }
+        self.seen = [(module._parameters, tensor, _norm.content(tensor)) for module, tensor in owners.items()]
+
+    def is_open(self, layer: Any) -> bool:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or layer.training or layer._disable_adapters:
+            return False
+        base = self.base
+        if (
+            layer._modules["base_layer"] is not base
+            or layer._active_adapter != self.active
+            or layer.merged_adapters
+            or layer.scaling[self.adapter] != self.scaling
+            or self.folded is None
+            or self.norm.folded is not self.folded
+            or layer._norms.get(self.adapter) is not self.norm
+            or base._forward_hooks
+            or base._forward_pre_hooks
+            or "forward" in base.__dict__
+            or base.bias is not self.bias
+            or functional.by_autograd()
+            or _norm.is_checking()
+        ):
+            return False
+        for parameters, tensor, content in self.seen:
+            if parameters.get("weight") is not tensor or _norm.content(tensor) != content:
+                return False
+        return True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear.linear_eval(x, self.lora_A, *self.folded[:2], weight=self.weight, bias=self.bias)
+
+
 class Linear(DoraLayer, nn.Module):
     """DoRA on nn.Linear, transformers' Conv1D, and every quantised linear layer."""
 
@@ -32,6 +85,7 @@ class Linear(DoraLayer, nn.Module):
         base_out = None if weight is not None else self.base_layer(x, *args, **kwargs)
         if not torch.is_grad_enabled() and not p:
             folded_B, c = _norm.folded(self, adapter)
+            self._shortcut = None if weight is None or self.training else Shortcut(self, adapter, weight)
             return linear.linear_eval(x, lora_A, folded_B, c, weight=weight, bias=bias, base_out=base_out)
 
         def base_product(x: Tensor, index: Tensor | None) -> Tensor:
@@ -52,7 +106,7 @@ class Linear(DoraLayer, nn.Module):
             weight=weight,
             bias=bias,
             base_out=base_out,
-            base_product=base_product,
+            base_product=None if base_out is None else base_product,
             dropout_p=p,
         )
 

@@ -24,6 +24,8 @@ from .base_weight import BaseWeight, base_weight, unpack_for_training
 from .config import DoraConfig
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
+# Base layers that wrap nothing and hold their weight in `weight`.
+_LEAVES = {nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D}
 
 
 class Magnitude(nn.Module):
@@ -71,6 +73,7 @@ class DoraLayer(BaseTunerLayer):
         "magnitude_only",
     )
     training: bool  # nn.Module's
+    _modules: dict[str, Any]
     peft_layer: type  # PEFT's LoRA layer of the same kind, which provides the initial factors
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: DoraConfig, name: str, **kwargs: Any) -> None:
@@ -97,13 +100,18 @@ class DoraLayer(BaseTunerLayer):
         self.in_features, self.out_features = features
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self._norms: dict[str, _norm.Norm] = {}
-        self._base_norm = _norm.Cached()
+        self._base_norm = _norm.BaseNorm()
+        self._seam: tuple[Any, Any, BaseWeight] | None = None
+        self._shortcut: Any = None
         # the unmerged weight parameter while adapters are merged; in a tuple, so that it is not registered
         self._original: tuple[nn.Parameter] | None = None
         self._active_adapter = adapter_name
         _norm.watch(self)
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[attr-defined]
         self.update_layer(adapter_name, config=config, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_seam": None, "_shortcut": None}  # a copy makes its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -118,7 +126,8 @@ class DoraLayer(BaseTunerLayer):
         replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
         # each replica computes on a device, and in a thread, of its own
         replica._norms = {name: _norm.Norm(tied=n.tied, settled=n.settled) for name, n in self._norms.items()}
-        replica._base_norm = _norm.Cached()
+        replica._base_norm = _norm.BaseNorm()
+        replica._seam = replica._shortcut = None
         return replica
 
     def train(self, mode: bool = True) -> Any:
@@ -126,18 +135,22 @@ class DoraLayer(BaseTunerLayer):
         if mode:
             for norm in self._norms.values():
                 norm.folded = None  # what evaluation keeps beside A and B
+            self._shortcut = None
         return self
 
     # ---- the base weight
 
     def get_base_layer(self) -> Any:
-        return super().get_base_layer()
+        base = self._modules["base_layer"]
+        return base if type(base) in _LEAVES else super().get_base_layer()  # which asks each for one below, slowly
 
     def original_weight(self) -> Any:
         """The base layer's weight without any merged adapter, as stored (packed where quantised)."""
         if self._original is not None:
             return self._original[0]
         layer = self.get_base_layer()
+        if type(layer) in _LEAVES:
+            return layer.weight
         for name in ("weight", "qweight", "W_q"):
             if isinstance(getattr(layer, name, None), Tensor):
                 return getattr(layer, name)
@@ -146,7 +159,14 @@ class DoraLayer(BaseTunerLayer):
     def base_weight(self) -> BaseWeight:
         """The seam to the base weight without any merged adapter."""
         original = None if self._original is None else self._original[0]
-        return base_weight(self.get_base_layer(), self.name, original)
+        layer = self.get_base_layer()
+        if original is not None or type(layer) not in _LEAVES:
+            return base_weight(layer, self.name, original)
+        weight = layer.weight
+        address = (weight.data_ptr(), weight.dtype, weight.device)
+        if self._seam is None or self._seam[0] is not weight or self._seam[1] != address:
+            self._seam = (weight, address, base_weight(layer, self.name))
+        return self._seam[2]
 
     # ---- creation
 
@@ -226,9 +246,8 @@ class DoraLayer(BaseTunerLayer):
 
     def factor_parameters(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A and B as stored."""
-        lora_A: Any = self.lora_A[adapter]
-        lora_B: Any = self.lora_B[adapter]
-        return lora_A.weight, lora_B.weight
+        modules = self._modules  # asked at every forward pass: three times as fast as by attributes
+        return modules["lora_A"]._modules[adapter].weight, modules["lora_B"]._modules[adapter].weight
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r] as matrices over the base weight's rows."""
@@ -273,15 +292,12 @@ class DoraLayer(BaseTunerLayer):
 
     def _dense_matrix(self) -> Tensor:
         """W0 [out, in] as a view of the base layer's weight."""
-        weight = getattr(self.get_base_layer(), "weight", None)
-        if (
-            not isinstance(weight, Tensor)
-            or not weight.is_floating_point()
-            or getattr(self.get_base_layer(), "groups", 1) > 1
-        ):
+        base = self.get_base_layer()
+        weight = getattr(base, "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point() or getattr(base, "groups", 1) > 1:
             raise NotImplementedError(
                 f"torch.compile with detach_norm=False needs a dense weight, which module '{self.name}' "
-                f"({type(self.get_base_layer()).__name__}) has not. Use detach_norm=True, or train without compiling."
+                f"({type(base).__name__}) has not. Use detach_norm=True, or train without compiling."
             )
         return self._as_matrix(weight)
 
@@ -290,12 +306,15 @@ class DoraLayer(BaseTunerLayer):
 
     def magnitude(self, adapter: str) -> nn.Parameter:
         """m as stored."""
-        module: Any = self.lora_magnitude_vector[adapter]
-        return module.weight
+        modules = self._modules
+        return modules["lora_magnitude_vector"]._modules[adapter].weight
 
     # ---- forward
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        shortcut = self._shortcut
+        if shortcut is not None and not args and not kwargs and shortcut.is_open(self):
+            return shortcut(x)
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:
@@ -303,9 +322,10 @@ class DoraLayer(BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        if self.training:
+        if self.training and type(self._modules["base_layer"]) not in _LEAVES:
             unpack_for_training(self.get_base_layer())
-        adapters = [name for name in self.active_adapters if name in self.lora_magnitude_vector]
+        present = self.lora_magnitude_vector
+        adapters = [name for name in self.active_adapters if name in present]
         if self.merged or not adapters:
             return self.base_layer(x, *args, **kwargs)
         if len(adapters) == 1 and not self._drops_base(adapters[0]) and not functional.by_autograd():
@@ -317,8 +337,9 @@ class DoraLayer(BaseTunerLayer):
 
     def _drops_base(self, adapter: str) -> bool:
         """Whether the paper's dropout is at work, which needs a second base product and its own intermediate."""
-        dropout = self.lora_dropout[adapter]
-        return self.training and isinstance(dropout, nn.Dropout) and self.dropout_mode[adapter] == "paper"
+        if self.dropout_mode[adapter] != "paper" or not self.training:
+            return False
+        return isinstance(self.lora_dropout[adapter], nn.Dropout)
 
     def adapt(self, adapter: str, x: Tensor, out: Tensor) -> Tensor:
         """The output with one adapter composed on top of `out`: c * (out - b + s B A x) + b, by plain operations."""

@@ -29,8 +29,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Tokens that the element-wise passes take at once on a CPU: their temporaries stay in the cache, and a fresh
-# [N, out] allocation, whose page faults cost more than its arithmetic, is never made. Below 512 the products suffer.
-CHUNK = 512
+# [N, out] allocation, whose page faults cost more than its arithmetic, is not made for every layer. With fewer the
+# products suffer: by 2 % at 512, 10 % at 256.
+CHUNK = 1024
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -91,8 +92,13 @@ def linear_eval(
     base_out: Tensor | None = None,
 ) -> Tensor:
     """`linear` without dropout and gradients, from `folded_B` = s c * B [out, r], which is computed once."""
-    dtype = x.dtype if base_out is None else base_out.dtype
     autocast = torch.is_autocast_enabled(x.device.type)
+    if weight is not None and not autocast and x.dtype is c.dtype is lora_A.dtype is folded_B.dtype:
+        rows = _rows(x)
+        z = F.linear(rows, weight)
+        z = z.mul_(c) if bias is None else torch.addcmul(bias, z, c, out=z)
+        return z.addmm_(F.linear(rows, lora_A), folded_B.T).view(*x.shape[:-1], -1 if len(rows) else len(c))
+    dtype = x.dtype if base_out is None else base_out.dtype
     if base_out is None and autocast and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
@@ -219,7 +225,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _shaped_like(x: Tensor, y: Tensor) -> Tensor:
-    """y [N, out] as [..., out]. Not as a view: the output of an autograd function could not be changed in place then."""
+    """y [N, out] as [..., out]. Not a view: the output of an autograd function could not be changed in place then."""
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
 

@@ -40,10 +40,17 @@ class Cached:
     """A value beside the key of what it was computed from. The key means nothing in a copy or another process."""
 
     value: Tensor | None = None
-    key: Any = None
+    key: tuple[Any, ...] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "key": None}
+
+
+@dataclass
+class BaseNorm(Cached):
+    """||W0||^2 per output row, and the smallest v that is divided by."""
+
+    floor: Tensor | None = None
 
 
 @dataclass
@@ -58,14 +65,14 @@ class Norm(Cached):
         held: An optimizer that holds A, B or m has made a step.
         sharded: A or B was seen as a DTensor: FSDP2 gathers them into another storage for every forward pass, so that
             addresses say nothing.
-        folded: s c * B [out, r] and c [out] for evaluation, with the key of what they were computed from.
+        folded: s c * B [out, r] and c [out] for evaluation, with the magnitude they were computed from.
     """
 
     tied: Tensor | None = None
     settled: bool = False
     held: bool = False
     sharded: bool = False
-    folded: tuple[Any, Tensor, Tensor] | None = None
+    folded: tuple[Tensor, Tensor, Tensor, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "folded": None, "held": False}
@@ -76,59 +83,46 @@ def watch(layer: Any) -> None:
     _layers.add(layer)
 
 
-def _content(tensor: Any, address: bool = True) -> Any:
+def content(tensor: Any, sharded: bool = False) -> Any:
     """A value that changes when the tensor's content does, as far as that is visible."""
-    if not isinstance(tensor, Tensor):
-        return id(tensor)
-    if tensor.is_inference():
-        return object()  # no version counter: never equal, so always recomputed
-    if not address:
-        return tensor._version
     try:
-        return tensor._version, tensor.data_ptr()
-    except RuntimeError:  # a tensor subclass without storage of its own
-        return tensor._version
+        return tensor._version, 0 if sharded else tensor.data_ptr()
+    except AttributeError:  # not a tensor: a layer that keeps its weight in parts
+        return id(tensor)
+    except RuntimeError:
+        # made in inference mode, without a version counter: never equal, so always recomputed; or a tensor subclass
+        # without storage of its own
+        return object() if tensor.is_inference() else tensor._version
 
 
-def _key(layer: Any, adapter: str, sharded: bool) -> Any:
+def _key(layer: Any, adapter: str, sharded: bool) -> tuple[Any, ...]:
     lora_A, lora_B = layer.factor_parameters(adapter)
     weight = layer.original_weight()
-    # the tensors themselves stay alive in the key, so that no other one takes their identity
-    return (
-        layer.scaling[adapter],
-        _Same(lora_A),
-        _content(lora_A, not sharded),
-        _Same(lora_B),
-        _content(lora_B, not sharded),
-        _Same(weight),
-        _content(weight, not sharded),
-    )
+    # the tensors themselves, so that they stay alive and no other one takes their identity
+    contents = (content(lora_A, sharded), content(lora_B, sharded), content(weight, sharded))
+    return lora_A, lora_B, weight, layer.scaling[adapter], contents
 
 
-class _Same:
-    """Compares by identity, which tensors do not."""
-
-    __slots__ = ("thing",)
-
-    def __init__(self, thing: Any) -> None:
-        self.thing = thing
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.thing is other.thing
-
-    def __hash__(self) -> int:
-        return id(self.thing)
+def _same(one: tuple[Any, ...] | None, other: tuple[Any, ...]) -> bool:
+    return one is not None and one[0] is other[0] and one[1] is other[1] and one[2] is other[2] and one[3:] == other[3:]
 
 
 def base_squared(layer: Any) -> Tensor:
     """||W0||^2 per output row [out]; computed once, again only after W0 changed."""
     weight = layer.original_weight()
-    sharded = any(norm.sharded for norm in layer._norms.values())
-    key = (_Same(weight), _content(weight, not sharded))
+    now = content(weight, any(norm.sharded for norm in layer._norms.values()))
     cached = layer._base_norm
-    if cached.value is None or cached.key != key:
-        cached.value, cached.key = layer.base_weight().row_norms_squared(), key
+    if cached.key is None or cached.key[0] is not weight or cached.key[1] != now:
+        cached.value, cached.key = layer.base_weight().row_norms_squared(), (weight, now)
+        cached.floor = functional.floor(cached.value)
     return cached.value
+
+
+@contextmanager
+def _undisturbed(device_type: str) -> Iterator[None]:
+    """Autocast would lower the products' precision; what is made in inference mode cannot be used in training later."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
+        yield
 
 
 def _compute(layer: Any, adapter: str) -> Tensor:
@@ -148,12 +142,15 @@ def weight_norm(layer: Any, adapter: str) -> Norm:
     if torch.compiler.is_compiling():
         return norm  # refreshed by events only
     key = _key(layer, adapter, norm.sharded)
-    if norm.key == key and not _checking:
-        return norm
-    # autocast would lower the products' precision; tensors made in inference mode cannot be used in training later
-    device = layer.factor_parameters(adapter)[0].device.type
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-        value = _compute(layer, adapter)
+    if not _same(norm.key, key) or _checking:
+        with _undisturbed(key[0].device.type):
+            _update(layer, adapter, norm, key)
+    return norm
+
+
+def _update(layer: Any, adapter: str, norm: Norm, key: tuple[Any, ...]) -> None:
+    value = _compute(layer, adapter)
+    if not norm.settled or norm.tied is not None:
         magnitude = layer.magnitude(adapter)
         if not norm.settled:
             # after a load: a zero row of W0 whose magnitude is its norm was tied when it was saved
@@ -164,21 +161,16 @@ def weight_norm(layer: Any, adapter: str) -> Norm:
             norm.tied = norm.tied.to(value.device)
             # not through the version counter: a forward pass may run between a backward pass and its optimizer step
             magnitude.data.view(-1)[norm.tied] = value[norm.tied].to(magnitude.dtype)
-        value = torch.maximum(value, functional.floor(base_squared(layer)))
-        if _checking and norm.key == key and norm.value is not None and not torch.equal(norm.value, value):
+    torch.maximum(value, layer._base_norm.floor, out=value)
+    if _same(norm.key, key):
+        if norm.value is not None and not torch.equal(norm.value, value):
             worst = ((norm.value - value).abs() / value).max().item()
             raise RuntimeError(
                 f"Stale weight norm in module '{layer.name}', adapter '{adapter}': off by {worst:.1e} (relative). A, B "
                 "or the base weight was changed through `.data` outside an optimizer; call dora_peft.refresh(model) "
                 "after it."
             )
-        _store(norm, value)
-    if norm.key != key:
-        norm.key, norm.folded = key, None
-    return norm
-
-
-def _store(norm: Norm, value: Tensor) -> None:
+        return
     old = norm.value
     if old is not None and (old.shape, old.dtype, old.device) == (value.shape, value.dtype, value.device):
         # In place, since compiled graphs and CUDA graphs read this address; past the version counter, since a graph
@@ -186,27 +178,29 @@ def _store(norm: Norm, value: Tensor) -> None:
         old.data.copy_(value)
     else:
         norm.value = value
+    norm.key, norm.folded = key, None
 
 
 def folded(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
     """s c * B [out, r] and c [out] for evaluation, computed once and dropped by `train()`."""
     norm = weight_norm(layer, adapter)
     magnitude = layer.magnitude(adapter)
-    key = (_Same(magnitude), _content(magnitude))
-    if norm.folded is not None and norm.folded[0] == key and not _checking:
-        return norm.folded[1:]
+    now = content(magnitude)
+    known = norm.folded is not None and norm.folded[2] is magnitude and norm.folded[3] == now
+    if norm.folded is not None and known and not _checking:
+        return norm.folded[:2]
     with torch.inference_mode(False), torch.no_grad():
         value: Any = norm.value
         c = functional.scale(magnitude.detach().view(-1), value, norm.tied)
         lora_B = layer.factor_parameters(adapter)[1].detach()
         product = linear.fold(lora_B, c, layer.scaling[adapter]).to(_compute_dtype(layer, lora_B))
-    if _checking and norm.folded is not None and norm.folded[0] == key and not torch.equal(norm.folded[2], c):
+    if norm.folded is not None and known and not torch.equal(norm.folded[1], c):
         raise RuntimeError(
             f"Stale scale in module '{layer.name}', adapter '{adapter}': its magnitude was changed through `.data` "
             "outside an optimizer; call dora_peft.refresh(model) after it."
         )
     if not layer.training:  # amid training it would not be worth its memory
-        norm.folded = (key, product, c)
+        norm.folded = (product, c, magnitude, now)
     return product, c
 
 
@@ -217,13 +211,10 @@ def _compute_dtype(layer: Any, lora_B: Tensor) -> torch.dtype:
 
 def initial(layer: Any, adapter: str) -> Tensor:
     """m at creation: ||W0 + s B A||, [out]. Rows where it is 0 are tied from now on."""
-    with torch.inference_mode(False), torch.no_grad():
-        device = layer.factor_parameters(adapter)[0].device.type
-        with torch.autocast(device, enabled=False):
-            value = _compute(layer, adapter)
-            floored = torch.maximum(value, functional.floor(base_squared(layer)))
-    key = _key(layer, adapter, False)
-    layer._norms[adapter] = Norm(floored, key, tied=_or_none(value == 0), settled=True)
+    with _undisturbed(layer.factor_parameters(adapter)[0].device.type):
+        value = _compute(layer, adapter)
+        floored = torch.maximum(value, layer._base_norm.floor)
+    layer._norms[adapter] = Norm(floored, _key(layer, adapter, False), tied=_or_none(value == 0), settled=True)
     return value
 
 
@@ -262,31 +253,47 @@ def refresh_layer(layer: Any) -> None:
 
 def _computable(layer: Any, adapter: str) -> bool:
     """Whether everything is here: not on the meta device (offloaded, or still to be loaded), not sharded."""
-    tensors = [*layer.factor_parameters(adapter), layer.magnitude(adapter), *layer.get_base_layer().parameters()]
-    return not any(t.is_meta or t.numel() == 0 or hasattr(t, "device_mesh") for t in tensors)
+    lora_A, lora_B = layer.factor_parameters(adapter)
+    weight = layer.original_weight()
+    present = weight.parameters() if isinstance(weight, nn.Module) else (weight,)
+    return not any(t.is_meta or _is_sharded(t) for t in (lora_A, lora_B, layer.magnitude(adapter), *present))
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """FSDP2's DTensor, or FSDP1's parameter whose storage is elsewhere."""
+    return (type(tensor) is not nn.Parameter and hasattr(tensor, "device_mesh")) or not tensor.numel()
 
 
 def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     parameters = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    changed = []
     for layer in list(_layers):
         for adapter, norm in layer._norms.items():
             if adapter not in layer.lora_magnitude_vector:
                 continue
             lora_A, lora_B = layer.factor_parameters(adapter)
             magnitude = layer.magnitude(adapter)
-            held = [p for p in (lora_A, lora_B, magnitude) if id(p) in parameters]
-            if held:
+            factors = [p for p in (lora_A, lora_B) if id(p) in parameters]
+            if factors or id(magnitude) in parameters:
                 norm.held, norm.folded = True, None
-                if any(p is not magnitude and p.grad is not None for p in held):
-                    norm.sharded = norm.sharded or hasattr(lora_A, "device_mesh")
+                if any(p.grad is not None for p in factors):
+                    norm.sharded = norm.sharded or _is_sharded(lora_A)
                     norm.key = None
-                    if _computable(layer, adapter):
-                        weight_norm(layer, adapter)
+                    changed.append((layer, adapter, norm))
             elif not norm.held and (lora_A.requires_grad or lora_B.requires_grad or magnitude.requires_grad):
                 norm.key = norm.folded = None  # it may step on copies
+    if changed:
+        with _undisturbed(changed[0][0].factor_parameters(changed[0][1])[0].device.type):
+            for layer, adapter, norm in changed:
+                if _computable(layer, adapter):
+                    _update(layer, adapter, norm, _key(layer, adapter, norm.sharded))
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)
+
+
+def is_checking() -> bool:
+    return _checking
 
 
 @contextmanager
