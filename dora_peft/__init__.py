@@ -9,6 +9,7 @@ Importing the package registers `PeftType.DORA`, `DoraConfig` and `DoraModel` wi
 """
 
 from . import _registry  # first: adds PeftType.DORA, which the other modules use
+from .accelerate import accelerate_use_dora
 from .config import DoraConfig
 from .functional import implementation
 from .layer import DoraLayer
@@ -22,6 +23,7 @@ __all__ = [
     "DoraLayer",
     "DoraModel",
     "__version__",
+    "accelerate_use_dora",
     "checking",
     "implementation",
     "param_groups",

@@ -144,6 +144,12 @@ class Embedding(DoraLayer, nn.Module):
     def factor_parameters(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         return self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
 
+    def _dropped(self, adapter: str, x: Tensor) -> Tensor:
+        return x  # ids
+
+    def _drops_base(self, adapter: str) -> bool:
+        return False
+
     def _low_rank(self, adapter: str, x: Tensor, lora_A: Tensor | None = None, lora_B: Tensor | None = None) -> Tensor:
         base = self.get_base_layer()
         if lora_A is None or lora_B is None:

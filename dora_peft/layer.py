@@ -142,7 +142,9 @@ class DoraLayer(BaseTunerLayer):
 
     def get_base_layer(self) -> Any:
         base = self._modules["base_layer"]
-        return base if type(base) in _LEAVES else super().get_base_layer()  # which asks each for one below, slowly
+        return (
+            base if type(base) in _LEAVES else BaseTunerLayer.get_base_layer(self)
+        )  # which asks each for one below, slowly
 
     def original_weight(self) -> Any:
         """The base layer's weight without any merged adapter, as stored (packed where quantised)."""
@@ -345,7 +347,7 @@ class DoraLayer(BaseTunerLayer):
         """The output with one adapter composed on top of `out`: c * (out - b + s B A x) + b, by plain operations."""
         c = self._per_channel(self.scale(adapter, differentiable=True))
         bias = self._bias()
-        dropped = self.lora_dropout[adapter](x)
+        dropped = self._dropped(adapter, x)
         low_rank = None if self.magnitude_only[adapter] else self._low_rank(adapter, dropped).to(out.dtype)
         if self._drops_base(adapter):
             base = self.base_layer(dropped)
@@ -366,12 +368,16 @@ class DoraLayer(BaseTunerLayer):
             out = self.base_layer(x, *args, **kwargs)
             return out + self._low_rank(adapter, dropped, lora_A, lora_B).to(out.dtype)
 
-        needed = (x, self.lora_dropout[adapter](x), *self.factor_parameters(adapter))
+        needed = (x, self._dropped(adapter, x), *self.factor_parameters(adapter))
         return functional.compose_keeping_output(before_scaling(*needed), c, bias, before_scaling, *needed)
 
     def _low_rank(self, adapter: str, x: Tensor, lora_A: Tensor | None = None, lora_B: Tensor | None = None) -> Tensor:
         """s B A x, in the shape of the layer's output; with the adapter's own factors where None."""
         raise NotImplementedError
+
+    def _dropped(self, adapter: str, x: Tensor) -> Tensor:
+        """The input of the low-rank branch."""
+        return self.lora_dropout[adapter](x)
 
     def _bias(self) -> Tensor | None:
         """b in the shape that broadcasts against the layer's output."""

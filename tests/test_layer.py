@@ -466,6 +466,12 @@ def test_dropout_modes(mode, detach, bias):
 
 
 @pytest.mark.parametrize("mode", ["branch", "paper"])
+def test_an_embedding_has_no_dropout(mode):
+    model = adapted("embedding", torch.float64, lora_dropout=0.5, dropout_mode=mode)
+    check(model, example(model))
+
+
+@pytest.mark.parametrize("mode", ["branch", "paper"])
 def test_dropout_of_a_convolution(mode):
     model = adapted("conv2d", torch.float64, lora_dropout=0.5, dropout_mode=mode)
     layer, base, x = dora(model), base_of(model), example(model)

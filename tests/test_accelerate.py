@@ -1,0 +1,223 @@
+"""PEFT's own use_dora layers, taken over: equal results, PEFT's parameters, undoable."""
+
+import copy
+import gc
+import warnings
+import weakref
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import dora_peft
+from dora_peft import accelerate, norm
+
+LAYERS = {
+    "linear": lambda: nn.Linear(12, 10),
+    "linear-no-bias": lambda: nn.Linear(12, 10, bias=False),
+    "Conv1D": lambda: Conv1D(10, 12),
+    "embedding": lambda: nn.Embedding(12, 10),
+    "conv1d": lambda: nn.Conv1d(12, 6, 3, padding=1),
+    "conv2d": lambda: nn.Conv2d(12, 6, 3, stride=2, padding=1),
+}
+
+
+class One(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def peft_model(kind="linear", dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    base = One(LAYERS[kind]() if isinstance(kind, str) else kind).to(dtype)
+    options.setdefault("fan_in_fan_out", kind == "Conv1D")
+    model = get_peft_model(base, LoraConfig(r=3, use_dora=True, target_modules=["layer"], **options))
+    for name, p in model.named_parameters():
+        if "lora_" in name:  # as after some training
+            p.data = torch.randn_like(p) * 0.3 + (1 if "magnitude" in name else 0)
+    return model
+
+
+def example(kind, dtype=torch.float64):
+    torch.manual_seed(1)
+    if kind == "embedding":
+        return torch.randint(0, 12, (2, 5))
+    shape = {"conv1d": (2, 12, 7), "conv2d": (2, 12, 7, 6)}.get(kind, (2, 5, 12))
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+def run(model, x, seed=3):
+    torch.manual_seed(seed)
+    y = model(x)
+    leaves = [p for p in model.parameters() if p.requires_grad] + [x] * x.requires_grad
+    return [y.detach(), *torch.autograd.grad(y.sin().sum(), leaves)]
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """A list that grows with every layer call that this package computes."""
+    calls = []
+    for view in accelerate._VIEWS.values():
+        for name in ("adapt", "adapt_fast"):
+            original = getattr(view, name)
+
+            def counted(self, *args, _original=original, **kwargs):
+                calls.append(self)
+                return _original(self, *args, **kwargs)
+
+            monkeypatch.setattr(view, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_equals_peft(kind, training, p, taken):
+    model, x = peft_model(kind, lora_dropout=p).train(training), example(kind)
+    expected = run(model, x)
+    with dora_peft.accelerate_use_dora():
+        found = run(model, x)
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(x), model(x))
+    assert taken
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_trains_as_peft_does(taken):
+    one, other = peft_model(), peft_model()
+    x = example("linear")
+    for model, on in ((one, False), (other, True)):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0)
+        acceleration = dora_peft.accelerate_use_dora() if on else None
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+        if acceleration:
+            acceleration.undo()
+    assert len(taken) == 5
+    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(b, a, msg=name)
+
+
+@pytest.mark.cached_norms
+def test_refreshes_once_a_step(monkeypatch):
+    model, x, calls = peft_model(), example("linear"), []
+    original = dora_peft.functional.norm_squared
+    monkeypatch.setattr(dora_peft.functional, "norm_squared", lambda *a: (calls.append(1), original(*a))[1])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with dora_peft.accelerate_use_dora():
+        model(x)
+        for _ in range(2):
+            calls.clear()
+            for _ in range(4):
+                model(x).sum().backward()
+            optimizer.step()
+            assert len(calls) == 1
+
+
+def test_branch_dropout_leaves_the_base_product_whole():
+    model = peft_model(lora_dropout=0.5)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.zero_()  # what is dropped then makes no difference
+    x = example("linear")
+    with dora_peft.accelerate_use_dora(dropout_mode="branch"):
+        torch.testing.assert_close(model(x), model.eval()(x))
+    with dora_peft.accelerate_use_dora():
+        assert not torch.allclose(model.train()(x), model.eval()(x))
+
+
+def test_undo_and_nesting():
+    before = lora.Linear.forward
+    outer = dora_peft.accelerate_use_dora()
+    assert lora.Linear.forward is not before
+    with dora_peft.accelerate_use_dora("branch"):
+        peft_model()(example("linear"))
+    assert lora.Linear.forward is not before
+    outer.undo()
+    outer.undo()
+    assert lora.Linear.forward is before
+    assert not len(norm.views)
+
+
+def test_unknown_dropout_mode():
+    before = lora.Linear.forward
+    with pytest.raises(ValueError, match="'peft' or 'branch', found 'paper'"):
+        dora_peft.accelerate_use_dora("paper")
+    assert lora.Linear.forward is before
+
+
+def test_what_stays_with_peft_is_listed_once(taken):
+    model, x = peft_model(), example("linear")
+    model.add_adapter("other", LoraConfig(r=2, use_dora=True, target_modules=["layer"]))
+    model.base_model.set_adapter(["default", "other"])
+    expected = model(x)
+    with dora_peft.accelerate_use_dora():
+        with pytest.warns(UserWarning, match="leaves these DoRA layers to PEFT.*Linear.*several active adapters"):
+            found = model(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(x)
+    assert not taken
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*groups > 1.*")
+def test_grouped_convolutions_stay_with_peft(taken):
+    model = peft_model(nn.Conv1d(12, 6, 3, groups=3))
+    x = torch.randn(2, 12, 7, dtype=torch.float64)
+    expected = model(x)
+    with dora_peft.accelerate_use_dora(), pytest.warns(UserWarning, match="grouped convolution"):
+        torch.testing.assert_close(model(x), expected)
+    assert not taken
+
+
+def test_plain_lora_disabled_and_merged_adapters_are_left_alone(taken):
+    torch.manual_seed(0)
+    plain = get_peft_model(One(nn.Linear(12, 10)), LoraConfig(r=3, target_modules=["layer"]))
+    model, x = peft_model(), example("linear")
+    with dora_peft.accelerate_use_dora():
+        plain(x.float())
+        with model.disable_adapter():
+            torch.testing.assert_close(model(x), model.base_model.model.layer.base_layer(x))
+        unmerged = model(x)
+        taken.clear()
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), unmerged)
+        assert not taken
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(x), unmerged)
+        assert taken
+
+
+def test_checkpoints_stay_pefts(tmp_path):
+    model, x = peft_model(dtype=torch.float32), example("linear", torch.float32)
+    keys = list(model.state_dict())
+    with dora_peft.accelerate_use_dora():
+        y = model(x)
+        assert list(model.state_dict()) == keys
+        model.save_pretrained(tmp_path)
+        twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin(x), y)
+    torch.manual_seed(0)
+    loaded = PeftModel.from_pretrained(One(LAYERS["linear"]()), tmp_path)
+    torch.testing.assert_close(loaded(x), y)
+
+
+def test_does_not_keep_a_model_alive():
+    with dora_peft.accelerate_use_dora():
+        model = peft_model()
+        model(example("linear"))
+        layer = weakref.ref(model.base_model.model.layer)
+        del model
+        gc.collect()
+        assert layer() is None
