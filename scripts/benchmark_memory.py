@@ -17,25 +17,29 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-from torch import nn
 from tqdm import tqdm
 from transformers import set_seed
 
 import dora_peft
+from benchmark_common import (
+    MIB,
+    PeakMemory,
+    describe_machine,
+    enable_checkpointing,
+    positive,
+    record_saved_bytes,
+    write_json,
+)
 from llama_config import FinetuneConfig, build_parser, parse_config
 from llama_data import AnswerCollator, load_datasets
 from llama_model import build_model, count_parameters, load_tokenizer
@@ -47,57 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dora_not_detached": {"method": "dora", "detach_norm": False},
 }
 WARMUP_STEPS = 2
-MIB = 2**20
 Batch = dict[str, torch.Tensor]
-
-
-@contextlib.contextmanager
-def record_saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Collect what autograd saves for backward: address and size in bytes of each distinct storage.
-
-    Parameters and buffers are left out; they exist anyway.
-    """
-    kept = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in kept:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        # The graph holds the tensor until backward, so no address is used twice while we count.
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield sizes
-
-
-class PeakMemory:
-    """Peak memory from `start` to `stop`: the allocator's on a GPU, on the CPU the resident set's growth."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.base_bytes = psutil.Process().memory_info().rss
-        self.peak_bytes = 0
-        self.stopped = threading.Event()
-        self.watcher = threading.Thread(target=self.watch, daemon=True)
-
-    def watch(self) -> None:
-        process = psutil.Process()
-        while not self.stopped.wait(0.002):
-            self.peak_bytes = max(self.peak_bytes, process.memory_info().rss - self.base_bytes)
-
-    def start(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            self.watcher.start()
-
-    def stop(self) -> None:
-        if self.device.type == "cuda":
-            self.peak_bytes = torch.cuda.max_memory_allocated(self.device)
-        else:
-            self.stopped.set()
-            self.watcher.join()
 
 
 def make_steps(config: FinetuneConfig, dataset: Any, pad_token_id: int, count: int) -> list[list[Batch]]:
@@ -114,12 +68,6 @@ def make_steps(config: FinetuneConfig, dataset: Any, pad_token_id: int, count: i
 def count_tokens(batch: Batch) -> int:
     """Tokens of a batch, padding left out; a packed batch has next to none."""
     return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
-
-
-def enable_checkpointing(model: nn.Module) -> None:
-    """Turn on activation checkpointing, which transformers renamed in the course of version 5."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def choose_device(config: FinetuneConfig) -> torch.device:
@@ -206,23 +154,6 @@ def check_losses(results: Mapping[str, Mapping[str, Any]]) -> None:
             )
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Device, threads, versions of the packages, and git commit if there is one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    except FileNotFoundError:
-        commit = None
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")}
-        | {"dora_peft": dora_peft.__version__},
-        "commit": commit,
-    }
-
-
 COLUMNS = {
     "trainable_parameters": ("trainable", "{:,.0f}"),
     "peak_mib": ("peak MiB", "{:,.1f}"),
@@ -276,13 +207,6 @@ def read_variants(text: str) -> list[str]:
     return names
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
-    return int(text)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = build_parser(__doc__)
@@ -306,8 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = describe_machine(device)
     json_path = options.json or Path(config.output_dir) / "memory.json"
     report = {**machine, "steps": options.steps, "config": dataclasses.asdict(config), "methods": results}
-    json_path.parent.mkdir(parents=True, exist_ok=True)
-    json_path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(json_path, report)
     plot_path = options.plot or Path(config.output_dir) / "memory.png"
     draw_bars(results, f"{Path(config.model_name_or_path).name}, r={config.r}, {machine['device']}", plot_path)
     print(format_table(results))

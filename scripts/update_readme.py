@@ -3,9 +3,10 @@
     python scripts/update_readme.py           # rewrites README.md
     python scripts/update_readme.py --check   # exits with 1 if README.md is not what the results say
 
-Expected result: the text between `<!-- table: memory -->` and `<!-- end: memory -->` holds one table per file
-`scripts/benchmarks/results/memory_*.json`, as `scripts/benchmark_memory.py --json` wrote them, with device and
-versions.
+Expected result: the text between `<!-- table: memory -->` and `<!-- end: memory -->` holds one table per file in
+`scripts/benchmarks/results/` that `scripts/benchmark_memory.py --json` wrote, and the text between
+`<!-- table: benchmark -->` and `<!-- end: benchmark -->` one line per result of `scripts/benchmark.py`, with device and
+versions. Results that are not there are left out.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +59,115 @@ def memory_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+# Columns of the benchmark's table after LoRA's own figure, as ratios to it.
+CONTENDERS = {"frozen": "frozen base", "lora_floor": "LoRA floor", "peft_dora": "PEFT `use_dora`", "dora": "dora_peft"}
+# What a line is about, its quantity in a result, and LoRA's unit, in the order of the table.
+CLAIMS = (
+    ("step", "time_ms", "training step", " ms"),
+    ("eval", "time_ms", "evaluation", " ms"),
+    ("decode", "time_ms", "decoding", " ms/token"),
+    ("memory", "saved_mib", "kept for backward", " MiB"),
+    ("memory", "peak_mib", "peak memory", " MiB"),
+    ("refresh", "norms_per_step", "norms per layer and optimizer step", ""),
+)
+
+
+def benchmark_table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown tables from results of benchmark.py, one per machine, a line for each of the `CLAIMS`."""
+    machines: dict[str, list[Mapping[str, Any]]] = {}
+    for report in reports:
+        versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+        threads = f"{report['threads']} thread{'s' if report['threads'] > 1 else ''}"
+        place = f"{report['device']} ({report['processor']}), {threads} ({versions}"
+        machines.setdefault(place, []).append(report)
+    tables = []
+    for place, found in machines.items():
+        lines = [line for claim in CLAIMS for report in found for line in claim_lines(report, *claim)]
+        commits = ", ".join(dict.fromkeys((report["commit"] or "unknown")[:9] for report in found))
+        rounds, repeats = (
+            " or ".join(str(n) for n in sorted({report["options"][key] for report in found}))
+            for key in ("rounds", "repeats")
+        )
+        heading = (
+            f"On {place}, commit {commits}). Times are medians of {rounds} interleaved rounds, peaks over the loaded "
+            f"model of {repeats} processes each; all but the first column are ratios to LoRA:"
+        )
+        header = "| | PEFT LoRA | " + " | ".join(CONTENDERS.values()) + " |"
+        if lines:
+            tables.append("\n".join([heading, "", header, "|---|" + "---:|" * (1 + len(CONTENDERS)), *lines]))
+    return "\n\n".join(tables)
+
+
+def claim_lines(report: Mapping[str, Any], suite: str, quantity: str, title: str, unit: str) -> list[str]:
+    """The lines of one file about one claim; compiled contenders get a line of their own, relative to compiled LoRA."""
+    lines = []
+    for result in report["results"]:
+        if (report["options"]["suite"], result["quantity"]) != (suite, quantity):
+            continue
+        if quantity == "saved_mib" and result["setting"]["checkpointing"] != "none":
+            continue  # the layers' inputs and nothing of the layers: equal for all
+        values = {name: found["values"] for name, found in result["contenders"].items()}
+        setting = describe(report["options"], result["setting"])
+        lines.append(benchmark_line(f"{title}: {setting}", values, unit))
+        compiled = {name.removesuffix("_compiled"): v for name, v in values.items() if name.endswith("_compiled")}
+        if "lora" in compiled:
+            lines.append(benchmark_line(f"{title}, compiled: {setting}", compiled, unit))
+    return lines
+
+
+def benchmark_line(label: str, values: Mapping[str, Sequence[float]], unit: str) -> str:
+    lora = values["lora"]
+    median = statistics.median(lora)
+    cells = [f"{median:,.0f}{unit}" if median >= 100 or median == 0 else f"{median:.3g}{unit}"]
+    for name in CONTENDERS:
+        if name not in values:
+            cells.append("-")
+        elif all(lora):
+            cells.append(f"{statistics.median(a / b for a, b in zip(values[name], lora, strict=True)):.2f}")
+        else:  # LoRA has no norm: the count itself
+            cells.append(f"{statistics.median(values[name]):.3g}")
+    return f"| {label} | " + " | ".join(cells) + " |"
+
+
+def describe(options: Mapping[str, Any], setting: Mapping[str, Any]) -> str:
+    """What a line was measured on; defaults (no accumulation, no checkpointing, fp32) go without saying."""
+    layers = f"{options['layers']} layer{'s' if options['layers'] > 1 else ''}"
+    parts = [f"{options['model']}, {layers}", f"r={setting['rank']}"]
+    if "dropout" in setting:
+        parts.append(f"dropout {setting['dropout']:g}")
+    if "prompt" in setting:
+        parts.append(f"{setting['new_tokens']} tokens after {setting['prompt']}")
+    elif "seq_len" in setting:
+        parts.append(f"{setting['batch']} x {setting['seq_len']} tokens")
+    if setting.get("accumulation", 1) > 1:
+        parts.append(f"{setting['accumulation']} micro-batches")
+    if setting.get("checkpointing", "none") != "none":
+        parts.append("checkpointing")
+    if setting["dtype"] != "fp32":
+        adapter = setting.get("adapter_dtype", setting["dtype"])
+        parts.append(setting["dtype"] if adapter == setting["dtype"] else f"{setting['dtype']}, adapter {adapter}")
+    return ", ".join(parts)
+
+
+def insert(readme: str, name: str, text: str) -> str:
+    """`readme` with `text` between the two marks of the table `name`."""
+    return re.sub(
+        rf"(<!-- table: {name} -->\n).*?(<!-- end: {name} -->)",
+        lambda m: m.group(1) + (f"{text}\n" if text else "") + m.group(2),
+        readme,
+        flags=re.DOTALL,
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, fail where the README is out of date")
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
-    tables = [memory_table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("memory_*.json"))]
-    after = re.sub(
-        r"(<!-- table: memory -->\n).*?(<!-- end: memory -->)",
-        lambda m: m.group(1) + "\n\n".join(tables) + "\n" + m.group(2),
-        before,
-        flags=re.DOTALL,
-    )
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    after = insert(before, "memory", "\n\n".join(memory_table(result) for result in results if "methods" in result))
+    after = insert(after, "benchmark", benchmark_table([result for result in results if "options" in result]))
     if arguments.check:
         return int(after != before)
     readme.write_text(after, encoding="utf-8")
