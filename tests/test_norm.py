@@ -493,3 +493,124 @@ def test_rows_are_tied_again_after_loading_where_magnitude_and_norm_agree():
         layer.lora_magnitude_vector["default"].weight[5] *= 2
     layer._norms["default"] = norm_module.Norm()
     assert norm_module.weight_norm(layer, "default").tied.nonzero().flatten().tolist() == [2]
+
+
+# ---- the optimizer hook
+
+
+@pytest.mark.cached_norms
+def test_the_hook_writes_the_buffer_that_forward_reads(model):
+    """Compiled graphs hold its address, and see no other event of a step."""
+    norms = [up(model)._norms["default"], model.base_model.model.down._norms["default"]]
+    buffers = [(norm.value, norm.value.data_ptr(), norm.value.clone()) for norm in norms]
+    train_step(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+    for norm, (value, address, before) in zip(norms, buffers, strict=True):
+        assert norm.value is value
+        assert value.data_ptr() == address
+        assert not torch.allclose(value, before, rtol=1e-3)
+    torch.testing.assert_close(norms[0].value, true(up(model)))
+
+
+@pytest.mark.cached_norms
+def test_a_step_on_magnitudes_alone_refreshes_nothing(model, counted):
+    magnitudes = [p for name, p in model.named_parameters() if "magnitude" in name]
+    for name, p in model.named_parameters():
+        p.requires_grad_("magnitude" in name)
+    optimizer = torch.optim.SGD(magnitudes, lr=0.1)
+    counted.clear()
+    for _ in range(2):
+        train_step(model, optimizer)
+    assert not counted
+
+
+@pytest.mark.cached_norms
+def test_a_step_of_another_optimizer_refreshes_what_none_holds_yet(model, counted):
+    """It may be one that steps on flat copies and writes them back later, as DeepSpeed's does."""
+    other = torch.nn.Linear(2, 2)
+    others = torch.optim.SGD(other.parameters(), lr=0.1)
+
+    def step_other():
+        other(torch.randn(1, 2)).sum().backward()
+        others.step()
+        counted.clear()
+        model(torch.randn(2, 6))
+        return len(counted)
+
+    assert step_other() == 2
+    own = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    train_step(model, own)
+    assert step_other() == 0
+
+
+@pytest.mark.cached_norms
+@pytest.mark.parametrize("change", [load_state_dict, scale_layer, lambda model: model.double()])
+def test_events_refresh_before_the_next_forward_pass(change, model):
+    change(model)
+    torch.testing.assert_close(up(model)._norms["default"].value, true(up(model)))
+
+
+# ---- what evaluation keeps
+
+
+@pytest.mark.cached_norms
+def test_evaluation_keeps_little_and_training_drops_it(model):
+    model.eval()
+    layer = up(model)
+    with torch.no_grad():
+        model(torch.randn(2, 6))
+    folded_B, c = layer._norms["default"].folded[:2]
+    assert folded_B.numel() + c.numel() == 10 * (3 + 1)  # out x (r + 1)
+    model.train()
+    assert layer._norms["default"].folded is None
+    assert layer._shortcut is None
+
+
+def edit_magnitude(model):
+    with torch.no_grad():
+        up(model).lora_magnitude_vector["default"].weight.mul_(2)
+
+
+def replace_bias(model):
+    up(model).get_base_layer().bias = nn.Parameter(torch.randn(10), requires_grad=False)
+
+
+def edit_bias(model):
+    with torch.no_grad():
+        up(model).get_base_layer().bias.add_(1)
+
+
+@pytest.mark.cached_norms
+@pytest.mark.parametrize("change", [*CHANGES, edit_magnitude, replace_bias, edit_bias], ids=lambda c: c.__name__)
+def test_evaluation_follows(change, model):
+    model.eval()
+    layer, x = up(model), torch.randn(2, 6)
+    with torch.no_grad():
+        before = [layer(x) for _ in range(3)][-1]  # by its shortcut
+        assert layer._shortcut is not None
+        change(model)
+        found = [layer(x) for _ in range(3)]
+    expected = layer(x).detach()  # with a graph, and so without shortcut
+    assert not torch.allclose(expected, before, rtol=1e-3)
+    for y in found:
+        torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.cached_norms
+@pytest.mark.parametrize("state", ["merged", "disabled", "hooked"])
+def test_evaluation_by_its_shortcut_respects(state, model):
+    model.eval()
+    layer, x = up(model), torch.randn(2, 6)
+    with torch.no_grad():
+        adapted = [layer(x) for _ in range(2)][-1]
+        if state == "merged":
+            model.merge_adapter()
+            torch.testing.assert_close(layer(x), adapted)
+        elif state == "disabled":
+            with model.disable_adapter():
+                assert torch.equal(layer(x), layer.get_base_layer()(x))
+            torch.testing.assert_close(layer(x), adapted)
+        else:
+            seen = []
+            layer.get_base_layer().register_forward_hook(lambda *_: seen.append(1))
+            torch.testing.assert_close(layer(x), adapted)
+            assert seen

@@ -1,0 +1,114 @@
+"""torch.compile: one graph, the results of eager, and a norm that follows the optimizer without a new compilation."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+import dora_peft
+from dora_peft import DoraConfig
+
+KINDS = ["branch", "full gradient", "dropout", "bf16", "several"]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8, bias=False)
+
+    def forward(self, ids):
+        return self.down(torch.tanh(self.up(self.embed(ids))))
+
+
+def made(kind):
+    torch.manual_seed(0)
+    config = DoraConfig(
+        r=3,
+        target_modules=["embed", "up", "down"],
+        init_lora_weights=False,
+        detach_norm=kind != "full gradient",
+        lora_dropout=0.3 if kind == "dropout" else 0.0,
+    )
+    model = get_peft_model(Net().to(torch.bfloat16 if kind == "bf16" else torch.float32), config)
+    if kind == "several":
+        model.add_adapter("other", DoraConfig(r=2, target_modules=["up"], init_lora_weights=False))
+        model.base_model.set_adapter(["default", "other"])
+    return model
+
+
+def compiled(model, **options):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return torch.compile(model, fullgraph=True, **options)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_in_one_graph(kind):
+    eager, model = made(kind), made(kind)
+    fast = compiled(model, backend="aot_eager", dynamic=True)
+    lr = 1e-5 if kind == "bf16" else 1e-3  # roundings must not add up over the steps
+    optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=lr) for m in (eager, model)]
+    for step in range(3):
+        ids = torch.randint(0, 20, (2, 5 + step))
+        losses = []
+        for m, optimizer in zip((eager, fast), optimizers, strict=True):
+            torch.manual_seed(step)
+            optimizer.zero_grad()
+            loss = m(ids).float().square().sum()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        if kind != "dropout":  # whose masks eager draws in its own way
+            tolerance = {"rtol": 3e-2, "atol": 3e-2} if kind == "bf16" else {"rtol": 1e-5, "atol": 0}
+            torch.testing.assert_close(*losses, **tolerance)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    eager.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        found, expected = fast.eval()(ids), eager.eval()(ids)
+    torch.testing.assert_close(found, expected, **({"rtol": 3e-2, "atol": 3e-2} if kind == "bf16" else {}))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", ["load", "rescale", "refresh"])
+def test_events_reach_a_compiled_model(change):
+    model = made("branch").eval()
+    fast, ids = compiled(model, backend="eager"), torch.randint(0, 20, (2, 5))
+    with torch.no_grad():
+        before = fast(ids)
+        if change == "load":
+            model.load_state_dict({k: v * 1.5 if "lora_B" in k else v for k, v in model.state_dict().items()})
+        elif change == "rescale":
+            model.base_model.model.up.scale_layer(2.0)
+        else:
+            model.base_model.model.up.lora_B["default"].weight.mul_(3)
+            dora_peft.refresh(model)
+        after = fast(ids)
+        assert not torch.allclose(after, before)
+        torch.testing.assert_close(after, model(ids))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_full_gradient_needs_a_dense_weight():
+    torch.manual_seed(0)
+    config = DoraConfig(r=2, target_modules=["0"], detach_norm=False)
+    with pytest.warns(UserWarning, match="groups > 1"):
+        model = get_peft_model(nn.Sequential(nn.Conv1d(4, 6, 1, groups=2)), config)
+    with pytest.raises(Exception, match=r"detach_norm=False needs a dense weight.*'0'"):
+        compiled(model, backend="eager")(torch.randn(2, 4, 5))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_inductor():
+    eager, model = made("branch"), made("branch")
+    ids = torch.randint(0, 20, (2, 5))
+    fast = compiled(model)
+    found, expected = fast(ids), eager(ids)
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for a, b in zip(model.parameters(), eager.parameters(), strict=True):
+        if a.requires_grad:
+            torch.testing.assert_close(a.grad, b.grad)
