@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from peft import PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from torch.optim import AdamW
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,12 +18,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_python_blocks_run(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, pad_token_id=0
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    create, load, optimize = (
+    create, load, optimize, accelerate = (
         block.replace("meta-llama/Llama-3.2-1B", str(tmp_path / "base")).replace(
             "my-adapter", str(tmp_path / "adapter")
         )
@@ -38,6 +39,11 @@ def test_python_blocks_run(tmp_path):
     names["model"] = trained
     exec(optimize, names)
     assert isinstance(names["optimizer"], AdamW)
+    before = LoraLinear.forward
+    exec(accelerate.replace("dora_peft.acc", "switch = dora_peft.acc"), names)
+    assert LoraLinear.forward is not before
+    names["switch"].undo()
+    assert LoraLinear.forward is before
 
 
 def test_named_files_exist():
