@@ -35,6 +35,7 @@ class BaseWeight:
 
     has_rows = True  # whether `rows` is available
     mergeable = True  # whether `replacement` can write a new weight
+    has_blocks = False  # whether `block` gives rows that are next to each other in memory, at little cost
 
     def __init__(self, out_features: int, in_features: int, acc_dtype: torch.dtype, device: torch.device) -> None:
         self.out_features, self.in_features = out_features, in_features
@@ -98,6 +99,7 @@ class Dense(BaseWeight):
         acc_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         out_features, in_features = self.matrix.shape
         super().__init__(out_features, in_features, acc_dtype, weight.device)
+        self.has_blocks = self.matrix.is_contiguous()
         if weight.dtype == acc_dtype:
             self.block_rows = max(1, self.out_features)
 
@@ -129,7 +131,7 @@ class GroupedConv(Dense):
 
     def __init__(self, weight: Tensor, groups: int) -> None:
         super().__init__(weight, lambda w: w.flatten(1))
-        self.groups = groups
+        self.groups, self.has_blocks = groups, False
         self.in_features *= groups
         self.dense_rows = max(1, self.dense_rows // groups)
 

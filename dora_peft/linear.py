@@ -4,7 +4,9 @@
     y = c * (x W0^T + s u B^T) + b       [N, out]
 
 LoRA's eager layer makes a product, a scaled copy and a sum of it, each [N, out]; here the base product is scaled and
-the low-rank product accumulated into it, in place. Kept for the backward pass are
+the low-rank product accumulated into it, in place. For many tokens and without dropout even that is more than composing
+the weight: y = x (c (W0 + s B A))^T + b, and dx from the same matrix, which is made twice and never kept. Kept for the
+backward pass are
 
     x    shared with every other layer that reads it, in its own dtype
     y    the layer's *output*, which the next operation often keeps anyway, instead of an intermediate
@@ -22,16 +24,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .base_weight import BLOCK_BYTES
+
 # Tokens that the element-wise passes take at once on a CPU: their temporaries stay in the cache, and a fresh
 # [N, out] allocation, whose page faults cost more than its arithmetic, is not made for every layer. With fewer the
 # products suffer: by 2 % at 512, 10 % at 256.
 CHUNK = 1024
+LANES = 2**18  # elements that a sum over tokens runs in side by side: half of a core's cache
+COMPOSED_BYTES = BLOCK_BYTES  # the most that c (W0 + s B A) may take
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -47,6 +54,7 @@ def linear(
     base_out: Tensor | None = None,
     base_product: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     dropout_p: float = 0.0,
+    direction: Tensor | None = None,
 ) -> Tensor:
     """y = c * (x W0^T + s drop(x) A^T B^T) + b; in one line `c * (x @ W0.T + s * drop(x) @ A.T @ B.T) + b`.
 
@@ -62,6 +70,8 @@ def linear(
         base_out: x W0^T + b [..., out] from the base layer, whose own backward gives its part of dx.
         base_product: Gives x W0^T without b for rows `index` of W0 (all where None), in the rare cases above.
         dropout_p: Probability to drop an element of x before A.
+        direction: W0 + s B A [out, in] in x's dtype, where the caller has just computed it and needs it no more: it is
+            overwritten.
 
     Returns:
         [..., out] in x's dtype, under autocast in autocast's. Differentiable once, with respect to x, base_out, bias,
@@ -70,14 +80,14 @@ def linear(
     dtype = x.dtype if base_out is None else base_out.dtype
     if not torch.is_autocast_enabled(x.device.type):
         return _Linear.apply(
-            x, base_out, bias, lora_A, lora_B, c, weight, base_product, scaling, dropout_p, dtype, None
+            x, base_out, bias, lora_A, lora_B, c, weight, base_product, scaling, dropout_p, dtype, None, direction
         )
     lowered = torch.get_autocast_dtype(x.device.type)
     if base_out is None and dtype is not torch.float64:
         dtype = lowered
     with torch.autocast(x.device.type, enabled=False):
         return _Linear.apply(
-            x, base_out, bias, lora_A, lora_B, c, weight, base_product, scaling, dropout_p, dtype, lowered
+            x, base_out, bias, lora_A, lora_B, c, weight, base_product, scaling, dropout_p, dtype, lowered, None
         )
 
 
@@ -123,7 +133,20 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, base_out, bias, lora_A, lora_B, c, weight, base_product, scaling, dropout_p, dtype, autocast_dtype
+        ctx,
+        x,
+        base_out,
+        bias,
+        lora_A,
+        lora_B,
+        c,
+        weight,
+        base_product,
+        scaling,
+        dropout_p,
+        dtype,
+        autocast_dtype,
+        direction,
     ):
         rows = _rows(x).to(dtype)  # [N, in]
         mask, k = None, scaling
@@ -135,8 +158,12 @@ class _Linear(torch.autograd.Function):
             z = _rows(base_out)
             offset = None if bias is None else (1 - c) * bias  # base_out contains b
             y = compose(z, u, fold(lora_B, c, k), c, offset, out=torch.empty_like(z))
+        elif mask is None and composes(rows, weight):
+            if direction is None:
+                direction = compose_weight(weight, lora_A, lora_B, k)
+            y = multiply(rows, direction.mul_(c[:, None]), bias)
         else:
-            z = F.linear(rows, weight.to(dtype))
+            z = multiply(rows, weight.to(dtype))
             y = compose(z, u, fold(lora_B, c, k), c, bias, out=z)
         y = _shaped_like(x, y)
         # An alias, since y on its own graph node would be a reference cycle. Under checkpointing and offloading y has
@@ -191,19 +218,28 @@ class _Linear(torch.autograd.Function):
             B = lora_B if index is None else lora_B[index]
             return torch.addmm(z.to(c.dtype), u.to(c.dtype), B.to(c.dtype).T, alpha=k)
 
+        in_weight = need_x and weight is not None and composes(g, weight)
         dx, d_base, sums = scale_and_sum(
-            g, c, y if need_c else None, bias, weight if need_x else None, keep_scaled=need_base
+            g, c, y if need_c else None, bias, weight if need_x and not in_weight else None, keep_scaled=need_base
         )
         if need_c:
             d_c = magnitude_gradient(sums, g, y, c, bias, z_at)  # [out]
-        kc = k * c
+        kc = (k * c)[:, None]
+        # g^T u is faster than u^T g on CPUs, whose libraries split the long side of a result
         if need_B:
-            d_B = ((u.T @ g) * kc).T  # [out, r]
+            d_B = (g.T @ u) * kc  # [out, r]
         if need_A or need_x:
-            du = g @ (lora_B * kc[:, None]).to(dtype)  # [N, r]
+            folded = (lora_B * kc).to(dtype)  # [out, r]
+            du = g @ folded  # [N, r]
         if need_A:
-            d_A = du.T @ (rows if mask is None else rows * mask)  # [r, in]
-        if need_x:
+            d_A = ((rows if mask is None else rows * mask).T @ du).T  # [r, in]
+        if need_x and in_weight:
+            if mask is None:
+                dx = multiply(g, compose_weight(weight, lora_A, lora_B, k).mul_(c[:, None]).T)
+            else:
+                dx = multiply(g, (weight * c[:, None]).T).add_((du @ lora_A.to(dtype)).mul_(mask))
+            dx = dx.view(x.shape)
+        elif need_x:
             A = lora_A.to(dtype)
             if mask is not None:
                 low_rank = (du @ A).mul_(mask)  # [N, in]
@@ -216,7 +252,63 @@ class _Linear(torch.autograd.Function):
             if weight is None:  # the rest comes through base_out
                 d_bias = (1 - c) * d_bias
         d_base = None if d_base is None else d_base.view(grad.shape)
-        return dx, d_base, d_bias, d_A, d_B, d_c, None, None, None, None, None, None
+        return dx, d_base, d_bias, d_A, d_B, d_c, None, None, None, None, None, None, None
+
+
+def composes(rows: Tensor, weight: Tensor) -> bool:
+    """Whether products of `rows` [N, in] or [N, out] with W0 [out, in] are made from c (W0 + s B A) instead.
+
+    That scales out x in numbers instead of N x out, and does without the product and the sum of the low-rank branch. It
+    would round B A away in low precision. On a GPU, kernels fuse these passes.
+    """
+    length, (out_features, in_features) = rows.shape[:-1].numel(), weight.shape
+    return (
+        weight.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and rows.dtype is weight.dtype
+        and weight.dtype not in _LOW_PRECISION
+        and weight.nbytes <= COMPOSED_BYTES
+        and 2 * length * (out_features + in_features) >= 3 * out_features * in_features
+    )
+
+
+def compose_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """V = W0 + s B A [out, in] in W0's dtype and layout."""
+    lora_A, scaled_B = lora_A.to(weight.dtype), lora_B.to(weight.dtype) * scaling
+    if weight.is_contiguous():
+        return torch.addmm(weight, scaled_B, lora_A)
+    return torch.addmm(weight.T, lora_A.T, scaled_B.T).T
+
+
+def multiply(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W0^T + b [N, out] for x [N, in], by the faster library where there are two."""
+    if (
+        _ONEDNN is not None
+        and rows.dtype is torch.float32
+        and rows.device.type == "cpu"
+        and len(rows) * weight.numel() >= _ONEDNN_LEAST
+        and torch.backends.mkldnn.enabled
+    ):
+        return _ONEDNN(rows, weight, bias, "none", [], "")
+    return F.linear(rows, weight, bias)
+
+
+def _find_onednn() -> Any:
+    """oneDNN's fp32 product on AMD processors, where it takes 8 to 10 % less time than MKL, torch's own choice.
+
+    torch has no public name for it; without this one everything goes through `F.linear`.
+    """
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return None
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if "AMD" not in capabilities.get("cpu_name", ""):
+        return None
+    operation = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return None if operation is None else operation.default
+
+
+_ONEDNN = _find_onednn()
+_ONEDNN_LEAST = 2**21  # multiplications; it takes 12 us to start
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -271,39 +363,55 @@ def compose(z: Tensor, u: Tensor, folded_B: Tensor, c: Tensor, offset: Tensor | 
 def scale_and_sum(
     g: Tensor, c: Tensor, y: Tensor | None, bias: Tensor | None, weight: Tensor | None, *, keep_scaled: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """One pass over g [N, out], some tokens at a time: g' = c * g, its product with W0, and sum_n g (y - b).
+    """One pass over g [N, out], a few tokens at a time: g' = c * g, its product with W0, and sum_n g (y - b).
 
     Returns:
         g' W0 [N, in] where `weight` is given, g' [N, out] where `keep_scaled`, the sums [out] where y is given.
     """
     length, width = g.shape
-    product = None if weight is None else g.new_empty(length, weight.shape[1])
-    scaled = torch.empty_like(g, memory_format=torch.contiguous_format) if keep_scaled else None
-    if not length:
-        return product, scaled, None if y is None else c.new_zeros(width)
-    step = _step(length, g.device)
-    buffer = g.new_empty(step, width, dtype=c.dtype)
-    narrow = buffer if g.dtype is c.dtype else g.new_empty(step, width)
-    sums = None
+    step = _step(length, g.device) if length else 1
+    inner = min(step, max(1, LANES // width)) if g.device.type == "cpu" else step
+    product = scaled = buffer = lanes = None
+    if weight is not None and length != step:
+        product = g.new_empty(length, weight.shape[1])
+    if keep_scaled:
+        scaled = torch.empty_like(g, memory_format=torch.contiguous_format)
+    elif weight is not None:
+        buffer = g.new_empty(min(step, length), width)
     for start in range(0, length, step):
-        part = slice(start, start + step)
-        g_part = g if step == length else g[part]
-        height = len(g_part)
-        if y is not None:
-            products = buffer if height == step else buffer[:height]
-            if bias is not None:
-                torch.sub(y[part].to(c.dtype), bias, out=products).mul_(g_part)
-            elif g.dtype is c.dtype:
-                torch.mul(g_part, y[part], out=products)
+        stop = min(start + step, length)
+        target = scaled[start:stop] if scaled is not None else buffer
+        for low in range(start, stop, inner):
+            high = min(low + inner, stop)
+            part = g[low:high]
+            if y is not None:
+                lanes = _add_product(lanes, part, y[low:high], bias, c.dtype)
+            if target is not None:
+                torch.mul(part, c, out=target[low - start : high - start])
+        if weight is not None:
+            assert target is not None
+            rows = multiply(target[: stop - start], weight.T)
+            if product is None:
+                product = rows
             else:
-                products.copy_(g_part).mul_(y[part])
-            sums = products.sum(0) if sums is None else sums.add_(products.sum(0))
-        if weight is not None or scaled is not None:
-            target = scaled[part] if scaled is not None else narrow if height == step else narrow[:height]
-            torch.mul(g_part, c, out=target)
-            if product is not None:
-                torch.mm(target, weight, out=product[part])  # type: ignore[arg-type]
-    return product, scaled, sums
+                product[start:stop] = rows
+    if y is None:
+        return product, scaled, None
+    return product, scaled, c.new_zeros(width) if lanes is None else lanes.sum(0)
+
+
+def _add_product(sums: Tensor | None, g: Tensor, y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """sums + g (y - b) [N, out] in `dtype`, in place where there are sums, of at least as many tokens."""
+    if bias is not None:
+        y = y.to(dtype) - bias
+    if sums is None:
+        return torch.mul(g.to(dtype), y)
+    part = sums[: len(g)]
+    if g.dtype is y.dtype is dtype:
+        part.addcmul_(g, y)
+    else:
+        part.add_(g.to(dtype, copy=True).mul_(y))
+    return sums
 
 
 def magnitude_gradient(
@@ -323,16 +431,16 @@ def magnitude_gradient(
     """
     if y is None or sums is None:
         return (g * z_at(None)).sum(0)
-    size, tiny = c.abs(), _TINY.get(y.dtype, 1e-30)
+    tiny = _TINY.get(y.dtype, 1e-30)
     if bias is None:
-        if not len(y) or size.min() >= tiny:
+        if not len(y) or torch.linalg.vector_norm(c, -torch.inf) >= tiny:  # the smallest |c|
             return sums / c
-        lost = size < tiny
+        lost = c.abs() < tiny
     else:
         # the rounding of y = c z + b against the size of c z, on a sample of the tokens; its median, since the first
         # token is often far larger than all others
         sample = y[:: max(1, len(y) // 64)].to(c.dtype) - bias
-        lost = size < tiny
+        lost = c.abs() < tiny
         if len(y):
             lost |= sample.abs_().median(0).values < _DROWNED.get(y.dtype, 1e-3) * bias.abs()
     index = lost.nonzero()[:, 0]
