@@ -83,10 +83,14 @@ class Linear(DoraLayer, nn.Module):
         lora_A, lora_B = self.factor_parameters(adapter)
         bias = self._bias()
         base_out = None if weight is not None else self.base_layer(x, *args, **kwargs)
-        if not torch.is_grad_enabled() and not p:
+        if not self.training and not torch.is_grad_enabled():
             folded_B, c = _norm.folded(self, adapter)
-            self._shortcut = None if weight is None or self.training else Shortcut(self, adapter, weight)
+            self._shortcut = None if weight is None else Shortcut(self, adapter, weight)
             return linear.linear_eval(x, lora_A, folded_B, c, weight=weight, bias=bias, base_out=base_out)
+
+        direction = None
+        if weight is not None and not p and linear.composes(x, weight):
+            direction = _norm.direction(self, adapter)
 
         def base_product(x: Tensor, index: Tensor | None) -> Tensor:
             base_weight = self.base_weight()
@@ -108,6 +112,7 @@ class Linear(DoraLayer, nn.Module):
             base_out=base_out,
             base_product=None if base_out is None else base_product,
             dropout_p=p,
+            direction=direction,
         )
 
     def _dense_weight(self) -> Tensor | None:

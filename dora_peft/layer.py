@@ -136,6 +136,8 @@ class DoraLayer(BaseTunerLayer):
             for norm in self._norms.values():
                 norm.folded = None  # what evaluation keeps beside A and B
             self._shortcut = None
+        else:
+            _norm.refresh_stale(self)  # before the model is exported
         return self
 
     # ---- the base weight

@@ -33,6 +33,10 @@ _layers: weakref.WeakSet[Any] = weakref.WeakSet()
 # What stands for PEFT's own layers while accelerate_use_dora() is on.
 views: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _checking = False
+# Whether an optimizer step on a CPU leaves the refresh to the next forward pass, which has W0 in its cache and needs
+# W0 + s B A anyway. Until something is compiled: a compiled forward pass only reads. On a GPU never: whoever captures a
+# forward pass as a CUDA graph replays it without us.
+_lazy = True
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Norm(Cached):
         held: An optimizer that holds A, B or m has made a step.
         sharded: A or B was seen as a DTensor: FSDP2 gathers them into another storage for every forward pass, so that
             addresses say nothing.
+        stale: An optimizer step changed A or B, and the refresh waits for the next forward pass.
         folded: s c * B [out, r] and c [out] for evaluation, with the magnitude they were computed from.
     """
 
@@ -72,6 +77,7 @@ class Norm(Cached):
     settled: bool = False
     held: bool = False
     sharded: bool = False
+    stale: bool = False
     folded: tuple[Tensor, Tensor, Tensor, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -130,8 +136,7 @@ def _compute(layer: Any, adapter: str) -> Tensor:
     if layer.magnitude_only.get(adapter):
         return squared.sqrt()
     lora_A, lora_B = (factor.detach().to(squared.dtype) for factor in layer.factors(adapter))
-    norm = functional.norm_squared(layer.base_weight(), squared, lora_A, lora_B, float(layer.scaling[adapter]))
-    return norm.clamp_(min=0).sqrt_()
+    return functional.norm(layer.base_weight(), squared, lora_A, lora_B, float(layer.scaling[adapter]))
 
 
 def weight_norm(layer: Any, adapter: str) -> Norm:
@@ -140,6 +145,7 @@ def weight_norm(layer: Any, adapter: str) -> Norm:
     if norm is None:
         norm = layer._norms[adapter] = Norm()
     if torch.compiler.is_compiling():
+        _before_tracing(norm)
         return norm  # refreshed by events only
     key = _key(layer, adapter, norm.sharded)
     if not _same(norm.key, key) or _checking:
@@ -148,8 +154,23 @@ def weight_norm(layer: Any, adapter: str) -> Norm:
     return norm
 
 
-def _update(layer: Any, adapter: str, norm: Norm, key: tuple[Any, ...]) -> None:
-    value = _compute(layer, adapter)
+def direction(layer: Any, adapter: str) -> Tensor | None:
+    """W0 + s B A [out, in] where the norm had to be refreshed from it, None otherwise. For a weight of one block."""
+    norm = layer._norms.setdefault(adapter, Norm())
+    key = _key(layer, adapter, norm.sharded)
+    if _same(norm.key, key) or not layer.base_weight().has_blocks:
+        return None
+    with _undisturbed(key[0].device.type):
+        squared = base_squared(layer)
+        lora_A, lora_B = (factor.detach().to(squared.dtype) for factor in layer.factors(adapter))
+        composed = functional.direction(layer.base_weight(), lora_A, lora_B, float(layer.scaling[adapter]))
+        _update(layer, adapter, norm, key, torch.linalg.vector_norm(composed, dim=1))
+    return composed
+
+
+def _update(layer: Any, adapter: str, norm: Norm, key: tuple[Any, ...], value: Tensor | None = None) -> None:
+    if value is None:
+        value = _compute(layer, adapter)
     if not norm.settled or norm.tied is not None:
         magnitude = layer.magnitude(adapter)
         if not norm.settled:
@@ -178,7 +199,7 @@ def _update(layer: Any, adapter: str, norm: Norm, key: tuple[Any, ...]) -> None:
         old.data.copy_(value)
     else:
         norm.value = value
-    norm.key, norm.folded = key, None
+    norm.key, norm.folded, norm.stale = key, None, False
 
 
 def folded(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
@@ -243,6 +264,34 @@ def _layers_of(module: nn.Module) -> list[Any]:
     return layers if taken_over is None else [*layers, taken_over]
 
 
+def refresh_stale(layer: Any) -> None:
+    """Make up for the refreshes of one layer that wait for a forward pass."""
+    for adapter, norm in layer._norms.items():
+        if norm.stale and adapter in layer.lora_magnitude_vector and _computable(layer, adapter):
+            key = _key(layer, adapter, norm.sharded)
+            with _undisturbed(key[0].device.type):
+                _update(layer, adapter, norm, key)
+
+
+def _before_tracing(norm: Norm) -> None:
+    if torch.compiler.is_dynamo_compiling():
+        _refresh_eagerly()
+    elif norm.stale:
+        raise RuntimeError(
+            "The weight norm of a DoRA layer is out of date and cannot be computed while the model is exported. Call "
+            "model.eval() or dora_peft.refresh(model) before."
+        )
+
+
+@torch.compiler.assume_constant_result  # torch.compile runs it as it is, while it traces
+def _refresh_eagerly() -> None:
+    global _lazy
+    if _lazy:
+        _lazy = False
+        for layer in list(_layers):
+            refresh_stale(layer)
+
+
 def refresh_layer(layer: Any) -> None:
     """Recompute the norms of one layer; those that cannot be now, at their next use."""
     for adapter, norm in layer._norms.items():
@@ -282,11 +331,13 @@ def _after_optimizer_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
                     changed.append((layer, adapter, norm))
             elif not norm.held and (lora_A.requires_grad or lora_B.requires_grad or magnitude.requires_grad):
                 norm.key = norm.folded = None  # it may step on copies
-    if changed:
-        with _undisturbed(changed[0][0].factor_parameters(changed[0][1])[0].device.type):
-            for layer, adapter, norm in changed:
-                if _computable(layer, adapter):
-                    _update(layer, adapter, norm, _key(layer, adapter, norm.sharded))
+    for layer, adapter, norm in changed:
+        device_type = layer.magnitude(adapter).device.type
+        if _lazy and device_type == "cpu":
+            norm.stale = True
+        elif _computable(layer, adapter):
+            with _undisturbed(device_type):
+                _update(layer, adapter, norm, _key(layer, adapter, norm.sharded))
 
 
 register_optimizer_step_post_hook(_after_optimizer_step)

@@ -111,17 +111,17 @@ def test_trains_as_peft_does(taken):
 @pytest.mark.cached_norms
 def test_refreshes_once_a_step(monkeypatch):
     model, x, calls = peft_model(), example("linear"), []
-    original = dora_peft.functional.norm_squared
-    monkeypatch.setattr(dora_peft.functional, "norm_squared", lambda *a: (calls.append(1), original(*a))[1])
+    original = dora_peft.norm._update
+    monkeypatch.setattr(dora_peft.norm, "_update", lambda *a: (calls.append(1), original(*a))[1])
+    monkeypatch.setattr(dora_peft.norm, "_lazy", True)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     with dora_peft.accelerate_use_dora():
-        model(x)
-        for _ in range(2):
+        for _ in range(3):
             calls.clear()
             for _ in range(4):
                 model(x).sum().backward()
-            optimizer.step()
             assert len(calls) == 1
+            optimizer.step()
 
 
 def test_branch_dropout_leaves_the_base_product_whole():

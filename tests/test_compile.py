@@ -1,12 +1,14 @@
 """torch.compile: one graph, the results of eager, and a norm that follows the optimizer without a new compilation."""
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
 
 import dora_peft
-from dora_peft import DoraConfig
+from dora_peft import DoraConfig, norm
 
 KINDS = ["branch", "full gradient", "dropout", "bf16", "several"]
 
@@ -87,6 +89,42 @@ def test_events_reach_a_compiled_model(change):
         after = fast(ids)
         assert not torch.allclose(after, before)
         torch.testing.assert_close(after, model(ids))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_norm_that_waits_for_its_refresh_gets_it_before_the_first_compilation(monkeypatch):
+    """After an eager step the norm is refreshed by the next eager forward pass, which a compiled one is not."""
+    monkeypatch.setattr(norm, "_lazy", True)
+    model = made("branch")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ids = torch.randint(0, 20, (2, 5))
+
+    def step(forward):
+        optimizer.zero_grad()
+        forward(ids).square().sum().backward()
+        optimizer.step()
+
+    step(model)
+    assert model.base_model.model.up._norms["default"].stale
+    fast = compiled(model, backend="aot_eager")
+    for _ in range(2):
+        found, expected = fast(ids), copy.deepcopy(model)(ids)
+        torch.testing.assert_close(found, expected)
+        step(model)  # an eager step, after which nothing runs before the compiled forward pass
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export_of_a_model_whose_norm_waits_for_its_refresh(monkeypatch):
+    monkeypatch.setattr(norm, "_lazy", True)
+    model = made("branch").base_model.model.up
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    x = torch.randn(2, 8)
+    model(x).square().sum().backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"out of date.*model\.eval\(\)"):
+        torch.export.export(model, (x,), strict=False)
+    exported = torch.export.export(model.eval(), (x,), strict=False)
+    torch.testing.assert_close(exported.module()(x), model(x))
 
 
 @pytest.mark.filterwarnings("ignore")
