@@ -105,21 +105,21 @@ def linear_eval(
     autocast = torch.is_autocast_enabled(x.device.type)
     if weight is not None and not autocast and x.dtype is c.dtype is lora_A.dtype is folded_B.dtype:
         rows = _rows(x)
-        z = F.linear(rows, weight)
+        z = multiply(rows, weight)
         z = z.mul_(c) if bias is None else torch.addcmul(bias, z, c, out=z)
-        return z.addmm_(F.linear(rows, lora_A), folded_B.T).view(*x.shape[:-1], -1 if len(rows) else len(c))
+        return z.addmm_(multiply(rows, lora_A), folded_B.T).view(*x.shape[:-1], -1 if len(rows) else len(c))
     dtype = x.dtype if base_out is None else base_out.dtype
     if base_out is None and autocast and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         rows = _rows(x).to(dtype)
-        u = F.linear(rows, lora_A.to(dtype))
+        u = multiply(rows, lora_A.to(dtype))
         if base_out is not None:
             z = _rows(base_out)
             y = compose(z, u, folded_B, c, None if bias is None else (1 - c) * bias, out=torch.empty_like(z))
         else:
             assert weight is not None
-            z = F.linear(rows, weight.to(dtype))
+            z = multiply(rows, weight.to(dtype))
             y = compose(z, u, folded_B, c, bias, out=z)
     return _shaped_like(x, y)
 
@@ -153,7 +153,7 @@ class _Linear(torch.autograd.Function):
         if dropout_p > 0:
             mask, kept = dropout_mask(rows.shape, dropout_p, rows.device)
             k = scaling / kept if kept else 0.0
-        u = F.linear(rows if mask is None else rows * mask, lora_A.to(dtype))  # [N, r]
+        u = multiply(rows if mask is None else rows * mask, lora_A.to(dtype))  # [N, r]
         if weight is None:
             z = _rows(base_out)
             offset = None if bias is None else (1 - c) * bias  # base_out contains b
@@ -230,7 +230,7 @@ class _Linear(torch.autograd.Function):
             d_B = (g.T @ u) * kc  # [out, r]
         if need_A or need_x:
             folded = (lora_B * kc).to(dtype)  # [out, r]
-            du = g @ folded  # [N, r]
+            du = multiply(g, folded.T)  # [N, r]
         if need_A:
             d_A = ((rows if mask is None else rows * mask).T @ du).T  # [r, in]
         if need_x and in_weight:

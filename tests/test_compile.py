@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import dora_peft
 from dora_peft import DoraConfig, norm
@@ -135,6 +136,29 @@ def test_full_gradient_needs_a_dense_weight():
         model = get_peft_model(nn.Sequential(nn.Conv1d(4, 6, 1, groups=2)), config)
     with pytest.raises(Exception, match=r"detach_norm=False needs a dense weight.*'0'"):
         compiled(model, backend="eager")(torch.randn(2, 4, 5))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_generation_with_a_compiled_forward():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ends, initializer_range=0.3))
+    config = DoraConfig(r=3, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config).eval()
+    prompt = torch.randint(1, 32, (2, 5))
+    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(input_ids=prompt, **options)
+    torch._dynamo.reset()
+    base.forward = torch.compile(base.forward, fullgraph=True, backend="aot_eager", dynamic=True)
+    assert torch.equal(model.generate(input_ids=prompt, **options), expected)
+    assert not torch.equal(base.generate(prompt, **options), _without_adapter(model, prompt, options))
+
+
+def _without_adapter(model, prompt, options):
+    with model.disable_adapter():
+        return model.generate(input_ids=prompt, **options)
 
 
 @pytest.mark.slow

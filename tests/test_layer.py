@@ -2,6 +2,7 @@
 
 import copy
 import io
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -733,6 +734,24 @@ def test_unloading(kind):
     assert type(merged.layer) is type(base)
     torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(model.unload()(x), base(x))
+
+
+def test_replicas_of_data_parallel_compute_apart():
+    """nn.DataParallel runs a replica of the layer in each thread; here both on the CPU."""
+    model = get_peft_model(One(nn.Linear(12, 10)), DoraConfig(r=3, target_modules=["layer"]))
+    layer = dora(model)
+    perturb(layer, "default")
+    xs = [torch.randn(4, 12), torch.randn(4, 12)]
+    expected = [layer(x) for x in xs]
+    replicas = [layer._replicate_for_data_parallel() for _ in xs]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda replica, x: replica(x), replicas, xs))
+    for y, correct in zip(found, expected, strict=True):
+        torch.testing.assert_close(y, correct)
+    norms = [one._norms["default"] for one in (layer, *replicas)]
+    assert len({norm.value.data_ptr() for norm in norms}) == 3
+    sum(y.sum() for y in found).backward()
+    assert layer.lora_magnitude_vector["default"].weight.grad is not None
 
 
 # ---- bitsandbytes
