@@ -84,13 +84,17 @@ def benchmark_table(reports: Sequence[Mapping[str, Any]]) -> str:
     for place, found in machines.items():
         lines = [line for claim in CLAIMS for report in found for line in claim_lines(report, *claim)]
         commits = ", ".join(dict.fromkeys((report["commit"] or "unknown")[:9] for report in found))
-        rounds, repeats = (
-            " or ".join(str(n) for n in sorted({report["options"][key] for report in found}))
-            for key in ("rounds", "repeats")
-        )
+        rounds = " or ".join(str(n) for n in sorted({report["options"]["rounds"] for report in found}))
+        peaks = {
+            len(result["contenders"]["lora"]["values"])
+            for report in found
+            for result in report["results"]
+            if result["quantity"] == "peak_mib"
+        }
+        processes = f", peaks over the loaded model of {' or '.join(map(str, sorted(peaks)))} processes" if peaks else ""
         heading = (
-            f"On {place}, commit {commits}). Times are medians of {rounds} interleaved rounds, peaks over the loaded "
-            f"model of {repeats} processes each; all but the first column are ratios to LoRA:"
+            f"On {place}, commit {commits}). Times are medians of {rounds} interleaved rounds{processes}; all but the "
+            "first column are ratios to LoRA:"
         )
         header = "| | PEFT LoRA | " + " | ".join(CONTENDERS.values()) + " |"
         if lines:
