@@ -3,8 +3,9 @@
 v depends on A, B, s and W0 only, so it needs one refresh per optimizer step, whatever the number of forward passes. It
 lives in a buffer per layer and adapter that forward, compiled or not, only reads. It is written
 
-    - after an optimizer step on A or B, from a hook that every torch optimizer runs, also those that write through raw
-      pointers or `.data` (bitsandbytes);
+    - after an optimizer step on A or B, of which a hook tells that every torch optimizer runs, also those that write
+      through raw pointers or `.data` (bitsandbytes): in the next forward pass on a CPU, in the hook itself on a GPU and
+      once anything was compiled;
     - on load_state_dict, `.to()` and its kin, and when an adapter is rescaled;
     - in the next eager forward pass after anything else that changes identity, storage address or version counter of
       A, B or W0 (edits by hand, merges, sharding), or the scaling; and after any optimizer step for adapters that no

@@ -91,7 +91,9 @@ def benchmark_table(reports: Sequence[Mapping[str, Any]]) -> str:
             for result in report["results"]
             if result["quantity"] == "peak_mib"
         }
-        processes = f", peaks over the loaded model of {' or '.join(map(str, sorted(peaks)))} processes" if peaks else ""
+        processes = (
+            f", peaks over the loaded model of {' or '.join(map(str, sorted(peaks)))} processes" if peaks else ""
+        )
         heading = (
             f"On {place}, commit {commits}). Times are medians of {rounds} interleaved rounds{processes}; all but the "
             "first column are ratios to LoRA:"
