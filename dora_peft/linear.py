@@ -218,7 +218,7 @@ class _Linear(torch.autograd.Function):
             B = lora_B if index is None else lora_B[index]
             return torch.addmm(z.to(c.dtype), u.to(c.dtype), B.to(c.dtype).T, alpha=k)
 
-        in_weight = need_x and weight is not None and composes(g, weight, backward=True)
+        in_weight = need_x and weight is not None and composes(g, weight)
         dx, d_base, sums = scale_and_sum(
             g, c, y if need_c else None, bias, weight if need_x and not in_weight else None, keep_scaled=need_base
         )
@@ -255,25 +255,22 @@ class _Linear(torch.autograd.Function):
         return dx, d_base, d_bias, d_A, d_B, d_c, None, None, None, None, None, None, None
 
 
-def composes(rows: Tensor, weight: Tensor, *, backward: bool = False) -> bool:
+def composes(rows: Tensor, weight: Tensor) -> bool:
     """Whether products of `rows` [N, in] or [N, out] with W0 [out, in] are made from c (W0 + s B A) instead.
 
     That scales out x in numbers instead of N x out, and does without the product and the sum of the low-rank branch. It
-    would round B A away in low precision. On a GPU, kernels fuse these passes. The forward pass does it from half as
-    many tokens, since the norm is then a by-product.
+    would round B A away in low precision. On a GPU, kernels fuse these passes. It pays from about as many tokens as
+    there are features; from half as many it still does where every forward pass needs a new norm, but costs with
+    gradient accumulation or checkpointing.
     """
     length, (out_features, in_features) = rows.shape[:-1].numel(), weight.shape
-    if backward:
-        enough = 2 * length * (out_features + in_features) >= 3 * out_features * in_features
-    else:
-        enough = 2 * length >= in_features
     return (
         weight.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and rows.dtype is weight.dtype
         and weight.dtype not in _LOW_PRECISION
         and weight.nbytes <= COMPOSED_BYTES
-        and enough
+        and 2 * length * (out_features + in_features) >= 3 * out_features * in_features
     )
 
 

@@ -331,16 +331,15 @@ def test_gradcheck(form, bias, zeros):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [FP64, FP32])
-@pytest.mark.parametrize("n", [16, 17, 23, 24, 200])  # composed from 33 / 2 tokens, in backward from 1.5 * 33 * 29 / 62
+@pytest.mark.parametrize("n", [15, 16, 200])  # around the number from which the weight is composed: 1.5 * 33 * 29 / 62
 def test_composed_weights(n, dtype, transposed):
     for given, bias in product([False, True], repeat=2):
         problem = Problem(n, width=33, out=29, dtype=dtype, bias=bias, transposed=transposed, seed=1)
         x, A, B, c, b = problem.parts()
-        assert subject.composes(x, problem.weight) == (n >= 17)
-        assert subject.composes(x @ problem.weight.T, problem.weight, backward=True) == (n >= 24)
+        assert subject.composes(x, problem.weight) == (n >= 24)
         direction = subject.compose_weight(problem.weight, A.detach(), B.detach(), S) if given else None
         before = problem.weight.clone()
-        y = subject.linear(x, A, B, c, S, weight=problem.weight, bias=b, direction=direction if n >= 17 else None)
+        y = subject.linear(x, A, B, c, S, weight=problem.weight, bias=b, direction=direction if n >= 24 else None)
         check(problem, y=y)
         assert torch.equal(problem.weight, before)
         if given:  # what the caller computed is what would have been computed
@@ -352,7 +351,7 @@ def test_what_is_composed():
     assert subject.composes(x, torch.randn(48, 64))
     assert not subject.composes(x.bfloat16(), torch.randn(48, 64).bfloat16())  # would round B A away
     assert not subject.composes(x.bfloat16(), torch.randn(48, 64))
-    assert not subject.composes(x[:31], torch.randn(48, 64))
+    assert not subject.composes(x[:32], torch.randn(48, 64))
     assert not subject.composes(x, torch.empty(subject.COMPOSED_BYTES // 256 + 1, 64))
     with torch.autocast("cpu"):
         assert not subject.composes(x, torch.randn(48, 64))
@@ -644,13 +643,12 @@ def test_an_unchanged_output_is_not_computed_again(reader, surroundings, inside)
 
 
 @pytest.mark.parametrize("context", [nullcontext, save_on_cpu, identity_hooks])
-@pytest.mark.parametrize("n", [2, 5, 20])
+@pytest.mark.parametrize("n", [2, 20])
 def test_products_with_the_weight(n, context):
     """One forward, one for dx, and one more where y was changed and m is trained."""
     for change, trains_m in product([False, True], [True, False]):
         problem = Problem(n)
-        assert subject.composes(problem.leaves["x"], problem.weight) == (n > 2)
-        assert subject.composes(problem.leaves["x"] @ problem.weight.T, problem.weight, backward=True) == (n == 20)
+        assert subject.composes(problem.leaves["x"], problem.weight) == (n == 20)
         problem.only("x", "A", "B", *["m"] * trains_m)
         forward, back = Products(problem.weight), Products(problem.weight)
         with context(), forward:
