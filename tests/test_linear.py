@@ -357,7 +357,7 @@ def test_what_is_composed():
         assert not subject.composes(x, torch.randn(48, 64))
 
 
-@pytest.mark.parametrize("shape", [(0, 64, 64), (1, 2048, 1025), (700, 65, 63), (300, 128, 96)])
+@pytest.mark.parametrize("shape", [(0, 64, 64), (1, 2048, 1025), (64, 256, 129), (700, 65, 63), (300, 128, 96)])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_products_by_either_library(shape, layout, monkeypatch):
     n, width, out = shape
@@ -369,6 +369,14 @@ def test_products_by_either_library(shape, layout, monkeypatch):
         monkeypatch.setattr(subject, "_ONEDNN", library)
         assert distance(subject.multiply(x, weight), expected) <= FLOOR[FP32]
         assert distance(subject.multiply(x, weight, bias), expected + bias) <= FLOOR[FP32]
+
+
+def test_few_tokens_give_the_bits_of_the_base_layer():
+    """As PEFT's tests expect of an adapter that changes nothing yet."""
+    x, weight = torch.randn(10, 1000), torch.randn(1000, 1000)
+    ones, zeros = torch.ones(1000), torch.zeros(1000, 3)
+    y = subject.linear(x, torch.randn(3, 1000), zeros, ones, S, weight=weight)
+    assert torch.equal(y, F.linear(x, weight))
 
 
 @pytest.mark.parametrize(("name", "found"), [("AMD EPYC 9B14", True), ("Intel(R) Xeon(R) Platinum 8481C", False)])
