@@ -105,9 +105,9 @@ def linear_eval(
     autocast = torch.is_autocast_enabled(x.device.type)
     if weight is not None and not autocast and x.dtype is c.dtype is lora_A.dtype is folded_B.dtype:
         rows = _rows(x)
-        z = multiply(rows, weight)
-        z = z.mul_(c) if bias is None else torch.addcmul(bias, z, c, out=z)
-        return z.addmm_(multiply(rows, lora_A), folded_B.T).view(*x.shape[:-1], -1 if len(rows) else len(c))
+        z = multiply(rows, weight, bias)
+        z = compose(z, multiply(rows, lora_A), folded_B, c, bias, out=z)
+        return z.view(*x.shape[:-1], -1 if len(rows) else len(c))
     dtype = x.dtype if base_out is None else base_out.dtype
     if base_out is None and autocast and dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -116,10 +116,10 @@ def linear_eval(
         u = multiply(rows, lora_A.to(dtype))
         if base_out is not None:
             z = _rows(base_out)
-            y = compose(z, u, folded_B, c, None if bias is None else (1 - c) * bias, out=torch.empty_like(z))
+            y = compose(z, u, folded_B, c, bias, out=torch.empty_like(z))
         else:
             assert weight is not None
-            z = multiply(rows, weight.to(dtype))
+            z = multiply(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
             y = compose(z, u, folded_B, c, bias, out=z)
     return _shaped_like(x, y)
 
@@ -156,14 +156,13 @@ class _Linear(torch.autograd.Function):
         u = multiply(rows if mask is None else rows * mask, lora_A.to(dtype))  # [N, r]
         if weight is None:
             z = _rows(base_out)
-            offset = None if bias is None else (1 - c) * bias  # base_out contains b
-            y = compose(z, u, fold(lora_B, c, k), c, offset, out=torch.empty_like(z))
+            y = compose(z, u, fold(lora_B, c, k), c, bias, out=torch.empty_like(z))
         elif mask is None and composes(rows, weight):
             if direction is None:
                 direction = compose_weight(weight, lora_A, lora_B, k)
             y = multiply(rows, direction.mul_(c[:, None]), bias)
         else:
-            z = multiply(rows, weight.to(dtype))
+            z = multiply(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
             y = compose(z, u, fold(lora_B, c, k), c, bias, out=z)
         y = _shaped_like(x, y)
         # An alias, since y on its own graph node would be a reference cycle. Under checkpointing and offloading y has
@@ -335,23 +334,19 @@ def fold(lora_B: Tensor, c: Tensor, scaling: float) -> Tensor:
     return lora_B * (scaling * c)[:, None]
 
 
-def compose(z: Tensor, u: Tensor, folded_B: Tensor, c: Tensor, offset: Tensor | None, *, out: Tensor) -> Tensor:
-    """out = c * z + u folded_B^T + offset for z [N, out] and u [N, r]; `out` may be z.
+def compose(z: Tensor, u: Tensor, folded_B: Tensor, c: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
+    """out = c * (z - b) + u folded_B^T + b for z = x W0^T + b [N, out] and u [N, r]; `out` may be z.
 
-    Where z is narrower than c, the sum is made in c's dtype and rounded once.
+    Where z is narrower than c, the sum is made in c's dtype and rounded once. Where c = 1 and B = 0, `out` equals z bit
+    for bit: an adapter that changes nothing yet gives the base layer's output.
     """
-    if z.dtype is c.dtype:
+    offset = None if bias is None else (1 - c) * bias
+    if z.dtype is c.dtype or z.device.type != "cpu":
+        # a GPU's element-wise kernels convert in registers, and its products accumulate in fp32
         if offset is None:
             torch.mul(z, c, out=out)
         else:
             torch.addcmul(offset, z, c, out=out)
-        return out.addmm_(u, folded_B.T.to(out.dtype))
-    if z.device.type != "cpu":
-        # element-wise kernels convert in registers, and the product accumulates in fp32
-        if offset is None:
-            torch.mul(z, c, out=out)
-        else:
-            torch.addcmul(offset.to(c.dtype), z, c, out=out)
         return out.addmm_(u, folded_B.T.to(out.dtype))
     step = _step(len(z), z.device) if len(z) else 1
     for start in range(0, len(z), step):
@@ -360,7 +355,7 @@ def compose(z: Tensor, u: Tensor, folded_B: Tensor, c: Tensor, offset: Tensor | 
         if offset is None:
             wide.mul_(c)
         else:
-            torch.addcmul(offset.to(c.dtype), wide, c, out=wide)
+            torch.addcmul(offset, wide, c, out=wide)
         out[part] = wide.addmm_(u[part].to(c.dtype), folded_B.T.to(c.dtype))
     return out
 

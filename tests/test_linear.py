@@ -1050,6 +1050,21 @@ def test_evaluation_equals_training(dtype, factors, form, bias, n):
         assert made.alive(y, base_out, kept, x, A, B, c, problem.weight, *[b] * bias) == []
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("dtype", "factors"), DTYPES)
+def test_an_adapter_that_changes_nothing_gives_the_base_output_bit_for_bit(dtype, factors, form, bias):
+    problem = Problem(5, dtype=dtype, factors=factors, bias=bias)
+    x, A, B, c, b = problem.parts()
+    base_out = F.linear(x, problem.weight, b)
+    base = {"weight": problem.weight} if form == "weight" else {"base_out": base_out}
+    with torch.no_grad():
+        c.fill_(1)
+        B.zero_()
+        assert torch.equal(subject.linear_eval(x, A, subject.fold(B, c, S), c, bias=b, **base), base_out)
+        assert not torch.equal(subject.linear_eval(x, A, subject.fold(B, 2 * c, S), 2 * c, bias=b, **base), base_out)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_evaluation_of_layouts(layout):
     shape, view = LAYOUTS[layout]
@@ -1103,19 +1118,19 @@ def test_threads_do_not_share_anything():
 
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16])
-@pytest.mark.parametrize("with_offset", [False, True])
-def test_compose(with_offset, dtype, n):
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_compose(with_bias, dtype, n):
     """Into z itself and elsewhere; in low precision with no rounding but that of the result."""
     wide = FP64 if dtype is FP64 else FP32
     z, u = randn(n, 7, seed=1).to(dtype), randn(n, 3, seed=2).to(dtype)
-    c, offset = randn(7, seed=3).to(wide), randn(7, seed=4).to(wide) if with_offset else None
+    c, b = randn(7, seed=3).to(wide), randn(7, seed=4).to(dtype) if with_bias else None
     folded = randn(7, 3, seed=5).to(wide)
-    expected = c.double() * z.double() + u.double() @ folded.double().T
-    expected = expected if offset is None else expected + offset.double()
+    shift = b.double() if with_bias else 0
+    expected = c.double() * (z.double() - shift) + u.double() @ folded.double().T + shift
     kept, out = z.clone(), torch.empty_like(z)
-    assert subject.compose(z, u, folded, c, offset, out=out) is out
+    assert subject.compose(z, u, folded, c, b, out=out) is out
     assert torch.equal(z, kept)
-    assert subject.compose(z, u, folded, c, offset, out=z) is z
+    assert subject.compose(z, u, folded, c, b, out=z) is z
     assert torch.equal(z, out)
     rounded = distance(expected.to(dtype), expected)
     assert distance(out, expected) <= (1.01 * rounded + 1e-6 if wide is FP32 else FLOOR[FP64])
