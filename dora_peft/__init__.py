@@ -10,8 +10,8 @@ Importing the package registers `PeftType.DORA`, `DoraConfig` and `DoraModel` wi
 
 from . import _registry  # first: adds PeftType.DORA, which the other modules use
 from .accelerate import accelerate_use_dora
+from .choice import implementation
 from .config import DoraConfig
-from .functional import implementation
 from .layer import DoraLayer
 from .model import DoraModel
 from .norm import checking, refresh

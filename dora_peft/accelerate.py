@@ -16,7 +16,7 @@ from peft.tuners import lora
 from peft.tuners.lora import variants
 from torch import Tensor, nn
 
-from . import functional
+from . import choice
 from . import norm as _norm
 from .base_weight import unpack_for_training
 from .kinds import Embedding, Linear, _ConvNd
@@ -111,7 +111,7 @@ def _forward(original: Any) -> Any:
         shortcut = view._shortcut
         if shortcut is not None and shortcut.is_open(view):
             return shortcut(x)
-        if view._drops_base(adapter) or functional.by_autograd():
+        if view._drops_base(adapter) or choice.by_autograd():
             return view.adapt(adapter, x, self.base_layer(x))
         return view.adapt_fast(adapter, x)
 
@@ -163,7 +163,7 @@ def _obstacle(module: Any) -> str | None:
         return "fan_in_fan_out on nn.Linear"
     if any(getattr(module, "lora_bias", {}).values()):
         return "lora_bias"
-    if functional.transforming():
+    if choice.transforming():
         return "a torch.func transform"
     return None
 

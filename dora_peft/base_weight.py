@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
@@ -46,6 +46,10 @@ class BaseWeight:
     def block(self, start: int, stop: int) -> Tensor:
         """Rows start:stop, [stop - start, in], in the accumulation dtype; may alias the weight, so read only."""
         raise NotImplementedError
+
+    def stored(self) -> Any:
+        """What norm_kernels.py reads W0 from: a matrix [out, in], its 4-bit form, or None where it cannot."""
+        return None
 
     def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
         for start in range(0, self.out_features, self.block_rows):
@@ -103,6 +107,9 @@ class Dense(BaseWeight):
         if weight.dtype == acc_dtype:
             self.block_rows = max(1, self.out_features)
 
+    def stored(self) -> Any:
+        return self.matrix
+
     def block(self, start: int, stop: int) -> Tensor:
         return self.matrix[start:stop].to(self.dtype)
 
@@ -134,6 +141,9 @@ class GroupedConv(Dense):
         self.groups, self.has_blocks = groups, False
         self.in_features *= groups
         self.dense_rows = max(1, self.dense_rows // groups)
+
+    def stored(self) -> Any:
+        return None
 
     def dense(self) -> Tensor:
         return self.rows(torch.arange(self.out_features, device=self.device))
@@ -178,6 +188,17 @@ class Bnb8bit(BaseWeight):
         return new.to(self.device)
 
 
+class FourBit(NamedTuple):
+    """A 4-bit weight as it is stored: element i is code[nibble i] * absmax[i // blocksize], rounded to `dtype`."""
+
+    packed: Tensor  # uint8 [out in / 2], the even elements in the upper halves
+    absmax: Tensor  # fp32 [out in / blocksize]
+    code: Tensor  # fp32 [16]
+    blocksize: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
 class Bnb4bit(BaseWeight):
     """bitsandbytes nf4 or fp4. Quantisation blocks run along the flattened weight, so a block of rows is dequantised
     alone where rows end on block borders; elsewhere the weight is dequantised as a whole."""
@@ -197,17 +218,28 @@ class Bnb4bit(BaseWeight):
         last = min(-(-stop // self.align) * self.align, self.out_features)
         return self._dequantize(first, last)[start - first : stop - first]
 
+    def stored(self) -> Any:
+        state = self.state
+        packed = self.data.view(torch.uint8).flatten()
+        return FourBit(packed, self._statistics().float(), state.code, state.blocksize, state.dtype, tuple(state.shape))
+
+    def _statistics(self) -> Tensor:
+        """The largest absolute value of each quantisation block."""
+        import bitsandbytes.functional as bnb
+
+        if self._absmax is None:
+            self._absmax = self.state.absmax
+            if self.state.nested:
+                self._absmax = bnb.dequantize_blockwise(self.state.absmax, self.state.state2) + self.state.offset
+        return self._absmax
+
     def _dequantize(self, start: int, stop: int) -> Tensor:
         import bitsandbytes.functional as bnb
 
         state, n = self.state, self.in_features
-        if self._absmax is None:
-            self._absmax = state.absmax
-            if state.nested:
-                self._absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
         packed = self.data.view(torch.uint8).flatten()[start * n // 2 : -(-stop * n // 2)]
         part = bnb.QuantState(
-            absmax=self._absmax[start * n // state.blocksize : -(-stop * n // state.blocksize)].float(),
+            absmax=self._statistics()[start * n // state.blocksize : -(-stop * n // state.blocksize)].float(),
             shape=torch.Size((stop - start, n)),
             code=state.code,
             blocksize=state.blocksize,

@@ -1,4 +1,4 @@
-"""What the layers compute, without any [out, in] temporary: norm, scale and composition; and which implementation does.
+"""What the layers compute, without any [out, in] temporary: norm, scale and composition.
 
 `weight` is a `base_weight.BaseWeight` here, the seam through which dense, quantised and grouped weights look alike.
 The equations and symbols are those of reference.py; linear layers have their own function in linear.py.
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .choice import norm_kernels
 from .linear import compose_weight, saved_tensor_hooks_active
 
 if TYPE_CHECKING:
@@ -24,73 +25,14 @@ if TYPE_CHECKING:
 CANCELLATION = 0.25
 
 
-IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
-_implementation = "auto"
-
-
-class implementation:
-    """Choose how DoRA layers compute, from here on or for the length of a `with` block.
-
-        dora_peft.implementation("torch")
-        with dora_peft.implementation("reference"):
-            ...
-
-    Args:
-        name: "auto" takes the fastest that runs; "torch" is this package's own autograd functions on torch operations;
-            "reference" is the plain algorithm by autograd, with the dense norm of W0 + s B A at every forward pass, to
-            compare with; "triton" are GPU kernels.
-
-    Raises:
-        ValueError: An unknown name.
-        RuntimeError: An implementation that is not available here; only "auto" falls back.
-
-    The choice is a property of the process, never of a checkpoint. With gradient checkpointing, backward computes the
-    forward pass again, so it has to run under the same choice.
-    """
-
-    def __init__(self, name: str) -> None:
-        global _implementation
-        if name not in IMPLEMENTATIONS:
-            raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, found {name!r}.")
-        if name == "triton":
-            raise RuntimeError(
-                "implementation('triton') is not available: this version of dora_peft has no Triton kernels. Use "
-                "'auto' or 'torch'."
-            )
-        self._before, _implementation = _implementation, name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: Any) -> None:
-        global _implementation
-        _implementation = self._before
-
-
-def use_reference() -> bool:
-    return _implementation == "reference"
-
-
-def transforming() -> bool:
-    """Whether a torch.func transform is at work."""
-    return torch._C._are_functorch_transforms_active()
-
-
-def by_autograd() -> bool:
-    """Whether to compute by plain differentiable operations instead of autograd functions of our own.
-
-    torch.compile derives the backward pass itself, and chooses better what to keep; torch.func transforms cannot pass
-    through an autograd function that saves its output.
-    """
-    return _implementation == "reference" or torch.compiler.is_compiling() or transforming()
-
-
 def norm(weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """v [out] by the better of two ways, in the accumulation dtype of `weight`; not floored.
+    """v [out] by the best of three ways, in the accumulation dtype of `weight`; not floored.
 
     Densely where blocks of W0 lie in memory as they are needed and the processor has a cache to keep W0 + s B A in: as
-    fast as the factored sum, and without its cancellation. Factored elsewhere.
+    fast as the factored sum, and without its cancellation. Factored elsewhere, on a GPU by a kernel of our own.
     """
+    if (kernels := norm_kernels(weight.device, weight.dtype)) and (stored := weight.stored()) is not None:
+        return kernels.norm(stored, base_squared, lora_A, lora_B, scaling)
     if not weight.has_blocks or weight.device.type != "cpu":
         return norm_squared(weight, base_squared, lora_A, lora_B, scaling).clamp_(min=0).sqrt_()
     out = torch.empty_like(base_squared)

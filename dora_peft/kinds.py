@@ -10,7 +10,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import functional, linear
+from . import choice, functional, linear
 from . import norm as _norm
 from .config import DoraConfig
 from .layer import DoraLayer
@@ -56,7 +56,7 @@ class Shortcut:
             or base._forward_pre_hooks
             or "forward" in base.__dict__
             or base.bias is not self.bias
-            or functional.by_autograd()
+            or choice.by_autograd()
             or _norm.is_checking()
         ):
             return False
@@ -114,6 +114,18 @@ class Linear(DoraLayer, nn.Module):
             dropout_p=p,
             direction=direction,
         )
+
+    def adapt_compiled(self, adapter: str, x: Tensor) -> Tensor | None:
+        weight = self._dense_weight()
+        if weight is None or self.magnitude_only[adapter] or self._drops_base(adapter):
+            return None
+        if not choice.uses_kernels(x.device, x.dtype, weight.dtype):
+            return None
+        dropout = self.lora_dropout[adapter]
+        p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        c = self.scale(adapter, differentiable=True)
+        factors = self.factor_parameters(adapter)
+        return linear.linear_operator(x, weight, self._bias(), *factors, c, self.scaling[adapter], p)
 
     def _dense_weight(self) -> Tensor | None:
         """W0 [out, in] where the base layer does nothing but multiply by it, so that our own product may stand for its

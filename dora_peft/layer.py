@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import functional, merging, reference
+from . import choice, functional, merging, reference
 from . import norm as _norm
 from .base_weight import BaseWeight, base_weight, unpack_for_training
 from .config import DoraConfig
@@ -262,13 +262,13 @@ class DoraLayer(BaseTunerLayer):
 
     def scale(self, adapter: str, *, differentiable: bool = False) -> Tensor:
         """c = m / v, [out]; with the norm's gradient where `differentiable` and the adapter's config ask for it."""
-        transforming = functional.transforming()
+        transforming = choice.transforming()
         norm = self._norms[adapter] if transforming else _norm.weight_norm(self, adapter)
         value: Any = norm.value
         if not self.magnitude_only[adapter]:
             lora_A, lora_B = self.factors(adapter)
             trained = differentiable and not self.detach_norm[adapter] and torch.is_grad_enabled()
-            if functional.use_reference() or transforming:
+            if choice.use_reference() or transforming:
                 # a transform's A and B are not the parameters that `value` belongs to
                 value = self._dense_norm(adapter)
                 value = value if trained else value.detach()
@@ -332,8 +332,12 @@ class DoraLayer(BaseTunerLayer):
         adapters = [name for name in self.active_adapters if name in present]
         if self.merged or not adapters:
             return self.base_layer(x, *args, **kwargs)
-        if len(adapters) == 1 and not self._drops_base(adapters[0]) and not functional.by_autograd():
+        if len(adapters) == 1 and not self._drops_base(adapters[0]) and not choice.by_autograd():
             return self.adapt_fast(adapters[0], x, *args, **kwargs)
+        if len(adapters) == 1 and not args and not kwargs and torch.compiler.is_compiling():
+            compiled = self.adapt_compiled(adapters[0], x)
+            if compiled is not None:
+                return compiled
         out = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
             out = self.adapt(adapter, x, out)
@@ -372,6 +376,10 @@ class DoraLayer(BaseTunerLayer):
 
         needed = (x, self._dropped(adapter, x), *self.factor_parameters(adapter))
         return functional.compose_keeping_output(before_scaling(*needed), c, bias, before_scaling, *needed)
+
+    def adapt_compiled(self, adapter: str, x: Tensor) -> Tensor | None:
+        """The output of the layer by an operator for torch.compile, None where plain operations serve as well."""
+        return None
 
     def _low_rank(self, adapter: str, x: Tensor, lora_A: Tensor | None = None, lora_B: Tensor | None = None) -> Tensor:
         """s B A x, in the shape of the layer's output; with the adapter's own factors where None."""

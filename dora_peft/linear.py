@@ -10,7 +10,7 @@ backward pass are
 
     x    shared with every other layer that reads it, in its own dtype
     y    the layer's *output*, which the next operation often keeps anyway, instead of an intermediate
-    u    [N, r], and one byte an element of x where there is dropout
+    u    [N, r], and where there is dropout one byte an element of x, on a GPU its seed alone
 
 The price of keeping y: where it no longer determines what the magnitude's gradient needs, that is computed again from
 x. This happens for rows with c = 0, for rows whose bias drowns the rest in rounding, and where the next operation
@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import choice
 from .base_weight import BLOCK_BYTES
 
 # Tokens that the element-wise passes take at once on a CPU: their temporaries stay in the cache, and a fresh
@@ -103,7 +104,8 @@ def linear_eval(
 ) -> Tensor:
     """`linear` without dropout and gradients, from `folded_B` = s c * B [out, r], which is computed once."""
     autocast = torch.is_autocast_enabled(x.device.type)
-    if weight is not None and not autocast and x.dtype is c.dtype is lora_A.dtype is folded_B.dtype:
+    same = x.dtype is c.dtype is lora_A.dtype is folded_B.dtype
+    if weight is not None and not autocast and same and not choice.uses_kernels(x.device, x.dtype):
         rows = _rows(x)
         z = multiply(rows, weight, bias)
         z = compose(z, multiply(rows, lora_A), folded_B, c, bias, out=z)
@@ -116,12 +118,25 @@ def linear_eval(
         u = multiply(rows, lora_A.to(dtype))
         if base_out is not None:
             z = _rows(base_out)
-            y = compose(z, u, folded_B, c, bias, out=torch.empty_like(z))
         else:
             assert weight is not None
             z = multiply(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
-            y = compose(z, u, folded_B, c, bias, out=z)
+        if fused := choice.fused(z, c):
+            y = fused.compose_folded(z, u, folded_B, c, bias, in_place=base_out is None)
+        else:
+            y = compose(z, u, folded_B, c, bias, out=z if base_out is None else torch.empty_like(z))
     return _shaped_like(x, y)
+
+
+def linear_operator(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, c: Tensor, scaling: float, p: float
+) -> Tensor:
+    """`linear` for a dense weight, by the operator on Triton kernels that torch.compile takes as it is."""
+    choice.load_operators()
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device) if p > 0 else None
+    return torch.ops.dora_peft.linear(x, weight, bias, lora_A, lora_B, c, seed, scaling, p)[0]
 
 
 class _Linear(torch.autograd.Function):
@@ -150,6 +165,13 @@ class _Linear(torch.autograd.Function):
     ):
         rows = _rows(x).to(dtype)  # [N, in]
         mask, k = None, scaling
+        ctx.fused, ctx.p = choice.fused(rows, c), dropout_p
+        if ctx.fused is not None:
+            mask = ctx.fused.kernels.draw_seed(rows.device) if dropout_p > 0 else None  # what the mask is drawn from
+            base_rows = None if weight is not None else _rows(base_out)
+            y, u, k = ctx.fused.forward(rows, base_rows, weight, bias, lora_A, lora_B, c, scaling, mask, dropout_p)
+            y = _shaped_like(x, y)
+            return _Linear.keep(ctx, y, x, u, mask, bias, lora_A, lora_B, c, weight, base_product, k, autocast_dtype)
         if dropout_p > 0:
             mask, kept = dropout_mask(rows.shape, dropout_p, rows.device)
             k = scaling / kept if kept else 0.0
@@ -165,6 +187,11 @@ class _Linear(torch.autograd.Function):
             z = multiply(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
             y = compose(z, u, fold(lora_B, c, k), c, bias, out=z)
         y = _shaped_like(x, y)
+        return _Linear.keep(ctx, y, x, u, mask, bias, lora_A, lora_B, c, weight, base_product, k, autocast_dtype)
+
+    @staticmethod
+    def keep(ctx, y, x, u, mask, bias, lora_A, lora_B, c, weight, base_product, k, autocast_dtype):
+        """Keep what the backward pass needs, and return y."""
         # An alias, since y on its own graph node would be a reference cycle. Under checkpointing and offloading y has
         # to go through their hooks, which switch off torch's own check for changes in place; there the alias keeps
         # y's version counter and lets go of its storage.
@@ -176,7 +203,7 @@ class _Linear(torch.autograd.Function):
             ctx.save_for_backward(x, u, mask, bias, lora_A, lora_B, c)
         # not among the saved tensors: offloading would move W0 with them
         ctx.weight, ctx.weight_version = weight, _version(weight)
-        ctx.base_product, ctx.k, ctx.dtype, ctx.autocast_dtype = base_product, k, dtype, autocast_dtype
+        ctx.base_product, ctx.k, ctx.dtype, ctx.autocast_dtype = base_product, k, y.dtype, autocast_dtype
         return y
 
     @staticmethod
@@ -217,6 +244,17 @@ class _Linear(torch.autograd.Function):
             B = lora_B if index is None else lora_B[index]
             return torch.addmm(z.to(c.dtype), u.to(c.dtype), B.to(c.dtype).T, alpha=k)
 
+        if ctx.fused is not None:
+
+            def d_magnitude(sums: Tensor | None) -> Tensor:
+                return magnitude_gradient(sums, g, y, c, bias, z_at)
+
+            dx, d_base, *others = ctx.fused.gradients(
+                g, rows, u, y, weight, bias, lora_A, lora_B, c, k, mask, ctx.p, ctx.needs_input_grad[:6], d_magnitude
+            )
+            dx = None if dx is None else dx.view(x.shape)
+            d_base = None if d_base is None else d_base.view(grad.shape)
+            return dx, d_base, *others, None, None, None, None, None, None, None
         in_weight = need_x and weight is not None and composes(g, weight)
         dx, d_base, sums = scale_and_sum(
             g, c, y if need_c else None, bias, weight if need_x and not in_weight else None, keep_scaled=need_base
@@ -265,6 +303,7 @@ def composes(rows: Tensor, weight: Tensor) -> bool:
     length, (out_features, in_features) = rows.shape[:-1].numel(), weight.shape
     return (
         weight.device.type == "cpu"
+        and not choice.uses_kernels(weight.device, weight.dtype)
         and not torch.is_autocast_enabled("cpu")
         and rows.dtype is weight.dtype
         and weight.dtype not in _LOW_PRECISION

@@ -22,3 +22,9 @@ say "pytest"
 # Two workers with one thread each: with torch's default of all cores per process the workers would fight over them.
 export OMP_NUM_THREADS=1
 "$VENV_PYTHON" -m pytest -n 2 --dist worksteal "$@"
+
+if [ $# -eq 0 ] && [ "$(uname -s)" = Linux ]; then
+    say "pytest, the layers once more by Triton's kernels"
+    "$VENV_PYTHON" -m pytest -n 2 --dist worksteal --implementation triton \
+        tests/test_accelerate.py tests/test_compile.py tests/test_layer.py tests/test_linear.py tests/test_norm.py
+fi

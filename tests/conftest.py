@@ -13,6 +13,11 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before the first import of Triton: without a GPU its kernels run in its interpreter, on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import set_seed
 
 import dora_peft
@@ -22,6 +27,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; several threads each would only wait for one another.
     torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--implementation", default="auto", help="run every test that chooses none with this implementation"
+    )
+
+
+@pytest.fixture(autouse=True)
+def chosen_implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As `--implementation` says; tests of one alone say `@pytest.mark.implementation("torch")`."""
+    marker = request.node.get_closest_marker("implementation")
+    with dora_peft.implementation(marker.args[0] if marker else request.config.getoption("--implementation")):
+        yield
 
 
 @pytest.fixture(autouse=True)

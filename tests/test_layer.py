@@ -736,6 +736,7 @@ def test_unloading(kind):
     assert torch.equal(model.unload()(x), base(x))
 
 
+@pytest.mark.implementation("torch")  # Triton's interpreter runs in one thread
 def test_replicas_of_data_parallel_compute_apart():
     """nn.DataParallel runs a replica of the layer in each thread; here both on the CPU."""
     model = get_peft_model(One(nn.Linear(12, 10)), DoraConfig(r=3, target_modules=["layer"]))

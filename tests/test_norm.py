@@ -562,6 +562,7 @@ def test_a_refresh_that_waits_is_made_up_for_in_evaluation(model, counted, monke
 
 
 @pytest.mark.cached_norms
+@pytest.mark.implementation("torch")
 def test_long_inputs_refresh_from_the_composed_weight(model, monkeypatch):
     """Where the forward pass computes W0 + s B A anyway, v is its norm: the same bits as computed alone."""
     monkeypatch.setattr(norm_module, "_lazy", True)
