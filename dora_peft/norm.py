@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import functional, linear
+from . import choice, functional, linear
 
 # Every adapted layer: what PEFT's or our own classes hold, see layer.DoraLayer for the interface.
 _layers: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -106,7 +106,8 @@ def _key(layer: Any, adapter: str, sharded: bool) -> tuple[Any, ...]:
     lora_A, lora_B = layer.factor_parameters(adapter)
     weight = layer.original_weight()
     # the tensors themselves, so that they stay alive and no other one takes their identity
-    contents = (content(lora_A, sharded), content(lora_B, sharded), content(weight, sharded))
+    kernels = choice.uses_kernels(lora_A.device, lora_A.dtype)  # round otherwise
+    contents = (content(lora_A, sharded), content(lora_B, sharded), content(weight, sharded), kernels)
     return lora_A, lora_B, weight, layer.scaling[adapter], contents
 
 

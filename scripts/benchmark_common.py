@@ -149,7 +149,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")}
         | {"dora_peft": dora_peft.__version__},
-        "commit": run_git("rev-parse", "HEAD"),
+        # the variable names the commit where the files travelled without their repository
+        "commit": run_git("rev-parse", "HEAD") or os.environ.get("DORA_PEFT_COMMIT"),
         "modified": bool(run_git("status", "--porcelain", "--", "../dora_peft")),
     }
 
