@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,7 @@ def gradients(
     seed: Tensor | None,
     p: float,
     needed: tuple[bool, ...],
+    stored: Any,
     d_magnitude: Callable[[Tensor | None], Tensor],
 ) -> Gradients:
     """Gradients of x [N, in], base_out, bias, A, B and c; None for those that are not `needed`, in this order.
@@ -78,6 +80,7 @@ def gradients(
     Args:
         g: dL/dy [N, out].
         y: The layer's output, None where it was changed since.
+        stored: W0 for `kernels.magnitude_gradient`, None where it is neither dense nor 4-bit.
         d_magnitude: Computes the gradient of c from sum_n g (y - b), None where y is, without kernels: where y is gone,
             or the base weight is no dense tensor.
     """
@@ -88,10 +91,10 @@ def gradients(
     scaled, sums = kernels.scale_and_sum(g, c, y if need_c else None, bias)  # [N, out], [stripes, out]
     dx = d_bias = d_A = d_B = d_c = None
     if need_c:
-        if sums is None or y is None or weight is None:
+        if sums is None or y is None or stored is None:
             d_c = d_magnitude(None if sums is None else sums.sum(0))
         else:
-            d_c = kernels.magnitude_gradient(sums, g, y, rows, weight, u, _rowwise(lora_B), c, bias, k)  # [out]
+            d_c = kernels.magnitude_gradient(sums, g, y, rows, stored, u, _rowwise(lora_B), c, bias, k)  # [out]
     if need_B:
         d_B = scaled.new_empty(lora_B.shape).addmm_(scaled.T, u, beta=0, alpha=k)  # [out, r]
     if need_A or need_x:
@@ -167,7 +170,7 @@ def _linear_backward(
     dx, _, d_bias, d_A, d_B, d_c = gradients(
         grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), u, y.reshape(-1, y.shape[-1]), weight, bias,
         lora_A, lora_B, c, scaling / kept if kept else 0.0, seed, p,
-        (need_x, False, need_bias, need_A, need_B, need_c), _never,
+        (need_x, False, need_bias, need_A, need_B, need_c), weight, _never,
     )  # fmt: skip
     none = c.new_empty(0)
     return (

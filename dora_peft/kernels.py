@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .base_weight import FourBit
 from .choice import interpreted
 
 INTERPRETED = interpreted()
@@ -84,6 +85,25 @@ def narrow(value, DTYPE: tl.constexpr):
         bits = value.to(tl.int32, bitcast=True)
         value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
     return value.to(DTYPE)
+
+
+@triton.jit
+def elements(
+    weight, absmax, code, rows, columns, inside, w_row, w_column, blocksize,
+    FOUR_BIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr,
+):  # fmt: skip
+    """W0 [len(rows), len(columns)] in fp32, rounded as dequantisation does."""
+    index = rows[:, None].to(tl.int64) * w_row + columns[None, :].to(tl.int64) * w_column
+    if FOUR_BIT:
+        byte = tl.load(weight + index // 2, inside, other=0).to(tl.int32)
+        nibble = tl.where(index % 2 == 0, byte >> 4, byte & 15)
+        value = tl.load(code + nibble) * tl.load(absmax + index // blocksize, inside, other=0.0)
+        if HALF:
+            value = value.to(tl.float16).to(tl.float32)
+        if BRAIN:
+            value = narrow(value, tl.bfloat16).to(tl.float32)
+        return value
+    return tl.load(weight + index, inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -184,9 +204,10 @@ def _scale_and_sum(
 
 @triton.jit
 def _magnitude_gradient(
-    sums, g, y, x, weight, u, lora_B, c, bias, out, stripes, length, width, features, rank, k, tiny, drowned,
-    g_row, g_column, y_row, x_row, x_column, w_row, w_column, u_row, b_row,
-    HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, SAMPLE: tl.constexpr,
+    sums, g, y, x, weight, absmax, code, u, lora_B, c, bias, out, stripes, length, width, features, rank, k,
+    tiny, drowned, g_row, g_column, y_row, x_row, x_column, w_row, w_column, blocksize, u_row, b_row,
+    HAS_BIAS: tl.constexpr, FOUR_BIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr,
+    PRECISION: tl.constexpr, SAMPLE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -224,11 +245,11 @@ def _magnitude_gradient(
                     (rows < length)[:, None] & (inputs < features)[None, :], other=0.0,
                 )  # fmt: skip
                 product = dot(grad, part, product, PRECISION)
-            block = tl.load(
-                weight + columns[:, None].to(tl.int64) * w_row + inputs[None, :] * w_column,
-                in_columns[:, None] & (inputs < features)[None, :], other=0.0,
-            )  # fmt: skip
-            exact += tl.sum(product * block.to(tl.float32), 1)
+            inside = in_columns[:, None] & (inputs < features)[None, :]
+            block = elements(
+                weight, absmax, code, columns, inputs, inside, w_row, w_column, blocksize, FOUR_BIT, HALF, BRAIN
+            )
+            exact += tl.sum(product * block, 1)
         for first in range(0, rank, BLOCK):
             ranks = first + tl.arange(0, BLOCK)
             product = tl.zeros((COLUMNS, BLOCK), tl.float32)
@@ -354,6 +375,14 @@ def _dropped_gradient(
 # ---- launchers
 
 
+def stored_arguments(stored: Any, unused: Tensor) -> tuple[Any, ...]:
+    """A weight's data, statistics and code, its strides and quantisation block, and how `elements` is to read it."""
+    if isinstance(stored, FourBit):
+        options = {"FOUR_BIT": True, "HALF": stored.dtype is torch.float16, "BRAIN": stored.dtype is torch.bfloat16}
+        return stored.packed, stored.absmax, stored.code, stored.shape[1], 1, stored.blocksize, options
+    return stored, unused, unused, *stored.stride(), 1, {"FOUR_BIT": False, "HALF": False, "BRAIN": False}
+
+
 def _ranks(rank: int) -> int:
     """How many ranks a product takes at once; 16 is the least that the matrix units take."""
     return min(64, max(16, triton.next_power_of_2(rank)))
@@ -399,7 +428,7 @@ def magnitude_gradient(
     g: Tensor,
     y: Tensor,
     x: Tensor,
-    weight: Tensor,
+    stored: Any,
     u: Tensor,
     lora_B: Tensor,
     c: Tensor,
@@ -411,17 +440,19 @@ def magnitude_gradient(
     Args:
         sums: From `scale_and_sum`.
         g, y: [N, out].
-        x: [N, in], weight [out, in], u [N, r], lora_B [out, r].
+        x: [N, in], u [N, r], lora_B [out, r].
+        stored: W0 as a matrix [out, in] of any strides, or as `base_weight.FourBit`.
     """
     out = torch.empty_like(c)
     length, width = g.shape
     block = 32
+    weight, absmax, code, *layout, options = stored_arguments(stored, c)
     _magnitude_gradient[(triton.cdiv(width, block),)](
-        sums, g, y, x, weight, u, lora_B, c, c if bias is None else bias, out,
+        sums, g, y, x, weight, absmax, code, u, lora_B, c, c if bias is None else bias, out,
         len(sums), length, width, x.shape[1], u.shape[1], k,
         _TINY.get(y.dtype, 1e-30), _DROWNED.get(y.dtype, 1e-3),
-        *g.stride(), y.stride(0), *x.stride(), *weight.stride(), u.stride(0), lora_B.stride(0),
-        HAS_BIAS=bias is not None, PRECISION=_precision(x.dtype), SAMPLE=_SAMPLE,
+        *g.stride(), y.stride(0), *x.stride(), *layout, u.stride(0), lora_B.stride(0),
+        HAS_BIAS=bias is not None, PRECISION=_precision(x.dtype), SAMPLE=_SAMPLE, **options,
         ROWS=64, COLUMNS=block, BLOCK=64, num_warps=4,
     )  # fmt: skip
     return out

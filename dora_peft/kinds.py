@@ -69,6 +69,26 @@ class Shortcut:
         return linear.linear_eval(x, self.lora_A, *self.folded[:2], weight=self.weight, bias=self.bias)
 
 
+class BaseProduct:
+    """The base layer as a product, for the backward pass of a weight that is not at hand as a dense matrix."""
+
+    def __init__(self, layer: Linear, bias: Tensor | None, args: Any, kwargs: Any) -> None:
+        self.layer, self.bias, self.args, self.kwargs = layer, bias, args, kwargs
+
+    def __call__(self, x: Tensor, index: Tensor | None) -> Tensor:
+        """x W0^T without b, [..., len(index)] for these rows of W0, [..., out] where None."""
+        weight = self.layer.base_weight()
+        if index is not None and weight.has_rows:
+            return F.linear(x, weight.rows(index).to(x.dtype))
+        with torch.no_grad():
+            out = self.layer.base_layer(x, *self.args, **self.kwargs)
+        out = out if self.bias is None else out - self.bias
+        return out if index is None else out[..., index]
+
+    def stored(self) -> Any:
+        return self.layer.base_weight().stored()
+
+
 class Linear(DoraLayer, nn.Module):
     """DoRA on nn.Linear, transformers' Conv1D, and every quantised linear layer."""
 
@@ -92,15 +112,6 @@ class Linear(DoraLayer, nn.Module):
         if weight is not None and not p and linear.composes(x, weight):
             direction = _norm.direction(self, adapter)
 
-        def base_product(x: Tensor, index: Tensor | None) -> Tensor:
-            base_weight = self.base_weight()
-            if index is not None and base_weight.has_rows:
-                return F.linear(x, base_weight.rows(index).to(x.dtype))
-            with torch.no_grad():
-                out = self.base_layer(x, *args, **kwargs)
-            out = out if bias is None else out - bias
-            return out if index is None else out[..., index]
-
         return linear.linear(
             x,
             lora_A,
@@ -110,7 +121,7 @@ class Linear(DoraLayer, nn.Module):
             weight=weight,
             bias=bias,
             base_out=base_out,
-            base_product=None if base_out is None else base_product,
+            base_product=None if base_out is None else BaseProduct(self, bias, args, kwargs),
             dropout_p=p,
             direction=direction,
         )

@@ -69,7 +69,8 @@ def linear(
         weight: W0 [out, in], frozen; may be a transposed view.
         bias: b [out].
         base_out: x W0^T + b [..., out] from the base layer, whose own backward gives its part of dx.
-        base_product: Gives x W0^T without b for rows `index` of W0 (all where None), in the rare cases above.
+        base_product: Gives x W0^T without b for rows `index` of W0 (all where None), in the rare cases above. May have
+            a method `stored` that gives W0 to kernels, see `base_weight.BaseWeight.stored`.
         dropout_p: Probability to drop an element of x before A.
         direction: W0 + s B A [out, in] in x's dtype, where the caller has just computed it and needs it no more: it is
             overwritten.
@@ -249,8 +250,12 @@ class _Linear(torch.autograd.Function):
             def d_magnitude(sums: Tensor | None) -> Tensor:
                 return magnitude_gradient(sums, g, y, c, bias, z_at)
 
+            stored = ctx.weight
+            if stored is None and need_c and hasattr(ctx.base_product, "stored"):
+                stored = ctx.base_product.stored()
+            needed = ctx.needs_input_grad[:6]
             dx, d_base, *others = ctx.fused.gradients(
-                g, rows, u, y, weight, bias, lora_A, lora_B, c, k, mask, ctx.p, ctx.needs_input_grad[:6], d_magnitude
+                g, rows, u, y, weight, bias, lora_A, lora_B, c, k, mask, ctx.p, needed, stored, d_magnitude
             )
             dx = None if dx is None else dx.view(x.shape)
             d_base = None if d_base is None else d_base.view(grad.shape)

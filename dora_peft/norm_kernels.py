@@ -16,28 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .base_weight import FourBit
 from .functional import CANCELLATION
-from .kernels import narrow
-
-
-@triton.jit
-def _elements(
-    weight, absmax, code, rows, columns, inside, w_row, w_column, blocksize,
-    FOUR_BIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr,
-):  # fmt: skip
-    """W0 [len(rows), len(columns)] in fp32, rounded as dequantisation does."""
-    index = rows[:, None].to(tl.int64) * w_row + columns[None, :].to(tl.int64) * w_column
-    if FOUR_BIT:
-        byte = tl.load(weight + index // 2, inside, other=0).to(tl.int32)
-        nibble = tl.where(index % 2 == 0, byte >> 4, byte & 15)
-        value = tl.load(code + nibble) * tl.load(absmax + index // blocksize, inside, other=0.0)
-        if HALF:
-            value = value.to(tl.float16).to(tl.float32)
-        if BRAIN:
-            value = narrow(value, tl.bfloat16).to(tl.float32)
-        return value
-    return tl.load(weight + index, inside, other=0.0).to(tl.float32)
+from .kernels import elements, stored_arguments
 
 
 @triton.jit
@@ -56,7 +36,7 @@ def _norm(
         for first in range(0, width, BLOCK):
             columns = first + tl.arange(0, BLOCK)
             inside = in_rows[:, None] & (columns < width)[None, :]
-            left = _elements(
+            left = elements(
                 weight, absmax, code, rows, columns, inside, w_row, w_column, blocksize, FOUR_BIT, HALF, BRAIN
             )
             right = tl.load(
@@ -89,7 +69,7 @@ def _norm(
                 )  # fmt: skip
                 total = tl.dot(left, right, total, input_precision="ieee")
             inside = in_rows[:, None] & (columns < width)[None, :]
-            total = scaling * total + _elements(
+            total = scaling * total + elements(
                 weight, absmax, code, rows, columns, inside, w_row, w_column, blocksize, FOUR_BIT, HALF, BRAIN
             )
             dense += tl.sum(total * total, 1)
@@ -109,17 +89,12 @@ def norm(stored: Any, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scal
     product = lora_B @ (lora_A @ lora_A.T)  # [out, r]
     (height, rank), width = lora_B.shape, lora_A.shape[1]
     out = torch.empty_like(base_squared)
-    four_bit = isinstance(stored, FourBit)
-    weight, absmax, code = (stored.packed, stored.absmax, stored.code) if four_bit else (stored, out, out)
-    strides = (width, 1) if four_bit else stored.stride()
-    rounding = stored.dtype if four_bit else None
+    weight, absmax, code, *layout, options = stored_arguments(stored, out)
     ranks = min(128, max(16, triton.next_power_of_2(rank)))
     rows = 64 if height >= 4096 else 16
     _norm[(triton.cdiv(height, rows),)](
-        weight, absmax, code, lora_A, lora_B, product, base_squared, out, height, width, rank, scaling, *strides,
-        stored.blocksize if four_bit else 1,
-        CANCELS=CANCELLATION, FOUR_BIT=four_bit,
-        HALF=rounding is torch.float16, BRAIN=rounding is torch.bfloat16,
+        weight, absmax, code, lora_A, lora_B, product, base_squared, out, height, width, rank, scaling, *layout,
+        CANCELS=CANCELLATION, **options,
         PRECISION="ieee" if torch.version.hip else "tf32x3", RANKS=ranks, ROWS=rows, BLOCK=64, num_warps=4,
     )  # fmt: skip
     return out

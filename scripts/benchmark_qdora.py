@@ -31,7 +31,12 @@ RESULTS = Path(__file__).resolve().parent / "benchmarks" / "results"
 def quantized(linear: nn.Linear, device: torch.device) -> nn.Module:
     """An nf4 layer of this shape with random weights."""
     layer = bnb.nn.Linear4bit(
-        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        compute_dtype=torch.bfloat16,
+        quant_type="nf4",
+        device="meta",
     )
     dense = torch.randn(linear.out_features, linear.in_features, device=device, dtype=torch.bfloat16)
     dense *= linear.in_features**-0.5
@@ -98,13 +103,15 @@ def main() -> None:
             adapted.train()
             optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
             for timed in (False, True):
-                with PeakMemory(options.device) as memory:
-                    begin = now(options.device)
-                    optimizer.zero_grad()
-                    loss = adapted(input_ids=ids, labels=ids).loss
-                    loss.backward()
-                    optimizer.step()
-                    seconds = now(options.device) - begin
+                memory = PeakMemory(options.device)
+                memory.start()
+                begin = now(options.device)
+                optimizer.zero_grad()
+                loss = adapted(input_ids=ids, labels=ids).loss
+                loss.backward()
+                optimizer.step()
+                seconds = now(options.device) - begin
+                memory.stop()
                 if not timed:
                     losses.setdefault(name, loss.item())
                 elif number:

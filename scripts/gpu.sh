@@ -53,7 +53,7 @@ run_stage() {
         bench step qwen3-8b qwen --rank 384 --adapter-dtype bf16 --accumulation 8 --checkpointing non-reentrant \
             --batch 1 --seq-len 4096 --rounds 5 --warmup 1 --contenders dora
         ;;
-    memory) bench memory llama-3.2-3b memory --batch 1 --seq-len 2048 --contenders dora --repeats 1 ;;
+    memory) bench memory llama-3.2-3b memory --batch 1 --seq-len 2048 --contenders dora --repeats 1 ${TOY_MEMORY:-} ;;
     eval) bench eval llama-3.2-3b eval --adapter-dtype bf16 $long $main ;;
     decode) bench decode llama-3.2-3b decode --adapter-dtype bf16 --new-tokens 32 $main ;;
     qdora) "${RUN[@]}" scripts/benchmark_qdora.py --device "$DEVICE" --results "$RESULTS" ${TOY_QDORA:-} ;;
@@ -85,6 +85,7 @@ for word in "$@"; do
         # the last of two equal options counts
         TOY=(--model tiny --layers 1 --batch 1 --seq-len 8 --rank 2 --rounds 2 --warmup 1 --accumulation 1
             --new-tokens 2 --repeats 1 --contenders "dora,dora:triton")
+        TOY_MEMORY=--no-peak # which takes a process for each figure
         TOY_KERNELS="--tokens 64 --width 48 --rank 4 --rounds 2"
         TOY_QDORA="--hidden 64 --layers 1 --vocab 64 --tokens 8 --rank 2 --rounds 2"
         ;;

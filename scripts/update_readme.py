@@ -6,7 +6,8 @@
 Expected result: the text between `<!-- table: memory -->` and `<!-- end: memory -->` holds one table per file in
 `scripts/benchmarks/results/` that `scripts/benchmark_memory.py --json` wrote, and the text between
 `<!-- table: benchmark -->` and `<!-- end: benchmark -->` one line per result of `scripts/benchmark.py`, with device and
-versions. Results that are not there are left out.
+versions. Results that are not there are left out. Between `<!-- table: gpu -->` and `<!-- end: gpu -->` stands what
+`scripts/gpu.sh` measures, "not measured yet" where its result is not there.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,116 @@ def describe(options: Mapping[str, Any], setting: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def ratio(report: Mapping[str, Any], one: str, other: str, quantity: str = "time_ms", **setting: Any) -> str:
+    """The median ratio of two contenders in the results with this setting, the largest where there are several."""
+    found = [
+        statistics.median(a / b for a, b in zip(values[one]["values"], values[other]["values"], strict=True))
+        for result in report["results"]
+        if result["quantity"] == quantity and setting.items() <= result["setting"].items()
+        for values in [result["contenders"]]
+        if one in values and other in values
+    ]
+    return f"{max(found):.2f}" if found else UNMEASURED
+
+
+def seconds(report: Mapping[str, Any], *names: str) -> str:
+    """Medians of these contenders' steps."""
+    values = report["results"][0]["contenders"]
+    medians = (statistics.median(values[name]["values"]) / 1000 for name in names if name in values)
+    return " / ".join(f"{median:.2f} s" for median in medians)
+
+
+def bandwidth(report: Mapping[str, Any]) -> str:
+    rates = report["gb_per_s"]
+    return f"{min(rate for name, rate in rates.items() if name != 'copy') / rates['copy']:.2f}"
+
+
+def qdora(report: Mapping[str, Any]) -> str:
+    ours, theirs = ({k: statistics.median(v) for k, v in report["qdora"][name].items()} for name in ("qdora", "qlora"))
+    return " and ".join(f"{ours[key] / theirs[key]:.2f}" for key in ("time_ms", "peak_mib"))
+
+
+UNMEASURED = "not measured yet"
+BF16, DEFAULT = {"dtype": "bf16", "adapter_dtype": "bf16"}, {"dtype": "bf16", "adapter_dtype": "fp32"}
+STEP = "step / PEFT LoRA, 2,048 tokens, r=16: "
+# What a line is about, its goal, the file of its result, and how to read it.
+GPU_LINES: tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], str]], ...] = (
+    (f"{STEP}3B shapes, all bf16", "0.97", "step_llama-3.2-3b_cuda_step_3b", lambda r: ratio(r, "dora", "lora")),
+    (f"{STEP}8B shapes, all bf16", "0.97", "step_llama-3-8b_cuda_step_8b", lambda r: ratio(r, "dora", "lora")),
+    (
+        f"{STEP}3B shapes, adapters in fp32 (PEFT's default)",
+        "0.85",
+        "step_llama-3.2-3b_cuda_step_3b_default",
+        lambda r: ratio(r, "dora", "lora"),
+    ),
+    (
+        f"{STEP}8B shapes, adapters in fp32 (PEFT's default)",
+        "0.85",
+        "step_llama-3-8b_cuda_step_8b_default",
+        lambda r: ratio(r, "dora", "lora"),
+    ),
+    (
+        "step / compiled LoRA, 8 layers of 3B shapes",
+        "1.00",
+        "step_llama-3.2-3b_cuda_compiled",
+        lambda r: ratio(r, "dora_compiled", "lora_compiled"),
+    ),
+    (
+        "step / PEFT `use_dora`, 8B shapes, r=16",
+        "0.60",
+        "step_llama-3-8b_cuda_step_8b",
+        lambda r: ratio(r, "dora", "peft_dora"),
+    ),
+    (
+        "the same, 16 layers, r=384, 8 micro-batches, checkpointing",
+        "0.40",
+        "step_llama-3-8b_cuda_rank_384",
+        lambda r: ratio(r, "dora", "peft_dora"),
+    ),
+    (
+        "step of Qwen3-8B shapes, r=384, 8 x 4,096 tokens, checkpointing: ours / PEFT `use_dora`",
+        "5.0 s / -",
+        "step_qwen3-8b_cuda_qwen",
+        lambda r: seconds(r, "dora", "peft_dora"),
+    ),
+    (
+        "peak memory / LoRA, 3B shapes, checkpointing",
+        "1.01",
+        "memory_llama-3.2-3b_cuda_memory",
+        lambda r: ratio(r, "dora", "lora", "peak_mib", checkpointing="non-reentrant"),
+    ),
+    (
+        "peak memory / LoRA, 3B shapes, adapters in fp32",
+        "1.00",
+        "memory_llama-3.2-3b_cuda_memory",
+        lambda r: ratio(r, "dora", "lora", "peak_mib", checkpointing="none", **DEFAULT),
+    ),
+    (
+        "peak memory / LoRA, 3B shapes, all bf16",
+        "1.10",
+        "memory_llama-3.2-3b_cuda_memory",
+        lambda r: ratio(r, "dora", "lora", "peak_mib", checkpointing="none", **BF16),
+    ),
+    ("evaluation / LoRA, 3B shapes", "1.00", "eval_llama-3.2-3b_cuda_eval", lambda r: ratio(r, "dora", "lora")),
+    ("decoding / LoRA, 3B shapes", "1.00", "decode_llama-3.2-3b_cuda_decode", lambda r: ratio(r, "dora", "lora")),
+    ("bytes per second of the composition kernels / a copy's", "0.85", "kernels_cuda", bandwidth),
+    ("step and peak / QLoRA, 70B shapes in nf4, 2,048 tokens, checkpointing", "1.03 and 1.03", "qdora_cuda", qdora),
+)
+
+
+def gpu_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """One Markdown table from the results of scripts/gpu.sh, by the names of their files."""
+    lines, places = [], []
+    for label, goal, name, read in GPU_LINES:
+        if name in reports:
+            report = reports[name]
+            versions = ", ".join(f"{package} {number}" for package, number in report["versions"].items())
+            places.append(f"{report['device']} ({versions}, commit {(report['commit'] or 'unknown')[:9]})")
+        lines.append(f"| {label} | {goal} | {read(reports[name]) if name in reports else UNMEASURED} |")
+    heading = [f"On {'; '.join(dict.fromkeys(places))}:", ""] if places else []
+    return "\n".join([*heading, "| bf16 base on a GPU | goal | |", "|---|---:|---:|", *lines])
+
+
 def insert(readme: str, name: str, text: str) -> str:
     """`readme` with `text` between the two marks of the table `name`."""
     return re.sub(
@@ -171,9 +282,15 @@ def main() -> int:
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
+    results = list(reports.values())
     after = insert(before, "memory", "\n\n".join(memory_table(result) for result in results if "methods" in result))
-    after = insert(after, "benchmark", benchmark_table([result for result in results if "options" in result]))
+    after = insert(
+        after,
+        "benchmark",
+        benchmark_table([result for name, result in reports.items() if "options" in result and "_cuda" not in name]),
+    )
+    after = insert(after, "gpu", gpu_table(reports))
     if arguments.check:
         return int(after != before)
     readme.write_text(after, encoding="utf-8")

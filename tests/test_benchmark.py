@@ -454,3 +454,50 @@ def test_insert_leaves_the_rest_alone() -> None:
     assert update_readme.insert(text, "x", "new") == text.replace("old", "new")
     assert update_readme.insert(text, "x", "") == text.replace("old\n", "")
     assert update_readme.insert(text, "y", "new") == text
+
+
+# ---- the README's GPU table
+
+
+def gpu_report(quantity: str, setting: dict[str, Any], **values: list[float]) -> dict[str, Any]:
+    contenders = {name: {"values": found} for name, found in values.items()}
+    result = {"quantity": quantity, "setting": setting, "contenders": contenders}
+    return {"device": "Some GPU", "versions": {"torch": "1.2"}, "commit": "0123456789", "results": [result]}
+
+
+def test_a_gpu_table_without_results_says_so() -> None:
+    lines = update_readme.gpu_table({}).splitlines()[2:]
+    assert len(lines) == len(update_readme.GPU_LINES)
+    assert all(line.endswith("| not measured yet |") for line in lines)
+
+
+def test_a_gpu_table_reads_what_was_measured() -> None:
+    bf16 = {"checkpointing": "none", "dtype": "bf16", "adapter_dtype": "bf16"}
+    table = update_readme.gpu_table(
+        {
+            "step_llama-3-8b_cuda_step_8b": gpu_report(
+                "time_ms", bf16, lora=[2, 4, 8], dora=[1, 3, 6], peft_dora=[4, 8, 9]
+            ),
+            "memory_llama-3.2-3b_cuda_memory": gpu_report("peak_mib", bf16, lora=[100], dora=[109]),
+            "step_qwen3-8b_cuda_qwen": gpu_report("time_ms", bf16, lora=[4000], dora=[5000], peft_dora=[13000]),
+            "kernels_cuda": gpu_report("", {}) | {"gb_per_s": {"copy": 4000, "compose": 3600, "scale_and_sum": 3000}},
+            "qdora_cuda": gpu_report("", {})
+            | {"qdora": {n: {"time_ms": [t], "peak_mib": [p]} for n, t, p in [("qlora", 100, 50), ("qdora", 102, 51)]}},
+        }
+    )
+    assert table.startswith("On Some GPU (torch 1.2, commit 012345678):")
+    cells = [line.split(" | ")[-1].removesuffix(" |") for line in table.splitlines()[4:]]
+    measured = [cell for cell in cells if cell != "not measured yet"]
+    assert measured == ["0.75", "0.38", "5.00 s / 13.00 s", "1.09", "0.75", "1.02 and 1.02"]
+
+
+def test_gpu_lines_are_of_stages(tmp_path: Path) -> None:
+    """Each line's file is one that a stage of gpu.sh writes."""
+    text = (Path(update_readme.ROOT) / "scripts" / "gpu.sh").read_text()
+    for _, _, name, _ in update_readme.GPU_LINES:
+        parts = name.split("_cuda")
+        if parts[1]:
+            suite, model = parts[0].split("_", 1)
+            assert f"bench {suite} {model} {parts[1][1:]} " in text, name
+        else:
+            assert f"benchmark_{parts[0]}.py" in text, name
