@@ -282,6 +282,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = next((entry for entry in history if "eval_loss" in entry and entry["step"] == last_step), {})
     if eval_dataset is not None and not metrics:
         metrics = trainer.evaluate()
+    # A process that ends with its group open may abort: gloo's threads are still at work.
+    trainer.accelerator.end_training()
     if not is_main:
         return
 
