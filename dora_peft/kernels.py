@@ -221,9 +221,9 @@ def _magnitude_gradient(
         offset = tl.load(bias + columns, in_columns, other=0.0).to(tl.float32)
         step = tl.maximum(length // SAMPLE, 1)
         rows = tl.arange(0, SAMPLE).to(tl.int64) * step
-        inside = (rows < length)[:, None] & in_columns[None, :]
-        sample = tl.load(y + rows[:, None] * y_row + columns[None, :], inside, other=0.0).to(tl.float32)
-        below = inside & (tl.abs(sample - offset[None, :]) < drowned * tl.abs(offset)[None, :])
+        sampled = (rows < length)[:, None] & in_columns[None, :]
+        sample = tl.load(y + rows[:, None] * y_row + columns[None, :], sampled, other=0.0).to(tl.float32)
+        below = sampled & (tl.abs(sample - offset[None, :]) < drowned * tl.abs(offset)[None, :])
         seen = tl.minimum(tl.cdiv(length, step), SAMPLE)
         lost = lost | (2 * tl.sum(below.to(tl.int32), 0) > seen - (seen % 2 == 0).to(tl.int32))
     lost = lost & in_columns
@@ -245,9 +245,9 @@ def _magnitude_gradient(
                     (rows < length)[:, None] & (inputs < features)[None, :], other=0.0,
                 )  # fmt: skip
                 product = dot(grad, part, product, PRECISION)
-            inside = in_columns[:, None] & (inputs < features)[None, :]
+            in_block = in_columns[:, None] & (inputs < features)[None, :]
             block = elements(
-                weight, absmax, code, columns, inputs, inside, w_row, w_column, blocksize, FOUR_BIT, HALF, BRAIN
+                weight, absmax, code, columns, inputs, in_block, w_row, w_column, blocksize, FOUR_BIT, HALF, BRAIN
             )
             exact += tl.sum(product * block, 1)
         for first in range(0, rank, BLOCK):
@@ -264,8 +264,8 @@ def _magnitude_gradient(
                     (rows < length)[:, None] & (ranks < rank)[None, :], other=0.0,
                 )  # fmt: skip
                 product = dot(grad, part, product, PRECISION)
-            inside = in_columns[:, None] & (ranks < rank)[None, :]
-            block = tl.load(lora_B + columns[:, None] * b_row + ranks[None, :], inside, other=0.0)
+            in_block = in_columns[:, None] & (ranks < rank)[None, :]
+            block = tl.load(lora_B + columns[:, None] * b_row + ranks[None, :], in_block, other=0.0)
             exact += k * tl.sum(product * block.to(tl.float32), 1)
         result = tl.where(lost, exact, result)
     tl.store(out + columns, result, in_columns)
@@ -453,7 +453,7 @@ def magnitude_gradient(
         _TINY.get(y.dtype, 1e-30), _DROWNED.get(y.dtype, 1e-3),
         *g.stride(), y.stride(0), *x.stride(), *layout, u.stride(0), lora_B.stride(0),
         HAS_BIAS=bias is not None, PRECISION=_precision(x.dtype), SAMPLE=_SAMPLE, **options,
-        ROWS=64, COLUMNS=block, BLOCK=64, num_warps=4,
+        ROWS=64, COLUMNS=block, BLOCK=64, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
 

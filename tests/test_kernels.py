@@ -1,6 +1,10 @@
 """Each Triton kernel against the same in float64: on a GPU where there is one, in Triton's interpreter elsewhere."""
 
+import os
 import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -237,3 +241,17 @@ def test_no_tokens():
     assert torch.equal(d_c, torch.zeros_like(d_c))
     assert subject.dropped_product(t.x, t.A, seed(3), P).shape == (0, 3)
     assert not subject.dropped_gradient(t.u, t.x, seed(3), P, FP32).any()
+
+
+@pytest.mark.parametrize(
+    "words", [["90"], pytest.param(["80", "90", "all"], marks=pytest.mark.slow)], ids=["one", "all"]
+)
+def test_kernels_compile(words, tmp_path):
+    """The compiler refuses what the interpreter takes. A fresh cache, so that it has to compile."""
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    count, shared = map(int, result.stdout.split())
+    assert count >= 2 * 20
+    assert shared <= 227 * 1024  # what a Hopper has; smaller GPUs leave out what does not fit

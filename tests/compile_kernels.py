@@ -1,0 +1,88 @@
+"""Compile every Triton kernel to machine code, which needs no GPU: python tests/compile_kernels.py ARCH...
+
+Triton's interpreter takes what its compiler refuses, such as a variable that changes its type in a loop. Run by
+tests/test_kernels.py in a process of its own, since a process either interprets or compiles. Prints the number of
+compiled variants and the most shared memory that one takes, in bytes.
+"""
+
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dora_peft import kernels, norm_kernels
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.int64: "i64"}
+FP32, SEED = torch.float32, torch.int64
+FLOATS = ("scaling", "k", "tiny", "drowned")
+compiled = []
+
+
+def compile_kernel(kernel, target, options, **pointers):
+    """In every configuration, with whole numbers as they come and, as Triton specialises them, all equal to 1."""
+    for config in getattr(kernel, "configs", [triton.Config({}, num_warps=4, num_stages=2)]):
+        function = kernel.fn if hasattr(kernel, "configs") else kernel
+        for ones in (False, True):
+            constants, signature = {**options, **config.kwargs}, {}
+            for name in function.arg_names:
+                if name in constants:
+                    signature[name] = "constexpr"
+                elif name in pointers:
+                    signature[name] = "*" + NAMES[pointers[name]]
+                elif name in FLOATS:
+                    signature[name] = "fp32"
+                elif ones:
+                    signature[name], constants[name] = "constexpr", 1
+                else:
+                    signature[name] = "i32"
+            source = ASTSource(fn=function, signature=signature, constexprs=constants)
+            result = triton.compile(
+                source, target=target, options={"num_warps": config.num_warps, "num_stages": config.num_stages}
+            )
+            compiled.append(result.metadata.shared)
+
+
+def compile_all(target, dtype, factors, ranks):
+    small = {"PRECISION": "ieee", "RANKS": ranks}
+    for bias in (False, True):
+        options = {"HAS_BIAS": bias, "FOLDED": bias, **small}
+        compile_kernel(
+            kernels._compose, target, options, z=dtype, u=dtype, lora_B=factors, c=FP32, bias=dtype, out=dtype
+        )
+        options = {"HAS_BIAS": bias, "SUM": not bias}
+        compile_kernel(
+            kernels._scale_and_sum, target, options, g=dtype, y=dtype, c=FP32, bias=dtype, scaled=dtype, sums=FP32
+        )
+    for four_bit in (False, True):
+        stored = {"FOUR_BIT": four_bit, "HALF": dtype is torch.float16, "BRAIN": dtype is torch.bfloat16}
+        weight = {"weight": torch.uint8 if four_bit else dtype, "absmax": FP32, "code": FP32}
+        compile_kernel(
+            kernels._magnitude_gradient,
+            target,
+            {"HAS_BIAS": True, **stored, "PRECISION": "ieee", "SAMPLE": 64, "ROWS": 64, "COLUMNS": 32, "BLOCK": 64},
+            **weight, sums=FP32, g=dtype, y=dtype, x=dtype, u=dtype, lora_B=factors, c=FP32, bias=dtype, out=FP32,
+        )  # fmt: skip
+        compile_kernel(
+            norm_kernels._norm,
+            target,
+            {"CANCELS": 0.25, **stored, "PRECISION": "tf32x3", "RANKS": ranks, "ROWS": 64, "BLOCK": 64},
+            **weight, lora_A=FP32, lora_B=FP32, product=FP32, base=FP32, out=FP32,
+        )  # fmt: skip
+    compile_kernel(kernels._dropped_product, target, small, x=dtype, lora_A=factors, seed=SEED, out=dtype)
+    for add in (False, True):
+        options = {"ADD": add, **small}
+        compile_kernel(kernels._add_low_rank, target, options, du=dtype, lora_A=factors, seed=SEED, out=dtype)
+    compile_kernel(kernels._dropped_gradient, target, small, du=dtype, x=dtype, seed=SEED, out=factors)
+
+
+if __name__ == "__main__":
+    dtypes = [(torch.bfloat16, FP32)]
+    if "all" in sys.argv:
+        dtypes += [(FP32, FP32), (torch.float16, FP32), (torch.bfloat16, torch.bfloat16)]
+    for arch in (word for word in sys.argv[1:] if word != "all"):
+        for x, factors in dtypes:
+            for ranks in (16, 64) if "all" in sys.argv else (16,):
+                compile_all(GPUTarget("cuda", int(arch), 32), x, factors, ranks)
+    print(len(compiled), max(compiled))
