@@ -27,13 +27,10 @@ from torch import Tensor
 
 from .base_weight import FourBit
 from .choice import interpreted
+from .linear import _DROWNED, _TINY
 
 INTERPRETED = interpreted()
-# Below this |c|, y = c z is subnormal or close to it; fp16's smallest normal number is 6e-5.
-_TINY = {torch.float16: 2.0**-8}
-# |c z| / |b| below which too few digits of z are left in y: in half of the sampled tokens, since the first token is
-# often far larger than all others.
-_DROWNED = {torch.float16: 0.25, torch.bfloat16: 0.25}
+# Tokens that tell whether the bias drowns a column: half of them, since the first is often far larger than the others.
 _SAMPLE = 64
 
 
@@ -507,6 +504,6 @@ def dropped_gradient(du: Tensor, x: Tensor, seed: Tensor, p: float, dtype: torch
 
 
 def dropout_mask(shape: torch.Size, seed: Tensor, p: float) -> Tensor:
-    """The mask [N, in] that the kernels use, as a tensor of 0 and 1: for tests, and where y has to be made again."""
+    """The mask [N, in] that the kernels use, as a tensor of 0 and 1, for tests."""
     ones = torch.ones(shape[0], 1, device=seed.device)
     return add_low_rank(None, ones, torch.ones(1, shape[1], device=seed.device), seed, p)
