@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import kernels
+from . import dropout_kernels, kernels
+from .dropout_kernels import Seed
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -33,7 +34,7 @@ def forward(
     lora_B: Tensor,
     c: Tensor,
     scaling: float,
-    seed: Tensor | None,
+    seed: Seed | None,
     p: float,
 ) -> tuple[Tensor, Tensor, float]:
     """y [N, out], u = (mask * x) A^T [N, r] and k = s / (1 - p), for x [N, in] and `base_out` [N, out] or `weight`."""
@@ -41,8 +42,8 @@ def forward(
     if seed is None:
         u, k = F.linear(rows, lora_A.to(dtype)), scaling
     else:
-        kept = kernels.threshold(p)[1]
-        u, k = kernels.dropped_product(rows, _rowwise(lora_A), seed, p), scaling / kept if kept else 0.0
+        kept = dropout_kernels.threshold(p)[1]
+        u, k = dropout_kernels.dropped_product(rows, _rowwise(lora_A), seed, p), scaling / kept if kept else 0.0
     if weight is not None:
         z = out = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
     else:
@@ -69,7 +70,7 @@ def gradients(
     lora_B: Tensor,
     c: Tensor,
     k: float,
-    seed: Tensor | None,
+    seed: Seed | None,
     p: float,
     needed: tuple[bool, ...],
     stored: Any,
@@ -103,11 +104,11 @@ def gradients(
         if seed is None:
             d_A = du.T @ rows  # [r, in]
         else:
-            d_A = kernels.dropped_gradient(du, rows, seed, p, lora_A.dtype)
+            d_A = dropout_kernels.dropped_gradient(du, rows, seed, p, lora_A.dtype)
     if need_x:
         dx = None if weight is None else scaled @ weight.to(dtype)  # [N, in]
         if seed is not None:
-            dx = kernels.add_low_rank(dx, du, _rowwise(lora_A), seed, p)
+            dx = dropout_kernels.add_low_rank(dx, du, _rowwise(lora_A), seed, p)
         else:
             dx = du @ lora_A.to(dtype) if dx is None else dx.addmm_(du, lora_A.to(dtype))
     if need_bias:
@@ -166,7 +167,7 @@ def _linear_backward(
     need_B: bool,
     need_c: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kept = 1.0 if seed is None else kernels.threshold(p)[1]
+    kept = 1.0 if seed is None else dropout_kernels.threshold(p)[1]
     dx, _, d_bias, d_A, d_B, d_c = gradients(
         grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), u, y.reshape(-1, y.shape[-1]), weight, bias,
         lora_A, lora_B, c, scaling / kept if kept else 0.0, seed, p,

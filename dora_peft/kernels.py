@@ -3,13 +3,10 @@
     compose             y = c * (z - b) + u (s c B)^T + b, over z in place
     scale_and_sum       g' = c * g, and sum_n g (y - b) a stripe of tokens at a time
     magnitude_gradient  dc from those sums, and exactly where y does not tell z
-    dropped_product     drop(x) A^T
-    add_low_rank        dx + mask * (du A), in place
-    dropped_gradient    du^T drop(x)
 
 Each is one pass over its [N, features] tensors, with fp32 accumulation; the sums over tokens are made in two stages, so
 that every result is deterministic. Nothing here synchronises with the host: what depends on values is decided inside
-the kernels. The dropout mask is drawn anew from its seed wherever it is needed, and never stored.
+the kernels. The low-rank branch under dropout has kernels of its own, in dropout_kernels.py.
 
 This module imports Triton; import it through `functional.kernels`. With TRITON_INTERPRET=1 in the environment before
 Triton is first imported, the kernels run on the CPU in Triton's interpreter, which is how the tests run them.
@@ -34,7 +31,7 @@ INTERPRETED = interpreted()
 _SAMPLE = 64
 
 
-def _tuned(keys: list[str], configs: list[dict[str, int]], restored: list[str] | None = None) -> Any:
+def tuned(keys: list[str], configs: list[dict[str, int]], restored: list[str] | None = None) -> Any:
     """`triton.autotune` with results kept on disk; the first configuration, untimed, in the interpreter."""
 
     def decorate(kernel: Any) -> Any:
@@ -52,12 +49,12 @@ def _tuned(keys: list[str], configs: list[dict[str, int]], restored: list[str] |
     return decorate
 
 
-def _bucket(length: int) -> int:
+def token_bucket(length: int) -> int:
     """Token counts that share a configuration: up to the next power of two."""
     return triton.next_power_of_2(max(length, 16))
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
@@ -103,25 +100,7 @@ def elements(
     return tl.load(weight + index, inside, other=0.0).to(tl.float32)
 
 
-@triton.jit
-def _kept(seed, rows, first, threshold, WIDTH: tl.constexpr):
-    """[len(rows), WIDTH] bool: which elements of x dropout keeps, for columns first : first + WIDTH.
-
-    Eight neighbours share one Philox draw of 128 bits, 16 bits each: the drawing takes longer than the reading of x
-    otherwise.
-    """
-    groups = first // 8 + tl.arange(0, WIDTH // 8)
-    row = (rows[:, None] + tl.zeros_like(groups)[None, :]).to(tl.uint32)
-    group = (groups[None, :] + tl.zeros_like(rows)[:, None]).to(tl.uint32)
-    zero = tl.zeros_like(row)
-    a, b, c, d = tl.philox(seed, row, group, zero, zero)
-    ab = tl.join(tl.join(a & 0xFFFF, a >> 16), tl.join(b & 0xFFFF, b >> 16))
-    cd = tl.join(tl.join(c & 0xFFFF, c >> 16), tl.join(d & 0xFFFF, d >> 16))
-    bits = tl.reshape(tl.join(ab, cd), (rows.shape[0], WIDTH))
-    return bits.to(tl.int32) >= threshold
-
-
-@_tuned(
+@tuned(
     ["bucket", "width", "rank"],
     [
         {"ROWS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3},
@@ -161,7 +140,7 @@ def _compose(
     tl.store(out + rows[:, None] * out_row + columns[None, :], narrow(y, out.dtype.element_ty), inside)
 
 
-@_tuned(
+@tuned(
     ["bucket", "width"],
     [
         {"ROWS": 16, "COLUMNS": 128, "num_warps": 4},
@@ -200,6 +179,27 @@ def _scale_and_sum(
 
 
 @triton.jit
+def _transposed_product(
+    g, x, columns, inputs, length, width, features, g_row, g_column, x_row, x_column,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """(g^T x)[columns, inputs] in fp32."""
+    total = tl.zeros((columns.shape[0], inputs.shape[0]), tl.float32)
+    for start in range(0, length, ROWS):
+        rows = (start + tl.arange(0, ROWS)).to(tl.int64)
+        left = tl.load(
+            g + rows[None, :] * g_row + columns[:, None] * g_column,
+            (rows < length)[None, :] & (columns < width)[:, None], other=0.0,
+        )  # fmt: skip
+        right = tl.load(
+            x + rows[:, None] * x_row + inputs[None, :] * x_column,
+            (rows < length)[:, None] & (inputs < features)[None, :], other=0.0,
+        )  # fmt: skip
+        total = dot(left, right, total, PRECISION)
+    return total
+
+
+@triton.jit
 def _magnitude_gradient(
     sums, g, y, x, weight, absmax, code, u, lora_B, c, bias, out, stripes, length, width, features, rank, k,
     tiny, drowned, g_row, g_column, y_row, x_row, x_column, w_row, w_column, blocksize, u_row, b_row,
@@ -230,18 +230,9 @@ def _magnitude_gradient(
         exact = tl.zeros((COLUMNS,), tl.float32)
         for first in range(0, features, BLOCK):
             inputs = first + tl.arange(0, BLOCK)
-            product = tl.zeros((COLUMNS, BLOCK), tl.float32)
-            for start in range(0, length, ROWS):
-                rows = (start + tl.arange(0, ROWS)).to(tl.int64)
-                grad = tl.load(
-                    g + rows[None, :] * g_row + columns[:, None] * g_column,
-                    (rows < length)[None, :] & in_columns[:, None], other=0.0,
-                )  # fmt: skip
-                part = tl.load(
-                    x + rows[:, None] * x_row + inputs[None, :] * x_column,
-                    (rows < length)[:, None] & (inputs < features)[None, :], other=0.0,
-                )  # fmt: skip
-                product = dot(grad, part, product, PRECISION)
+            product = _transposed_product(
+                g, x, columns, inputs, length, width, features, g_row, g_column, x_row, x_column, PRECISION, ROWS
+            )
             in_block = in_columns[:, None] & (inputs < features)[None, :]
             block = elements(
                 weight, absmax, code, columns, inputs, in_block, w_row, w_column, blocksize, FOUR_BIT, HALF, BRAIN
@@ -249,124 +240,14 @@ def _magnitude_gradient(
             exact += tl.sum(product * block, 1)
         for first in range(0, rank, BLOCK):
             ranks = first + tl.arange(0, BLOCK)
-            product = tl.zeros((COLUMNS, BLOCK), tl.float32)
-            for start in range(0, length, ROWS):
-                rows = (start + tl.arange(0, ROWS)).to(tl.int64)
-                grad = tl.load(
-                    g + rows[None, :] * g_row + columns[:, None] * g_column,
-                    (rows < length)[None, :] & in_columns[:, None], other=0.0,
-                )  # fmt: skip
-                part = tl.load(
-                    u + rows[:, None] * u_row + ranks[None, :],
-                    (rows < length)[:, None] & (ranks < rank)[None, :], other=0.0,
-                )  # fmt: skip
-                product = dot(grad, part, product, PRECISION)
+            product = _transposed_product(
+                g, u, columns, ranks, length, width, rank, g_row, g_column, u_row, 1, PRECISION, ROWS
+            )
             in_block = in_columns[:, None] & (ranks < rank)[None, :]
             block = tl.load(lora_B + columns[:, None] * b_row + ranks[None, :], in_block, other=0.0)
             exact += k * tl.sum(product * block.to(tl.float32), 1)
         result = tl.where(lost, exact, result)
     tl.store(out + columns, result, in_columns)
-
-
-@_tuned(
-    ["bucket", "features", "rank"],
-    [
-        {"ROWS": 32, "BLOCK": 128, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 16, "BLOCK": 256, "num_warps": 4, "num_stages": 3},
-    ],
-)
-@triton.jit
-def _dropped_product(
-    x, lora_A, seed, out, length, features, rank, threshold, x_row, x_column, a_row, bucket,
-    PRECISION: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(rank, RANKS)
-    rows = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    ranks = tl.program_id(0) % blocks * RANKS + tl.arange(0, RANKS)
-    number = tl.load(seed)
-    total = tl.zeros((ROWS, RANKS), tl.float32)
-    for first in range(0, features, BLOCK):
-        inputs = first + tl.arange(0, BLOCK)
-        inside = (rows < length)[:, None] & (inputs < features)[None, :]
-        left = tl.load(x + rows[:, None] * x_row + inputs[None, :] * x_column, inside, other=0.0)
-        left = tl.where(_kept(number, rows, first, threshold, BLOCK), left, 0.0)
-        right = tl.load(
-            lora_A + ranks[None, :] * a_row + inputs[:, None],
-            (ranks < rank)[None, :] & (inputs < features)[:, None], other=0.0,
-        )  # fmt: skip
-        total = dot(left, right, total, PRECISION)
-    inside = (rows < length)[:, None] & (ranks < rank)[None, :]
-    tl.store(out + rows[:, None] * rank + ranks[None, :], narrow(total, out.dtype.element_ty), inside)
-
-
-@_tuned(
-    ["bucket", "features", "rank"],
-    [
-        {"ROWS": 64, "BLOCK": 128, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 32, "BLOCK": 256, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 16, "BLOCK": 128, "num_warps": 4, "num_stages": 4},
-    ],
-    restored=["out"],
-)
-@triton.jit
-def _add_low_rank(
-    du, lora_A, seed, out, length, features, rank, threshold, a_row, bucket,
-    ADD: tl.constexpr, PRECISION: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(features, BLOCK)
-    rows = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    first = tl.program_id(0) % blocks * BLOCK
-    inputs = first + tl.arange(0, BLOCK)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, rank, RANKS):
-        ranks = start + tl.arange(0, RANKS)
-        left = tl.load(
-            du + rows[:, None] * rank + ranks[None, :], (rows < length)[:, None] & (ranks < rank)[None, :], other=0.0
-        )
-        right = tl.load(
-            lora_A + ranks[:, None] * a_row + inputs[None, :],
-            (ranks < rank)[:, None] & (inputs < features)[None, :], other=0.0,
-        )  # fmt: skip
-        total = dot(left, right, total, PRECISION)
-    total = tl.where(_kept(tl.load(seed), rows, first, threshold, BLOCK), total, 0.0)
-    inside = (rows < length)[:, None] & (inputs < features)[None, :]
-    place = out + rows[:, None] * features + inputs[None, :]
-    if ADD:
-        total += tl.load(place, inside, other=0.0).to(tl.float32)
-    tl.store(place, narrow(total, out.dtype.element_ty), inside)
-
-
-@_tuned(
-    ["bucket", "features", "rank"],
-    [
-        {"ROWS": 64, "BLOCK": 32, "num_warps": 4, "num_stages": 4},
-        {"ROWS": 128, "BLOCK": 32, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 3},
-    ],
-)
-@triton.jit
-def _dropped_gradient(
-    du, x, seed, out, length, features, rank, threshold, x_row, x_column, bucket,
-    PRECISION: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(features, BLOCK)
-    ranks = tl.program_id(0) // blocks * RANKS + tl.arange(0, RANKS)
-    first = tl.program_id(0) % blocks * BLOCK
-    inputs = first + tl.arange(0, BLOCK)
-    number = tl.load(seed)
-    total = tl.zeros((RANKS, BLOCK), tl.float32)
-    for start in range(0, length, ROWS):
-        rows = (start + tl.arange(0, ROWS)).to(tl.int64)
-        left = tl.load(
-            du + rows[None, :] * rank + ranks[:, None], (rows < length)[None, :] & (ranks < rank)[:, None], other=0.0
-        )
-        inside = (rows < length)[:, None] & (inputs < features)[None, :]
-        right = tl.load(x + rows[:, None] * x_row + inputs[None, :] * x_column, inside, other=0.0)
-        right = tl.where(_kept(number, rows, first, threshold, BLOCK), right, 0.0)
-        total = dot(left, right, total, PRECISION)
-    inside = (ranks < rank)[:, None] & (inputs < features)[None, :]
-    tl.store(out + ranks[:, None] * features + inputs[None, :], narrow(total, out.dtype.element_ty), inside)
 
 
 # ---- launchers
@@ -380,7 +261,7 @@ def stored_arguments(stored: Any, unused: Tensor) -> tuple[Any, ...]:
     return stored, unused, unused, *stored.stride(), 1, {"FOUR_BIT": False, "HALF": False, "BRAIN": False}
 
 
-def _ranks(rank: int) -> int:
+def ranks_at_once(rank: int) -> int:
     """How many ranks a product takes at once; 16 is the least that the matrix units take."""
     return min(64, max(16, triton.next_power_of_2(rank)))
 
@@ -397,8 +278,8 @@ def compose(
         _compose[lambda meta: (triton.cdiv(length, meta["ROWS"]) * triton.cdiv(width, meta["COLUMNS"]),)](
             z, u, lora_B, c, c if bias is None else bias, out, length, width, u.shape[1],
             0.0 if scaling is None else scaling, z.stride(0), u.stride(0), lora_B.stride(0), out.stride(0),
-            _bucket(length),
-            HAS_BIAS=bias is not None, FOLDED=scaling is None, PRECISION=_precision(u.dtype), RANKS=_ranks(u.shape[1]),
+            token_bucket(length), HAS_BIAS=bias is not None, FOLDED=scaling is None,
+            PRECISION=precision(u.dtype), RANKS=ranks_at_once(u.shape[1]),
         )  # fmt: skip
     return out
 
@@ -414,7 +295,7 @@ def scale_and_sum(g: Tensor, c: Tensor, y: Tensor | None, bias: Tensor | None) -
     if g.numel():
         _scale_and_sum[lambda meta: (stripes * triton.cdiv(width, meta["COLUMNS"]),)](
             g, g if y is None else y, c, c if bias is None else bias, scaled, c if sums is None else sums,
-            length, width, stripe, g.stride(0), g.stride(1), 0 if y is None else y.stride(0), _bucket(length),
+            length, width, stripe, g.stride(0), g.stride(1), 0 if y is None else y.stride(0), token_bucket(length),
             HAS_BIAS=bias is not None, SUM=y is not None,
         )  # fmt: skip
     return scaled, sums
@@ -449,61 +330,7 @@ def magnitude_gradient(
         len(sums), length, width, x.shape[1], u.shape[1], k,
         _TINY.get(y.dtype, 1e-30), _DROWNED.get(y.dtype, 1e-3),
         *g.stride(), y.stride(0), *x.stride(), *layout, u.stride(0), lora_B.stride(0),
-        HAS_BIAS=bias is not None, PRECISION=_precision(x.dtype), SAMPLE=_SAMPLE, **options,
+        HAS_BIAS=bias is not None, PRECISION=precision(x.dtype), SAMPLE=_SAMPLE, **options,
         ROWS=64, COLUMNS=block, BLOCK=64, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
-
-
-def draw_seed(device: torch.device) -> Tensor:
-    """A seed for one dropout mask, on the device: CUDA graphs draw another one at every replay."""
-    return torch.randint(2**62, (1,), dtype=torch.int64, device=device)
-
-
-def threshold(p: float) -> tuple[int, float]:
-    """The number of the 2^16 draws that are dropped, and the exact probability to keep an element."""
-    dropped = round(p * 2**16)
-    return dropped, 1 - dropped / 2**16
-
-
-def dropped_product(x: Tensor, lora_A: Tensor, seed: Tensor, p: float) -> Tensor:
-    """(mask * x) A^T [N, r], not yet divided by 1 - p."""
-    (length, features), rank = x.shape, len(lora_A)
-    out = torch.empty(length, rank, dtype=x.dtype, device=x.device)
-    ranks = _ranks(rank)
-    if length:
-        _dropped_product[lambda meta: (triton.cdiv(length, meta["ROWS"]) * triton.cdiv(rank, ranks),)](
-            x, lora_A, seed, out, length, features, rank, threshold(p)[0], *x.stride(), lora_A.stride(0),
-            _bucket(length), PRECISION=_precision(x.dtype), RANKS=ranks,
-        )  # fmt: skip
-    return out
-
-
-def add_low_rank(dx: Tensor | None, du: Tensor, lora_A: Tensor, seed: Tensor, p: float) -> Tensor:
-    """dx + mask * (du A) [N, in] in place; without the sum where dx is None."""
-    (length, rank), features = du.shape, lora_A.shape[1]
-    out = torch.empty(length, features, dtype=du.dtype, device=du.device) if dx is None else dx
-    if length:
-        _add_low_rank[lambda meta: (triton.cdiv(length, meta["ROWS"]) * triton.cdiv(features, meta["BLOCK"]),)](
-            du, lora_A, seed, out, length, features, rank, threshold(p)[0], lora_A.stride(0), _bucket(length),
-            ADD=dx is not None, PRECISION=_precision(du.dtype), RANKS=_ranks(rank),
-        )  # fmt: skip
-    return out
-
-
-def dropped_gradient(du: Tensor, x: Tensor, seed: Tensor, p: float, dtype: torch.dtype) -> Tensor:
-    """du^T (mask * x) [r, in] in `dtype`."""
-    (length, rank), features = du.shape, x.shape[1]
-    out = torch.empty(rank, features, dtype=dtype, device=x.device)
-    ranks = _ranks(rank)
-    _dropped_gradient[lambda meta: (triton.cdiv(rank, ranks) * triton.cdiv(features, meta["BLOCK"]),)](
-        du, x, seed, out, length, features, rank, threshold(p)[0], *x.stride(), _bucket(length),
-        PRECISION=_precision(x.dtype), RANKS=ranks,
-    )  # fmt: skip
-    return out
-
-
-def dropout_mask(shape: torch.Size, seed: Tensor, p: float) -> Tensor:
-    """The mask [N, in] that the kernels use, as a tensor of 0 and 1, for tests."""
-    ones = torch.ones(shape[0], 1, device=seed.device)
-    return add_low_rank(None, ones, torch.ones(1, shape[1], device=seed.device), seed, p)

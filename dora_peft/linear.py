@@ -166,13 +166,14 @@ class _Linear(torch.autograd.Function):
     ):
         rows = _rows(x).to(dtype)  # [N, in]
         mask, k = None, scaling
-        ctx.fused, ctx.p = choice.fused(rows, c), dropout_p
+        ctx.fused, ctx.p, ctx.seed = choice.fused(rows, c), dropout_p, None
         if ctx.fused is not None:
-            mask = ctx.fused.kernels.draw_seed(rows.device) if dropout_p > 0 else None  # what the mask is drawn from
+            if dropout_p > 0:
+                ctx.seed = ctx.fused.dropout_kernels.draw_seed(rows.device)  # the mask is drawn from it
             base_rows = None if weight is not None else _rows(base_out)
-            y, u, k = ctx.fused.forward(rows, base_rows, weight, bias, lora_A, lora_B, c, scaling, mask, dropout_p)
+            y, u, k = ctx.fused.forward(rows, base_rows, weight, bias, lora_A, lora_B, c, scaling, ctx.seed, dropout_p)
             y = _shaped_like(x, y)
-            return _Linear.keep(ctx, y, x, u, mask, bias, lora_A, lora_B, c, weight, base_product, k, autocast_dtype)
+            return _Linear.keep(ctx, y, x, u, None, bias, lora_A, lora_B, c, weight, base_product, k, autocast_dtype)
         if dropout_p > 0:
             mask, kept = dropout_mask(rows.shape, dropout_p, rows.device)
             k = scaling / kept if kept else 0.0
@@ -255,7 +256,7 @@ class _Linear(torch.autograd.Function):
                 stored = ctx.base_product.stored()
             needed = ctx.needs_input_grad[:6]
             dx, d_base, *others = ctx.fused.gradients(
-                g, rows, u, y, weight, bias, lora_A, lora_B, c, k, mask, ctx.p, needed, stored, d_magnitude
+                g, rows, u, y, weight, bias, lora_A, lora_B, c, k, ctx.seed, ctx.p, needed, stored, d_magnitude
             )
             dx = None if dx is None else dx.view(x.shape)
             d_base = None if d_base is None else d_base.view(grad.shape)

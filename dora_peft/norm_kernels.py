@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .functional import CANCELLATION
-from .kernels import elements, stored_arguments
+from .kernels import elements, ranks_at_once, stored_arguments
 
 
 @triton.jit
@@ -90,12 +90,11 @@ def norm(stored: Any, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scal
     (height, rank), width = lora_B.shape, lora_A.shape[1]
     out = torch.empty_like(base_squared)
     weight, absmax, code, *layout, options = stored_arguments(stored, out)
-    ranks = min(64, max(16, triton.next_power_of_2(rank)))
     rows = 64 if height >= 4096 else 16
     _norm[(triton.cdiv(height, rows),)](
         weight, absmax, code, lora_A, lora_B, product, base_squared, out, height, width, rank, scaling, *layout,
         CANCELS=CANCELLATION, **options,
-        PRECISION="ieee" if torch.version.hip else "tf32x3", RANKS=ranks, ROWS=rows, BLOCK=64,
+        PRECISION="ieee" if torch.version.hip else "tf32x3", RANKS=ranks_at_once(rank), ROWS=rows, BLOCK=64,
         num_warps=4, num_stages=2,
     )  # fmt: skip
     return out

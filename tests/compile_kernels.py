@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dora_peft import kernels, norm_kernels
+from dora_peft import dropout_kernels, kernels, norm_kernels
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.int64: "i64"}
 FP32, SEED = torch.float32, torch.int64
@@ -33,6 +33,8 @@ def compile_kernel(kernel, target, options, **pointers):
                     signature[name] = "*" + NAMES[pointers[name]]
                 elif name in FLOATS:
                     signature[name] = "fp32"
+                elif name == "seed":
+                    signature[name] = "i64"
                 elif ones:
                     signature[name], constants[name] = "constexpr", 1
                 else:
@@ -70,11 +72,13 @@ def compile_all(target, dtype, factors, ranks):
             {"CANCELS": 0.25, **stored, "PRECISION": "tf32x3", "RANKS": ranks, "ROWS": 64, "BLOCK": 64},
             **weight, lora_A=FP32, lora_B=FP32, product=FP32, base=FP32, out=FP32,
         )  # fmt: skip
-    compile_kernel(kernels._dropped_product, target, small, x=dtype, lora_A=factors, seed=SEED, out=dtype)
-    for add in (False, True):
-        options = {"ADD": add, **small}
-        compile_kernel(kernels._add_low_rank, target, options, du=dtype, lora_A=factors, seed=SEED, out=dtype)
-    compile_kernel(kernels._dropped_gradient, target, small, du=dtype, x=dtype, seed=SEED, out=factors)
+    for on_host in (False, True):
+        seed, options = {} if on_host else {"seed": SEED}, {"ON_HOST": on_host, **small}
+        compile_kernel(dropout_kernels._dropped_product, target, options, x=dtype, lora_A=factors, out=dtype, **seed)
+        compile_kernel(dropout_kernels._dropped_gradient, target, options, du=dtype, x=dtype, out=factors, **seed)
+        for add in (False, True):
+            options = {"ADD": add, "ON_HOST": on_host, **small}
+            compile_kernel(dropout_kernels._add_low_rank, target, options, du=dtype, lora_A=factors, out=dtype, **seed)
 
 
 if __name__ == "__main__":

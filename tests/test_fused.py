@@ -15,8 +15,8 @@ if platform.system() != "Linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
 import dora_peft
+from dora_peft import dropout_kernels, kernels, linear, reference
 from dora_peft import fused as subject
-from dora_peft import kernels, linear, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -74,29 +74,31 @@ def launched(monkeypatch):
     names = []
 
     class Counted:
-        def __init__(self, name):
-            self.name, self.kernel = name, getattr(kernels, name)
+        def __init__(self, module, name):
+            self.name, self.kernel = name, getattr(module, name)
 
         def __getitem__(self, grid):
             names.append(self.name)
             return self.kernel[grid]
 
     for name in KERNELS:
-        monkeypatch.setattr(kernels, name, Counted(name))
+        module = kernels if hasattr(kernels, name) else dropout_kernels
+        monkeypatch.setattr(module, name, Counted(module, name))
     return names
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the next test counts on the GPU itself")
-@pytest.mark.parametrize(("p", "forward", "backward"), [(0.0, 4, 8), (0.1, 5, 8)])
+@pytest.mark.parametrize(("p", "forward", "backward"), [(0.0, 4, 8), (0.1, 4, 8)])
 def test_how_many_kernels_a_layer_launches(launched, p, forward, backward):
-    """c = m / v, two products and one kernel; one pass, the magnitude's gradient, five products, m's. Dropout draws a
-    seed. In the interpreter each kernel counts by its launch, not by what it computes on the CPU."""
+    """c = m / v, two products and one kernel; one pass, the magnitude's gradient, five products, m's. Dropout costs
+    none more: its seed is a number on the host. In the interpreter each kernel counts by its launch, not by what it
+    computes on the CPU."""
     x, weight, bias, A, B, m, v = tensors(BF16)
     with Launches() as torchs:
         before = len(torchs.names)
         c = m / v
         y = linear.linear(x, A, B, c, S, weight=weight, bias=bias, dropout_p=p)
-    own = [name for name in torchs.names[before:] if name in ("div", "linear", "addmm", "mm", "randint")]
+    own = [name for name in torchs.names[before:] if name in ("div", "linear", "addmm", "mm")]
     assert launched.count("_compose") == 1
     assert len(own) + len(launched) == forward, (own, launched)
     launched.clear()
@@ -108,7 +110,7 @@ def test_how_many_kernels_a_layer_launches(launched, p, forward, backward):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("p", "forward", "backward"), [(0.0, 4, 8), (0.1, 5, 8)])
+@pytest.mark.parametrize(("p", "forward", "backward"), [(0.0, 4, 8), (0.1, 4, 8)])
 def test_how_many_kernels_run(p, forward, backward):
     x, weight, bias, A, B, m, v = tensors(BF16, 2048, 4096, 4096, 16)
 
@@ -182,7 +184,7 @@ def test_a_cuda_graph_replays_a_step(p):
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_operators_keep_torchs_rules(bias, p):
     x, weight, b, A, B, m, v = tensors()
-    seed = kernels.draw_seed(x.device) if p else None
+    seed = torch.tensor([2**40 + 1], device=x.device) if p else None
     c = (m / v).detach().requires_grad_()
     args = (x, weight, b if bias else None, A, B, c, seed, S, p)
     torch.library.opcheck(torch.ops.dora_peft.linear.default, args)

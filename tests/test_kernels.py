@@ -13,6 +13,7 @@ import torch.nn.functional as F
 if platform.system() != "Linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
+from dora_peft import dropout_kernels as dropout
 from dora_peft import kernels as subject
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -167,9 +168,9 @@ def test_the_plain_formula_loses_what_the_kernel_computes_again():
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 0.9])
 def test_mask_statistics(p):
     shape = torch.Size([300, 257])
-    mask = subject.dropout_mask(shape, seed(1), p)
+    mask = dropout.dropout_mask(shape, seed(1), p, DEVICE)
     assert set(mask.unique().tolist()) == {0.0, 1.0}
-    n, kept = mask.numel(), subject.threshold(p)[1]
+    n, kept = mask.numel(), dropout.threshold(p)[1]
     deviation = (kept * (1 - kept) / n) ** 0.5
     assert abs(mask.mean().item() - kept) < 5 * deviation
     centred = mask - kept
@@ -180,21 +181,26 @@ def test_mask_statistics(p):
     ]:
         correlation = (one * other).mean().item() / (kept * (1 - kept))
         assert abs(correlation) < 5 / n**0.5
-    assert not torch.equal(mask, subject.dropout_mask(shape, seed(2), p))
-    assert torch.equal(mask[:7, :9], subject.dropout_mask(torch.Size([7, 9]), seed(1), p))  # whatever the block
+    assert not torch.equal(mask, dropout.dropout_mask(shape, seed(2), p, DEVICE))
+    assert torch.equal(mask[:7, :9], dropout.dropout_mask(torch.Size([7, 9]), seed(1), p, DEVICE))  # whatever the block
 
 
 def test_masks_of_nothing_and_of_all():
-    assert subject.dropout_mask(torch.Size([9, 17]), seed(1), 0.0).all()
-    assert not subject.dropout_mask(torch.Size([9, 17]), seed(1), 1.0).any()
+    assert dropout.dropout_mask(torch.Size([9, 17]), seed(1), 0.0, DEVICE).all()
+    assert not dropout.dropout_mask(torch.Size([9, 17]), seed(1), 1.0, DEVICE).any()
 
 
 def test_seeds_follow_torchs():
     torch.manual_seed(5)
-    one, other = subject.draw_seed(torch.device(DEVICE)), subject.draw_seed(torch.device(DEVICE))
+    one, other = dropout.draw_seed(torch.device(DEVICE)), dropout.draw_seed(torch.device(DEVICE))
     torch.manual_seed(5)
-    assert torch.equal(one, subject.draw_seed(torch.device(DEVICE)))
-    assert not torch.equal(one, other)
+    assert dropout.draw_seed(torch.device(DEVICE)) == one
+    assert one != other
+    torch.set_default_device("meta")
+    try:
+        assert isinstance(dropout.draw_seed(torch.device(DEVICE)), int)
+    finally:
+        torch.set_default_device(None)
 
 
 def seed(number):
@@ -206,28 +212,42 @@ def seed(number):
 def test_products_with_dropout(dtype, factors, size):
     """One mask in all three, though they go through x in blocks of different shapes."""
     t = Tensors(size, dtype, factors)
-    mask = subject.dropout_mask(t.x.shape, seed(3), P).double()
+    mask = dropout.dropout_mask(t.x.shape, seed(3), P, DEVICE).double()
     A, dropped = t.A.to(dtype).double(), mask * t.x.double()
-    assert_close(subject.dropped_product(t.x, t.A, seed(3), P), dropped @ A.T)
+    assert_close(dropout.dropped_product(t.x, t.A, seed(3), P), dropped @ A.T)
     du = randn(size[0], size[3], dtype=dtype, seed=8)
-    d_A = subject.dropped_gradient(du, t.x, seed(3), P, factors)
+    d_A = dropout.dropped_gradient(du, t.x, seed(3), P, factors)
     assert d_A.dtype is factors
     assert_close(d_A, du.double().T @ dropped)
     low_rank = mask * (du.double() @ A)
-    assert_close(subject.add_low_rank(None, du, t.A, seed(3), P), low_rank)
+    assert_close(dropout.add_low_rank(None, du, t.A, seed(3), P), low_rank)
     dx = randn(*t.x.shape, dtype=dtype, seed=9)
     expected = dx.double() + low_rank
-    assert subject.add_low_rank(dx, du, t.A, seed(3), P) is dx
+    assert dropout.add_low_rank(dx, du, t.A, seed(3), P) is dx
     assert_close(dx, expected)
+
+
+@pytest.mark.parametrize("number", [3, 2**32 + 1, 2**62 - 1])
+def test_seeds_on_the_host_and_on_the_device_draw_the_same_mask(number):
+    shape = torch.Size([70, 33])
+    mask = dropout.dropout_mask(shape, number, P, DEVICE)
+    assert torch.equal(mask, dropout.dropout_mask(shape, seed(number), P, DEVICE))
+    t = Tensors((70, 33, 8, 5))
+    for function, inputs in [
+        (dropout.dropped_product, (t.x, t.A)),
+        (lambda *args: dropout.dropped_gradient(*args, FP32), (t.u, t.x)),
+    ]:
+        both = [function(*inputs, at, P) for at in (number, seed(number))]
+        assert torch.equal(*both)
 
 
 def test_products_with_dropout_of_a_strided_input():
     t = Tensors((17, 33, 8, 5))
     wide = torch.stack([t.x, -t.x], -1)[..., 0]
     assert not wide.is_contiguous()
-    assert torch.equal(subject.dropped_product(wide, t.A, seed(3), P), subject.dropped_product(t.x, t.A, seed(3), P))
+    assert torch.equal(dropout.dropped_product(wide, t.A, seed(3), P), dropout.dropped_product(t.x, t.A, seed(3), P))
     du = randn(17, 5)
-    results = [subject.dropped_gradient(du, x, seed(3), P, FP32) for x in (wide, t.x.T.contiguous().T, t.x)]
+    results = [dropout.dropped_gradient(du, x, seed(3), P, FP32) for x in (wide, t.x.T.contiguous().T, t.x)]
     assert torch.equal(results[0], results[2])
     assert torch.equal(results[1], results[2])
 
@@ -239,8 +259,8 @@ def test_no_tokens():
     assert scaled.shape == (0, 7)
     d_c = subject.magnitude_gradient(sums, t.g, t.z, t.x, t.weight, t.u, t.B, t.c, t.bias, S)
     assert torch.equal(d_c, torch.zeros_like(d_c))
-    assert subject.dropped_product(t.x, t.A, seed(3), P).shape == (0, 3)
-    assert not subject.dropped_gradient(t.u, t.x, seed(3), P, FP32).any()
+    assert dropout.dropped_product(t.x, t.A, seed(3), P).shape == (0, 3)
+    assert not dropout.dropped_gradient(t.u, t.x, seed(3), P, FP32).any()
 
 
 @pytest.mark.parametrize(

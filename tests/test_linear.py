@@ -135,9 +135,10 @@ def drawn_mask(shape, p, dtype):
     """The mask that the next layer draws, and the exact probability to keep an element."""
     if not by_kernels(dtype):
         return subject.dropout_mask(shape, p, torch.device("cpu"))
-    from dora_peft import kernels
+    from dora_peft import dropout_kernels
 
-    return kernels.dropout_mask(shape, kernels.draw_seed(torch.device("cpu")), p), kernels.threshold(p)[1]
+    seed = dropout_kernels.draw_seed(torch.device("cpu"))
+    return dropout_kernels.dropout_mask(shape, seed, p, torch.device("cpu")), dropout_kernels.threshold(p)[1]
 
 
 def gradients(y, leaves, probe, **options):
@@ -793,7 +794,7 @@ def test_no_reference_cycle_keeps_the_output(form, context, when):
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16])
 @pytest.mark.parametrize("n", [5, subject.CHUNK + 1])
 def test_what_is_kept_for_backward(n, dtype, form, surroundings, dropout_p):
-    """y and u, and for dropout a byte an element of x or a seed: no copy of x, nothing of W0's size."""
+    """y and u, and for dropout a byte an element of x, by kernels nothing: no copy of x, nothing of W0's size."""
     problem = Problem(n, width=33, out=29, dtype=dtype)
     x, A, B, c, bias = problem.parts()
     with torch.autocast("cpu", dtype=BF16, enabled=surroundings == "autocast"):
@@ -802,10 +803,10 @@ def test_what_is_kept_for_backward(n, dtype, form, surroundings, dropout_p):
         with no_garbage_collection(), Made() as made:
             y = subject.linear(x, A, B, c, S, bias=bias, dropout_p=dropout_p, **base)
     assert y.dtype == (BF16 if surroundings == "autocast" and dtype is not FP64 else dtype)
-    mask = 8 if by_kernels(dtype) else n * 33  # the seed that it is drawn from
+    mask = [] if by_kernels(dtype) else [n * 33] * (dropout_p > 0)  # drawn anew from its seed
     if by_kernels(dtype):
         gc.collect()  # Triton's interpreter leaves reference cycles
-    expected = [n * 29 * y.itemsize, n * 3 * y.itemsize, *[mask] * (dropout_p > 0)]
+    expected = [n * 29 * y.itemsize, n * 3 * y.itemsize, *mask]
     given = (x, A, B, c, bias, problem.weight, base_out)
     assert made.alive(*given) == sorted(expected)
     assert made.alive(*given, y) == sorted(expected[1:])
@@ -814,7 +815,7 @@ def test_what_is_kept_for_backward(n, dtype, form, surroundings, dropout_p):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 @pytest.mark.parametrize("form", FORMS)
 def test_what_goes_through_hooks(form, dropout_p):
-    """The same: x, the parameters and c as they are given, not copies; y; u; mask or seed. W0 stays where it is."""
+    """The same: x, the parameters and c as they are given, not copies; y; u; mask. W0 stays where it is."""
     problem = Problem(2, 5, width=33, out=29, dtype=BF16, factors=FP32)
     x, A, B, c, bias = problem.parts()
     base_out = F.linear(x, problem.weight, bias).detach()
@@ -825,8 +826,8 @@ def test_what_goes_through_hooks(form, dropout_p):
     given = [tensor.data_ptr() for tensor in (x, A, B, c, bias, y)]
     assert sorted(t.data_ptr() for t in packed if t.data_ptr() in given) == sorted(given)
     made = [(tuple(t.shape), t.dtype) for t in packed if t.data_ptr() not in given]
-    mask = ((1,), torch.int64) if by_kernels(BF16) else ((10, 33), torch.bool)
-    assert sorted(made, key=str) == sorted([((10, 3), BF16), *[mask] * (dropout_p > 0)], key=str)
+    masks = 0 if by_kernels(BF16) else dropout_p > 0
+    assert sorted(made, key=str) == sorted([((10, 3), BF16), *[((10, 33), torch.bool)] * masks], key=str)
 
 
 @pytest.mark.parametrize("context", [nullcontext, identity_hooks])
