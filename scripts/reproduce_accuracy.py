@@ -1,0 +1,326 @@
+"""Accuracy on real data: LoRA, DoRA and full fine-tuning of SmolLM2-135M, by rank, each at its best learning rate.
+
+Called by `scripts/reproduce.py accuracy` and `detach`. For each task and method, a grid of learning rates is tried at
+the middle rank with the first seed; the rate with the lowest loss on validation records is used at every rank, with
+every seed, and the accuracy on test records, which nothing was chosen by, is reported. All grids have the same number
+of rates; lora_alpha is twice the rank, as in the paper, so that a rate means the same at every rank.
+
+An answer counts where the model prefers each of its tokens, the end of sequence included, given the prompt and the
+tokens before: greedy generation would write just that. One forward pass finds it for a whole batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from peft import get_peft_model
+from torch import nn
+from transformers import TrainerCallback, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+import reproduce_commonsense
+import reproduce_memory
+from benchmark_common import replacing
+from benchmark_models import share_weights
+from finetune_llama import AnswerTrainer, training_arguments
+from llama_config import FinetuneConfig
+from llama_data import IGNORE, AnswerCollator, load_records, tokenize_records
+from llama_model import adapter_config, load_base_model, load_tokenizer
+from reproduce_common import Options, Plan, Runs, draw_ranks, gain_of, interval
+
+# Files of prompt/completion records, and the command that writes them.
+TASKS = {
+    "spelling": ("cmudict", "python scripts/prepare_cmudict.py"),
+    "cities": ("cities", "python scripts/prepare_cities.py"),
+}
+# In the order in which a smaller grid takes them.
+RATES = {"lora": (2e-3, 4e-3, 1e-3), "dora": (2e-3, 4e-3, 1e-3), "full": (2e-4, 4e-4, 1e-4)}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora"},
+    "dora": {"method": "dora"},
+    "dora_not_detached": {"method": "dora", "detach_norm": False},
+    "full": {"method": "full"},
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run."""
+
+    task: str
+    method: str
+    rank: int  # 0 in full fine-tuning
+    rate: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        rank = f" r={self.rank}" if self.rank else ""
+        return f"{self.task} {self.method}{rank} lr={self.rate:g} seed={self.seed}"
+
+
+ANY = Trial("any", "full", 0, 1e-4, 0)  # for what does not depend on the run
+
+
+class Laboratory:
+    """The base model and the tokenized tasks, loaded once for all runs."""
+
+    def __init__(self, options: Options, plan: Plan) -> None:
+        self.options, self.plan = options, plan
+        self.folder = options.data / "smollm2"
+        files = sorted(self.folder.glob("*.gguf"))
+        if not files and not (self.folder / "config.json").is_file():
+            raise ValueError(f"{self.folder}: no model there. Run `python scripts/prepare_smollm2.py` first.")
+        self.gguf_file = files[0].name if files else None
+        self.tasks: dict[str, tuple[Dataset, Dataset, Dataset]] = {}
+        disable_progress_bars()  # of `datasets`; the runs have their own lines
+        disable_progress_bar()
+
+    def config(self, trial: Trial, output_dir: str = "outputs/reproduce") -> FinetuneConfig:
+        plan = self.plan
+        return FinetuneConfig(
+            model_name_or_path=str(self.folder),
+            gguf_file=self.gguf_file,
+            dtype="float32" if trial.method == "full" else "bfloat16",
+            bf16=True,
+            **METHODS[trial.method],
+            r=max(trial.rank, 1),
+            lora_alpha=2.0 * max(trial.rank, 1),
+            dataset=trial.task,
+            max_length=64,
+            output_dir=output_dir,
+            learning_rate=trial.rate,
+            per_device_train_batch_size=plan.batch,
+            per_device_eval_batch_size=100,
+            max_steps=plan.steps,
+            warmup_steps=max(1, plan.steps // 10),
+            seed=trial.seed,
+            logging_steps=plan.steps,
+        )
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.config(ANY))
+
+    @cached_property
+    def base(self) -> Any:
+        model = load_base_model(self.config(ANY), self.tokenizer).to(torch.bfloat16)
+        model.config.use_cache = False
+        return model.to(self.options.device).requires_grad_(False)
+
+    def data(self, task: str) -> tuple[Dataset, Dataset, Dataset]:
+        """Records to train on, to choose the learning rate with, and to report."""
+        if task not in self.tasks:
+            folder, command = TASKS[task]
+            train, test = (self.options.data / folder / f"{name}.jsonl" for name in ("train", "test"))
+            if not (train.is_file() and test.is_file()):
+                raise ValueError(f"{train.parent}: no train.jsonl and test.jsonl there. Run `{command}` first.")
+            plan = self.plan
+            records = load_records(str(train), None, "train")
+            counts = (plan.num_validation, plan.num_train)
+            if len(records) < sum(counts):
+                raise ValueError(f"{train}: expected at least {sum(counts)} records, found {len(records)}.")
+            parts = [
+                records.select(range(plan.num_validation, sum(counts))),
+                records.select(range(plan.num_validation)),
+                load_records(str(test), None, "train"),
+            ]
+            parts[2] = parts[2].select(range(min(plan.num_test, len(parts[2]))))
+            encoded = [tokenize_records(part, str(train), self.tokenizer, self.config(ANY)) for part in parts]
+            self.tasks[task] = (encoded[0], encoded[1], encoded[2])
+        return self.tasks[task]
+
+    def build(self, config: FinetuneConfig) -> nn.Module:
+        """A model to train: the shared base with an adapter, or a copy of it."""
+        set_seed(config.seed)
+        if config.method == "full":
+            return copy.deepcopy(self.base).float().requires_grad_(True)
+        return get_peft_model(share_weights(self.base), adapter_config(config))
+
+    def train(self, trial: Trial, callbacks: Sequence[TrainerCallback] = ()) -> nn.Module:
+        """The model after `plan.steps` optimizer steps."""
+        train, _, _ = self.data(trial.task)
+        with tempfile.TemporaryDirectory() as folder:
+            config = self.config(trial, folder)
+            args = dataclasses.replace(training_arguments(config), disable_tqdm=True)
+            trainer = AnswerTrainer(
+                model=self.build(config),
+                args=args,
+                data_collator=AnswerCollator(self.tokenizer.pad_token_id),
+                train_dataset=train,
+                callbacks=list(callbacks),
+            )
+            trainer.train()
+        return trainer.model.eval()
+
+    def run(self, trial: Trial) -> dict[str, Any]:
+        """Train and measure: validation loss, test loss, and the share of test answers that are right in full."""
+        model = self.train(trial)
+        _, validation, test = self.data(trial.task)
+        loss, _ = self.measure(model, validation)
+        test_loss, accuracy = self.measure(model, test)
+        return dataclasses.asdict(trial) | {"validation_loss": loss, "test_loss": test_loss, "accuracy": accuracy}
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, records: Dataset, batch_size: int = 100) -> tuple[float, float]:
+        """Mean loss per answer token, and the share of records whose answer tokens are all the most likely ones."""
+        collate, total, tokens, right = AnswerCollator(self.tokenizer.pad_token_id), 0.0, 0, 0
+        order = sorted(range(len(records)), key=lambda i: len(records[i]["input_ids"]))  # little padding
+        for start in range(0, len(order), batch_size):
+            batch = collate([records[i] for i in order[start : start + batch_size]])
+            batch = {name: tensor.to(self.options.device) for name, tensor in batch.items()}
+            labels = batch.pop("labels")[:, 1:]
+            with torch.autocast(self.options.device.type, torch.bfloat16):
+                logits = model(**batch).logits[:, :-1]
+            answers = labels != IGNORE
+            total += nn.functional.cross_entropy(logits[answers].float(), labels[answers], reduction="sum").item()
+            tokens += int(answers.sum())
+            right += int(((logits.argmax(-1) == labels) | ~answers).all(1).sum())
+        return total / tokens, right / len(records)
+
+
+def train_all(runs: Runs, laboratory: Laboratory, methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Every run of the plan that the file does not have yet.
+
+    Returns:
+        For each task, method and rank the chosen rate and the accuracies over the seeds.
+    """
+    plan, summary = laboratory.plan, {}
+    adapted, seeds = [m for m in methods if m != "full"], len(plan.seeds)
+    per_task = 1 + len(methods) * (plan.num_rates - 1) + seeds * (len(methods) + len(adapted) * (len(plan.ranks) - 1))
+    total = per_task * len(plan.tasks)
+
+    def do(trial: Trial) -> dict[str, Any]:
+        return runs.do(trial.key, lambda: laboratory.run(trial), total)
+
+    for task in plan.tasks:
+        runs.do(f"{task} base", lambda task=task: measure_base(laboratory, task), total)  # type: ignore[misc]
+        for method in methods:
+            rates = RATES[METHODS[method]["method"]][: plan.num_rates]
+            middle = 0 if method == "full" else plan.middle
+            tried = {rate: do(Trial(task, method, middle, rate, plan.seeds[0]))["validation_loss"] for rate in rates}
+            best = min(tried, key=lambda rate: tried[rate])
+            for rank in plan.ranks if middle else (0,):
+                found = [do(Trial(task, method, rank, best, seed)) for seed in plan.seeds]
+                accuracies = [result["accuracy"] for result in found]
+                summary[f"{task} {method}" + (f" r={rank}" if rank else "")] = {
+                    "task": task,
+                    "method": method,
+                    "rank": rank,
+                    "rate": best,
+                    "validation_loss_by_rate": {f"{rate:g}": loss for rate, loss in tried.items()},
+                    "accuracies": accuracies,
+                    "mean": statistics.mean(accuracies),
+                    "spread": statistics.stdev(accuracies) if seeds > 1 else 0.0,
+                    "test_loss": statistics.mean(result["test_loss"] for result in found),
+                }
+    return summary
+
+
+def measure_base(laboratory: Laboratory, task: str) -> dict[str, Any]:
+    loss, accuracy = laboratory.measure(laboratory.base, laboratory.data(task)[2])
+    return {"task": task, "method": "base", "test_loss": loss, "accuracy": accuracy}
+
+
+def plan_of(options: Options) -> Plan:
+    """The plan of the laptop size, which any command-line flag changes."""
+    if options.dry_run:
+        sizes = {"steps": 2, "batch": 2, "num_train": 8, "num_validation": 4, "num_test": 4}
+        return Plan(tasks=("spelling",), ranks=(1, 2), seeds=(0, 1), **sizes)
+    if options.size == "full":  # LLaMA-7B on commonsense reasoning
+        return Plan(tasks=("commonsense",), ranks=(16, 32))
+    return Plan()
+
+
+def run(options: Options, plan: Plan) -> None:
+    """Train, measure and draw; see the module's docstring."""
+    if options.size == "full":
+        reproduce_commonsense.run(options, plan)
+        return
+    laboratory = Laboratory(options, plan)
+    runs = Runs("accuracy", options, plan.settings())
+    summary = train_all(runs, laboratory, ("lora", "dora", "full"))
+    bases = {task: runs.runs[f"{task} base"]["accuracy"] for task in plan.tasks}
+    runs.finish({"base": bases, "cases": summary, "gains": {task: gain_of(summary, task) for task in plan.tasks}})
+    draw_ranks(runs, f"SmolLM2-135M, {plan.steps} steps of {plan.batch} records")
+    for case, found in summary.items():
+        print(f"{case:<24} lr {found['rate']:<6g} accuracy {found['mean']:6.1%} +- {found['spread']:.1%}")
+    for task, gain in runs.content["summary"]["gains"].items():
+        print(
+            f"{task}: DoRA - LoRA {gain['mean']:+.2%} [{gain['low']:+.2%}, {gain['high']:+.2%}], {gain['count']} pairs"
+        )
+
+
+def run_detach(options: Options, plan: Plan) -> None:
+    """Accuracy and memory with and without detaching, at the middle rank; Table 7 of the paper."""
+    if options.size == "full":
+        reproduce_commonsense.run_detach(options, plan)
+        return
+    plan = dataclasses.replace(plan, ranks=(plan.middle,))
+    laboratory = Laboratory(options, plan)
+    runs = Runs("detach", options, plan.settings())
+    runs.adopt("accuracy")
+    cases = train_all(runs, laboratory, ("dora", "dora_not_detached"))
+
+    def batch(model: Any, size: int, length: int, device: torch.device) -> dict[str, Any]:
+        ids = torch.randint(model.config.vocab_size, (size, length), device=device)
+        return {"input_ids": ids, "labels": ids}
+
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    family = reproduce_memory.Family(
+        lambda _: laboratory.base, batch, targets, plan.middle, 2.0 * plan.middle, 0.0, [(plan.batch, 28)]
+    )
+    memory = {
+        method: runs.do(
+            f"memory {method} r={plan.middle}",
+            lambda m=method: reproduce_memory.measure(m, laboratory.base, family, *family.settings[0], options.device),  # type: ignore[misc]
+        )
+        for method in ("reference", "reference_not_detached", "dora", "dora_not_detached")
+    }
+    differences = {}
+    for task in plan.tasks:
+        one, other = (cases[f"{task} {m} r={plan.middle}"]["accuracies"] for m in ("dora", "dora_not_detached"))
+        differences[task] = interval([a - b for a, b in zip(one, other, strict=True)])
+    runs.finish(
+        {"cases": cases, "differences": differences, "total_mib": {m: r["total_mib"] for m, r in memory.items()}}
+    )
+    draw_detach(runs)
+    for case, found in cases.items():
+        print(f"{case:<36} accuracy {found['mean']:6.1%} +- {found['spread']:.1%}")
+    for method, found in memory.items():
+        print(f"{method:<36} {found['total_mib']:,.1f} MiB")
+
+
+def draw_detach(runs: Runs) -> None:
+    """Accuracies of the two, and memory of the two on the dense algorithm and on ours."""
+    from matplotlib.figure import Figure
+
+    summary = runs.content["summary"]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for place, case in enumerate(summary["cases"].values()):
+        left.bar(place, 100 * case["mean"], 0.6, color="tab:blue" if case["method"] == "dora" else "tab:orange")
+        left.plot([place] * len(case["accuracies"]), [100 * a for a in case["accuracies"]], "k.")
+    labels = [
+        f"{c['task']}\n{'detached' if c['method'] == 'dora' else 'not detached'}" for c in summary["cases"].values()
+    ]
+    left.set_xticks(range(len(labels)), labels)
+    left.set(title="accuracy, every seed as a point", ylabel="test answers right, %")
+    totals = summary["total_mib"]
+    bars = right.bar([name.replace("_", "\n", 1) for name in totals], totals.values(), 0.6)
+    right.bar_label(bars, fmt="%.1f")
+    right.set(title="training memory: weights, gradients, moments, kept for backward", ylabel="MiB")
+    right.margins(y=0.12)
+    path = runs.path.with_suffix(".png")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    print(f"wrote {path}")

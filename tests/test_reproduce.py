@@ -1,0 +1,372 @@
+"""`scripts/reproduce.py`: every claim at toy size, resuming, the rules of the verdicts, and the page."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from finetune_fixtures import make_llama, make_words, write_jsonl
+
+import reproduce
+import reproduce_accuracy
+import reproduce_commonsense
+import reproduce_memory
+import reproduce_report as report
+from reproduce_common import RESULTS, Options, Plan, Runs, gain_of, interval
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    make_llama(folder / "smollm2")
+    for task in ("cmudict", "cities"):
+        (folder / task).mkdir()
+        write_jsonl(folder / task / "train.jsonl", make_words(20))
+        write_jsonl(folder / task / "test.jsonl", make_words(30)[20:])
+    return folder
+
+
+def call(claim, data, results, *flags):
+    reproduce.main([claim, "--dry_run", "--data", str(data), "--results", str(results), *flags])
+
+
+def content_of(results, claim):
+    return json.loads((results / f"{claim}_laptop.json").read_text(encoding="utf-8"))
+
+
+# ---- the file of runs
+
+
+def test_runs_are_done_once(tmp_path):
+    calls = []
+
+    def work():
+        calls.append(1)
+        return {"value": 3.0}
+
+    options = Options(results=tmp_path)
+    for _ in range(2):
+        assert Runs("claim", options, {"a": (1,)}).do("one", work)["value"] == 3.0
+    assert len(calls) == 1
+    Runs("claim", options, {"a": (2,)}).do("one", work)  # of other settings
+    assert len(calls) == 2
+    Runs("claim", Options(results=tmp_path, force=True), {"a": (2,)}).do("one", work)
+    assert len(calls) == 3
+
+
+def test_a_run_that_fails_leaves_the_others(tmp_path):
+    options = Options(results=tmp_path)
+    runs = Runs("claim", options, {})
+    runs.do("one", lambda: {"value": 1.0})
+    with pytest.raises(ZeroDivisionError):
+        runs.do("two", lambda: {"value": 1 / 0})
+    assert list(Runs("claim", options, {}).runs) == ["one"]
+    assert [path.name for path in tmp_path.iterdir()] == ["claim_laptop.json"]
+
+
+def test_runs_of_another_claim_are_adopted_under_equal_settings(tmp_path):
+    options = Options(results=tmp_path)
+    Runs("accuracy", options, {"steps": 3}).do("one", lambda: {"value": 1.0})
+    for settings, expected in (({"steps": 3}, ["one"]), ({"steps": 4}, [])):
+        runs = Runs("detach", options, settings)
+        runs.adopt("accuracy")
+        assert list(runs.runs) == expected
+
+
+def test_interval():
+    found = interval([1.0, 2.0, 3.0, 4.0])
+    assert found["mean"] == 2.5
+    assert 1.0 < found["low"] < 2.5 < found["high"] < 4.0
+    assert interval([2.0])["low"] == 2.0
+
+
+def test_gain_is_paired_by_rank_and_seed():
+    cases = {
+        f"{method} {rank}": case(method, rank, *(rank + 0.1 * seed + gain for seed in (0, 1)))
+        for method, gain in (("lora", 0.0), ("dora", 0.5))
+        for rank in (2, 8)
+    }
+    found = gain_of(cases, "t")
+    assert found["count"] == 4
+    assert found["mean"] == pytest.approx(0.5)
+    assert found["low"] == pytest.approx(0.5)  # ranks and seeds differ, the gain does not
+
+
+# ---- accuracy
+
+
+def test_accuracy(data, tmp_path, capsys):
+    call("accuracy", data, tmp_path, "--tasks", "spelling", "cities")
+    content = content_of(tmp_path, "accuracy")
+    runs = content["runs"]
+    assert set(content["summary"]["gains"]) == {"spelling", "cities"}
+    assert {(r["method"], r["rank"]) for r in runs.values() if r["method"] != "base"} == {
+        ("lora", 1), ("lora", 2), ("dora", 1), ("dora", 2), ("full", 0),
+    }  # fmt: skip
+    # the announced number of runs is the number of runs
+    assert f"/{len(runs)}] " in capsys.readouterr().out
+    for case in content["summary"]["cases"].values():
+        assert len(case["accuracies"]) == 2
+        losses = case["validation_loss_by_rate"]
+        assert len(losses) == 2
+        assert losses[f"{case['rate']:g}"] == min(losses.values())
+    assert (tmp_path / "accuracy_laptop.png").stat().st_size > 10000
+    stamp = (tmp_path / "accuracy_laptop.json").read_text(encoding="utf-8")
+    # again: nothing is trained, and a larger grid keeps what there is
+    call("accuracy", data, tmp_path, "--tasks", "spelling", "cities")
+    assert json.loads(stamp)["runs"] == content_of(tmp_path, "accuracy")["runs"]
+    call("accuracy", data, tmp_path, "--tasks", "spelling", "--ranks", "1", "2", "3")
+    assert runs.items() < content_of(tmp_path, "accuracy")["runs"].items()
+
+
+def test_an_answer_counts_where_generation_would_write_it(data):
+    """Train a model on a few records until it knows some of them, and compare with greedy generation."""
+    options = Options(data=data, dry_run=True)
+    laboratory = reproduce_accuracy.Laboratory(
+        options, Plan(steps=150, batch=8, num_train=12, num_validation=4, num_test=8)
+    )
+    model = laboratory.train(reproduce_accuracy.Trial("spelling", "full", 0, 2e-2, 0)).float()
+    train, _, test = laboratory.data("spelling")
+    right = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for records in (train, test):
+            for record in records:
+                start = record["labels"].index(next(label for label in record["labels"] if label != -100))
+                prompt, answer = torch.tensor([record["input_ids"][:start]]), record["input_ids"][start:]
+                found = model.generate(
+                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=len(answer), do_sample=False
+                )
+                right.append(found[0, start:].tolist() == answer)
+    both = [laboratory.measure(model, records, batch_size=5)[1] for records in (train, test)]
+    assert 0 < sum(right) < len(right)
+    assert both == [sum(right[:12]) / 12, sum(right[12:]) / 8]
+
+
+def test_the_loss_is_that_of_the_model(data):
+    options = Options(data=data, dry_run=True)
+    laboratory = reproduce_accuracy.Laboratory(options, reproduce_accuracy.plan_of(options))
+    records = laboratory.data("spelling")[0]
+    losses, tokens = [], []
+    for record in records:
+        ids, labels = (torch.tensor([record[name]]) for name in ("input_ids", "labels"))
+        with torch.no_grad():
+            losses.append(laboratory.base(input_ids=ids, labels=labels).loss.item())
+        tokens.append(int((labels != -100).sum()))
+    expected = sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / sum(tokens)
+    assert laboratory.measure(laboratory.base, records)[0] == pytest.approx(expected, rel=1e-2)  # bf16
+
+
+def test_training_leaves_the_base_alone(data):
+    options = Options(data=data, dry_run=True)
+    laboratory = reproduce_accuracy.Laboratory(options, reproduce_accuracy.plan_of(options))
+    before = copy.deepcopy(laboratory.base.state_dict())
+    for method, rank in (("full", 0), ("lora", 2), ("dora", 2)):
+        first = laboratory.run(reproduce_accuracy.Trial("spelling", method, rank, 1e-2, 0))
+        assert laboratory.run(reproduce_accuracy.Trial("spelling", method, rank, 1e-2, 0)) == first
+    after = laboratory.base.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not any(p.requires_grad for p in laboratory.base.parameters())
+
+
+def test_missing_data_say_what_to_run(data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        call("accuracy", tmp_path, tmp_path)
+    assert "prepare_smollm2.py" in capsys.readouterr().err
+    make_llama(tmp_path / "smollm2")
+    with pytest.raises(SystemExit):
+        call("accuracy", tmp_path, tmp_path)
+    assert "prepare_cmudict.py" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        call("memory", data, tmp_path, "--ranks", "3")
+    assert "--ranks is for accuracy and detach" in capsys.readouterr().err
+
+
+def test_detach(data, tmp_path):
+    call("accuracy", data, tmp_path)
+    call("detach", data, tmp_path)
+    content, accuracy = content_of(tmp_path, "detach"), content_of(tmp_path, "accuracy")
+    shared = [key for key in content["runs"] if key.startswith("spelling dora r=2")]
+    assert shared
+    assert all(content["runs"][key] == accuracy["runs"][key] for key in shared)
+    assert {case["method"] for case in content["summary"]["cases"].values()} == {"dora", "dora_not_detached"}
+    totals = content["summary"]["total_mib"]
+    assert totals["reference"] < totals["reference_not_detached"]
+    assert (tmp_path / "detach_laptop.png").stat().st_size > 10000
+
+
+# ---- memory
+
+
+def test_memory(data, tmp_path):
+    call("memory", data, tmp_path)
+    content = content_of(tmp_path, "memory")
+    for name in ("llama", "vl_bart"):
+        found = content["summary"][name]
+        values = found["total_mib"][found["setting"]]
+        # what the dense algorithm keeps for the norm's gradient is one dense matrix per module, no more and no less
+        extra = values["reference_not_detached"] - values["reference"]
+        assert extra == pytest.approx(found["predicted_mib"], rel=0.05)
+        assert values["dora_not_detached"] - values["dora"] < 0.2 * extra
+        assert found["paper_percent"] == pytest.approx({"llama": 24.4, "vl_bart": 12.4}[name], abs=0.05)
+    assert (tmp_path / "memory_laptop.png").stat().st_size > 10000
+
+
+def test_the_laptop_size_is_the_full_size_shrunk():
+    full, small = (reproduce_memory.LLAMA[size] for size in ("full", "laptop"))
+    assert (full.hidden, full.intermediate) == (8 * small.hidden, 8 * small.intermediate)
+    assert full.vocab * full.hidden == 512 * small.vocab * small.hidden
+    assert full.layers * full.hidden**2 == 512 * small.layers * small.hidden**2
+    for (batch, length), (few, short) in zip(
+        reproduce_memory.LLAMA_SETTINGS["full"], reproduce_memory.LLAMA_SETTINGS["laptop"], strict=True
+    ):
+        assert batch * length == 8 * few * short
+
+
+def test_memory_at_full_size_needs_a_gpu(data, tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        reproduce.main(["memory", "--size", "full", "--data", str(data), "--results", str(tmp_path)])
+    assert "expected a GPU" in capsys.readouterr().err
+
+
+# ---- pattern
+
+
+def test_pattern(data, tmp_path):
+    call("pattern", data, tmp_path)
+    content = content_of(tmp_path, "pattern")
+    for by_method in content["summary"]["correlations"].values():
+        assert set(by_method) == {"full", "lora", "dora"}
+        for found in by_method.values():
+            assert -1 <= found["low"] <= found["r"] <= found["high"] <= 1
+    points = [point for run in content["runs"].values() for point in run["history"]]
+    assert {point["step"] for point in points} == {2, 4}
+    assert all(point["direction"] > 0 for point in points if point["step"] == 4)
+    assert len(list(tmp_path.glob("pattern_laptop*.png"))) == 3
+
+
+# ---- commonsense, by the scripts themselves
+
+
+def test_commonsense(data, tmp_path, monkeypatch):
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    settings = {
+        "model_name_or_path": str(data / "smollm2"), "dtype": "float32", "r": 2, "lora_alpha": 4,
+        "format": "instruction", "dataset": "replaced", "output_dir": "replaced", "max_length": 256, "use_cpu": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2, "dropout_mode": "branch",
+    }  # fmt: skip
+    (folder / "llama_7b_r32.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    monkeypatch.setattr(reproduce_commonsense, "CONFIGS", folder)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    tests = tmp_path / "commonsense" / "test"
+    tests.mkdir(parents=True)
+    record = {"instruction": "Is it so?", "input": "", "output": "the correct answer is true", "answer": "true"}
+    (tmp_path / "commonsense" / "train.json").write_text(json.dumps([record] * 4), encoding="utf-8")
+    answers = ("true", "solution1", "answer1", "ending1", "option1", "answer1", "answer1", "answer1")
+    names = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
+    for name, answer in zip(names, answers, strict=True):
+        fitting = record | {"answer": answer, "output": f"the correct answer is {answer}"}
+        (tests / f"{name}.json").write_text(json.dumps([fitting]), encoding="utf-8")
+    options, plan = Options(size="full", data=tmp_path, results=tmp_path / "results"), Plan(ranks=(3,), seeds=(0,))
+    reproduce_commonsense.run(options, plan)
+    content = json.loads((tmp_path / "results/accuracy_full.json").read_text(encoding="utf-8"))
+    assert set(content["runs"]) == {"commonsense lora r=3 seed=0", "commonsense dora r=3 seed=0"}
+    assert all(set(run["tasks"]) == set(names) for run in content["runs"].values())
+    assert (
+        json.loads((tmp_path / "outputs/reproduce/commonsense_dora_r3_seed0/adapter_config.json").read_text())["r"] == 3
+    )
+
+
+# ---- the page
+
+
+def case(method, rank, *accuracies):
+    mean = sum(accuracies) / len(accuracies)
+    return {"task": "t", "method": method, "rank": rank, "accuracies": accuracies, "mean": mean, "spread": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"), [(0.01, 0.1, report.YES), (-0.01, 0.1, report.PARTLY), (-0.2, -0.1, report.NO)]
+)
+def test_verdict_on_the_gain(low, high, verdict):
+    gains = {"t": {"mean": (low + high) / 2, "low": low, "high": high, "count": 9}}
+    content = {"summary": {"gains": gains, "cases": {"full": case("full", 0, 0.5)}}}
+    assert report.judge_gain(content)[1] == verdict
+    gains["other"] = {"mean": 0.1, "low": 0.05, "high": 0.2, "count": 9}
+    assert report.judge_gain(content)[1] == verdict  # that of the worse task
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"), [((0.3, 0.1), report.YES), ((0.3, 0.4), report.NO), ((0.005, 0.0), report.PARTLY)]
+)
+def test_verdict_on_low_ranks(gains, verdict):
+    cases = {}
+    for rank, gain in zip((2, 32), gains, strict=True):
+        cases |= {f"lora {rank}": case("lora", rank, 0.4), f"dora {rank}": case("dora", rank, 0.4 + gain)}
+    content = {"summary": {"gains": {"t": {}}, "cases": cases}}
+    assert report.judge_low_rank(content)[1] == verdict
+
+
+@pytest.mark.parametrize(
+    ("measured", "by_setting", "verdict"),
+    [(23.0, {}, report.YES), (13.0, {}, report.PARTLY), (8.0, {}, report.NO), (8.0, {"x": 22.0}, report.PARTLY)],
+)
+def test_verdict_on_memory(measured, by_setting, verdict):
+    found = {
+        "saving_percent": {"reference": measured, "dora": 0.1}, "paper_percent": 24.4, "predicted_percent": measured,
+        "saving_percent_by_setting": {"first": measured, **by_setting}, "ours_to_lora": 1.0,
+    }  # fmt: skip
+    assert report.judge_memory("llama")({"summary": {"llama": found}})[1] == verdict
+
+
+@pytest.mark.parametrize(
+    ("full", "lora", "dora", "verdict"),
+    [
+        ((-0.6, -0.4), (0.6, 0.8), (-0.4, -0.1), report.YES),
+        ((-0.6, 0.4), (0.6, 0.8), (-0.4, 0.1), report.PARTLY),
+        ((0.4, 0.6), (0.6, 0.8), (0.9, 0.95), report.NO),
+        ((0.4, 0.6), (-0.6, -0.4), (0.1, 0.2), report.NO),
+    ],
+)
+def test_verdict_on_the_pattern(full, lora, dora, verdict):
+    limits = {"full": full, "lora": lora, "dora": dora}
+    found = {m: {"r": (low + high) / 2, "low": low, "high": high, "count": 9} for m, (low, high) in limits.items()}
+    paper = {"full": -0.62, "lora": 0.83, "dora": -0.31}
+    content = {"summary": {"correlations": {"query projections": found}, "paper": paper}}
+    assert report.judge_pattern(content)[1] == verdict
+
+
+def test_page_says_what_is_missing(tmp_path):
+    page = report.page(tmp_path)
+    assert page.count(f"**{report.OPEN}**") == len(report.ROWS)
+
+
+def test_page_of_toy_results_is_empty(data, tmp_path):
+    """Results of a dry run are no results."""
+    call("accuracy", data, tmp_path / "results")
+    call("report", data, tmp_path / "results")
+    page = (tmp_path / "REPRODUCTION.md").read_text(encoding="utf-8")
+    assert page.count(f"**{report.OPEN}**") == len(report.ROWS)
+
+
+def test_the_stored_page_is_the_generated_one():
+    assert (RESULTS.parent / "REPRODUCTION.md").read_text(encoding="utf-8") == report.page(RESULTS)
+    assert not [path for path in RESULTS.glob("*.json") if json.loads(path.read_text())["settings"]["dry_run"]]
+
+
+def test_commands_of_the_docstring_exist():
+    for line in reproduce.__doc__.splitlines():
+        words = line.split("#")[0].split()
+        if words[:2] == ["python", "scripts/reproduce.py"]:
+            assert reproduce.build_parser().parse_args(words[2:]).claim in reproduce.CLAIMS
+    for word in reproduce.__doc__.replace("`", " ").split():
+        if word.startswith("scripts/"):
+            assert (ROOT / word.rstrip(".,")).exists() or word.startswith("scripts/reproduce/")
