@@ -151,8 +151,8 @@ ROWS = (
     ),
     Row(
         "accuracy", "DoRA matches or beats LoRA", "LLaMA-7B 74.7 to 78.4, LLaMA3-8B 80.8 to 85.2",
-        "reproduced: on every task the interval of DoRA's gain over ranks and seeds is above 0; partly: it holds 0 or is "
-        "above",
+        "reproduced: on every task the interval of DoRA's gain over ranks and seeds is above 0; partly: it holds 0 "
+        "or is above",
         judge_gain,
     ),
     Row(
