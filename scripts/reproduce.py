@@ -41,9 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of models and data (default data)")
     parser.add_argument("--force", action="store_true", help="measure anew what an earlier run left")
     parser.add_argument("--dry_run", action="store_true", help="everything at toy size; the figures mean nothing")
+    parser.add_argument("--config", type=Path, help="vl_bart: its settings (default: of configs/vl_bart_*.yaml)")
     grid = parser.add_argument_group("accuracy and detach: a larger or smaller grid, which reuses the runs of others")
     for name, kind in GRID.items():
-        grid.add_argument(f"--{name}", nargs="+", type=kind)
+        grid.add_argument(f"--{name}", nargs="+", type=kind, help="also of vl_bart" if name == "seeds" else None)
     grid.add_argument("--num_rates", type=positive, help="learning rates per method")
     return parser
 
@@ -52,17 +53,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else list(argv)
     args = vars(parser.parse_args(argv))
-    claim = args.pop("claim")
+    claim, config = args.pop("claim"), args.pop("config")
     grid: dict[str, Any] = {name: args.pop(name) for name in (*GRID, "num_rates")}
     grid = {name: tuple(value) if isinstance(value, list) else value for name, value in grid.items() if value}
     options = Options(**args, command=f"python scripts/reproduce.py {shlex.join(argv)}")
-    if grid and claim not in ("accuracy", "detach"):
-        parser.error(f"--{next(iter(grid))} is for accuracy and detach, not for {claim}")
+    fitting = {"accuracy": {*grid}, "detach": {*grid}, "vl_bart": {"seeds"}}.get(claim, set())
+    if unfitting := sorted(set(grid) - fitting):
+        others = ", detach and vl_bart" if unfitting == ["seeds"] else " and detach"
+        parser.error(f"--{unfitting[0]} is for accuracy{others}, not for {claim}")
+    if config is not None and claim != "vl_bart":
+        parser.error(f"--config is for vl_bart, not for {claim}")
     module = importlib.import_module("reproduce_accuracy" if claim == "detach" else f"reproduce_{claim}")
     try:
         if claim in ("accuracy", "detach"):
             plan = dataclasses.replace(module.plan_of(options), **grid)
             module.run(options, plan) if claim == "accuracy" else module.run_detach(options, plan)
+        elif claim == "vl_bart":
+            module.run(options, config, grid.get("seeds"))
         else:
             module.run(options)
     except ValueError as error:

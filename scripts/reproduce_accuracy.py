@@ -1,9 +1,9 @@
 """Accuracy on real data: LoRA, DoRA and full fine-tuning of SmolLM2-135M, by rank, each at its best learning rate.
 
-Called by `scripts/reproduce.py accuracy` and `detach`. For each task and method, a grid of learning rates is tried at
-the middle rank with the first seed; the rate with the lowest loss on validation records is used at every rank, with
-every seed, and the accuracy on test records, which nothing was chosen by, is reported. All grids have the same number
-of rates; lora_alpha is twice the rank, as in the paper, so that a rate means the same at every rank.
+Called by `scripts/reproduce.py accuracy` and `detach`. For each task, method and rank, a grid of learning rates is
+tried with the first seed; the rate with the lowest loss on validation records is used with every seed, and the accuracy
+on test records, which nothing was chosen by, is reported. All grids have the same number of rates; lora_alpha is twice
+the rank, as in the paper.
 
 An answer counts where the model prefers each of its tokens, the end of sequence included, given the prompt and the
 tokens before: greedy generation would write just that. One forward pass finds it for a whole batch.
@@ -195,34 +195,32 @@ def train_all(runs: Runs, laboratory: Laboratory, methods: Sequence[str]) -> dic
         For each task, method and rank the chosen rate and the accuracies over the seeds.
     """
     plan, summary = laboratory.plan, {}
-    adapted, seeds = [m for m in methods if m != "full"], len(plan.seeds)
-    per_task = 1 + len(methods) * (plan.num_rates - 1) + seeds * (len(methods) + len(adapted) * (len(plan.ranks) - 1))
-    total = per_task * len(plan.tasks)
+    seeds = len(plan.seeds)
+    cases = [(method, rank) for method in methods for rank in ((0,) if method == "full" else plan.ranks)]
+    total = len(plan.tasks) * (1 + len(cases) * (plan.num_rates - 1 + seeds))
 
     def do(trial: Trial) -> dict[str, Any]:
         return runs.do(trial.key, lambda: laboratory.run(trial), total)
 
     for task in plan.tasks:
         runs.do(f"{task} base", lambda task=task: measure_base(laboratory, task), total)  # type: ignore[misc]
-        for method in methods:
+        for method, rank in cases:
             rates = RATES[METHODS[method]["method"]][: plan.num_rates]
-            middle = 0 if method == "full" else plan.middle
-            tried = {rate: do(Trial(task, method, middle, rate, plan.seeds[0]))["validation_loss"] for rate in rates}
+            tried = {rate: do(Trial(task, method, rank, rate, plan.seeds[0]))["validation_loss"] for rate in rates}
             best = min(tried, key=lambda rate: tried[rate])
-            for rank in plan.ranks if middle else (0,):
-                found = [do(Trial(task, method, rank, best, seed)) for seed in plan.seeds]
-                accuracies = [result["accuracy"] for result in found]
-                summary[f"{task} {method}" + (f" r={rank}" if rank else "")] = {
-                    "task": task,
-                    "method": method,
-                    "rank": rank,
-                    "rate": best,
-                    "validation_loss_by_rate": {f"{rate:g}": loss for rate, loss in tried.items()},
-                    "accuracies": accuracies,
-                    "mean": statistics.mean(accuracies),
-                    "spread": statistics.stdev(accuracies) if seeds > 1 else 0.0,
-                    "test_loss": statistics.mean(result["test_loss"] for result in found),
-                }
+            found = [do(Trial(task, method, rank, best, seed)) for seed in plan.seeds]
+            accuracies = [result["accuracy"] for result in found]
+            summary[f"{task} {method}" + (f" r={rank}" if rank else "")] = {
+                "task": task,
+                "method": method,
+                "rank": rank,
+                "rate": best,
+                "validation_loss_by_rate": {f"{rate:g}": loss for rate, loss in tried.items()},
+                "accuracies": accuracies,
+                "mean": statistics.mean(accuracies),
+                "spread": statistics.stdev(accuracies) if seeds > 1 else 0.0,
+                "test_loss": statistics.mean(result["test_loss"] for result in found),
+            }
     return summary
 
 

@@ -2,7 +2,7 @@
 
 Called by `scripts/reproduce.py vl_bart`; the settings are those of configs/vl_bart_*.yaml. Where no pretrained BART is
 at hand, a small one is first trained in full on some kinds of questions and kept in outputs/reproduce; each method then
-adapts it to the other kinds. A grid of learning rates of equal size is tried for each method with the first seed, on
+adapts it to another kind. A grid of learning rates of equal size is tried for each method with the first seed, on
 training pictures that are held out; the best rate gets all seeds. Reported is the accuracy on the test part, beside
 that of guessing from the question alone and of the adapted model with empty pictures.
 """
@@ -81,8 +81,10 @@ def load_settings(path: Path) -> Settings:
     """Read a YAML file of settings.
 
     Raises:
-        ValueError: a field is unknown or missing, or the fields contradict each other.
+        ValueError: there is no such file, a field is unknown or missing, or the fields contradict each other.
     """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected settings as in configs/vl_bart_easy_vqa.yaml.")
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     known = {field.name for field in fields(Settings)}
     if unknown := sorted(set(values) - known):

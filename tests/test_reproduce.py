@@ -182,7 +182,16 @@ def test_missing_data_say_what_to_run(data, tmp_path, capsys):
     assert "prepare_cmudict.py" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         call("memory", data, tmp_path, "--ranks", "3")
-    assert "--ranks is for accuracy and detach" in capsys.readouterr().err
+    assert "--ranks is for accuracy and detach, not for memory" in capsys.readouterr().err
+    for claim, flags, message in (
+        ("vl_bart", ("--ranks", "3", "--seeds", "1"), "--ranks is for accuracy and detach, not for vl_bart"),
+        ("memory", ("--seeds", "1"), "--seeds is for accuracy, detach and vl_bart, not for memory"),
+        ("memory", ("--config", "a.yaml"), "--config is for vl_bart, not for memory"),
+        ("vl_bart", ("--config", "none.yaml"), "none.yaml: no such file"),
+    ):
+        with pytest.raises(SystemExit):
+            call(claim, data, tmp_path, *flags)
+        assert message in capsys.readouterr().err
 
 
 def test_detach(data, tmp_path):

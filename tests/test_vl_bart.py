@@ -115,9 +115,9 @@ def write_data(folder, pictures=12):
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     for part in ("train", "test"):
-        features = torch.randint(256, (pictures, 64, 192), dtype=torch.uint8)
+        features = torch.randint(256, (pictures, 64, 448), dtype=torch.uint8)
         save_file({"features": features}, folder / f"{part}.safetensors")
-        questions = [("what color is it?", "red"), ("is it not a red shape?", "no"), ("is no blue shape there?", "yes")]
+        questions = [("what color is it?", "red"), ("what is the red shape?", "circle"), ("is it a circle?", "yes")]
         records = [{"picture": i, "question": q, "answer": a} for i in range(pictures) for q, a in questions]
         write_jsonl(folder / f"{part}.jsonl", records)
 
@@ -146,6 +146,19 @@ def test_patches():
         prepare_easy_vqa.patchify(torch.zeros(12, 16, 3))
 
 
+def test_silhouettes():
+    pixels = torch.full((24, 16, 3), 200)
+    pixels[6:10, 3:5, 0] = 90  # one channel differs enough, on the border of the first patch
+    pixels[20, 12] = 210  # too like the background
+    found = prepare_easy_vqa.silhouettes(pixels)
+    assert found.shape == (6, 256)
+    expected = torch.zeros(32, 24)
+    expected[4 + 6 : 4 + 10, 4 + 3 : 4 + 5] = 255
+    for index, (row, column) in enumerate((row, column) for row in (0, 8, 16) for column in (0, 8)):
+        window = expected[row : row + 16, column : column + 16]
+        assert torch.equal(found[index].view(16, 16).float(), window)
+
+
 def test_prepared_from_the_archive(tmp_path):
     import io
 
@@ -161,8 +174,8 @@ def test_prepared_from_the_archive(tmp_path):
     with zipfile.ZipFile(tmp_path / "package.whl") as archive:
         prepare_easy_vqa.write_part(archive, "train", tmp_path)
     features = load_file(tmp_path / "train.safetensors")["features"]
-    assert features.shape == (2, 2, 192)
-    assert [tuple(f[0, :3].tolist()) for f in features] == colours
+    assert features.shape == (2, 2, 448)
+    assert [tuple(f[0, 256:259].tolist()) for f in features] == colours
     assert data.load_part(tmp_path, "train", "").records[1] == {"picture": 1, "question": "what?", "answer": "blue"}
 
 
