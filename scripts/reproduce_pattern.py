@@ -37,7 +37,7 @@ def run(options: Options) -> None:
     """Train with each method and seed, store every dM and dD, correlate and draw them."""
     plan, every = plan_of(options)
     laboratory = Laboratory(options, plan)
-    settings = plan.settings() | {"every": every, "rank": RANK, "rates": RATES}
+    settings = laboratory.settings() | {"every": every, "rank": RANK, "rates": RATES}
     runs = Runs("pattern", options, settings)
     total = len(TITLES) * len(plan.seeds)
     histories: dict[str, list[dict[str, Any]]] = {method: [] for method in TITLES}
