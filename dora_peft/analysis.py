@@ -31,8 +31,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ._files import atomic_write_text
-from .analysis_plots import draw_pattern, draw_trajectories, layer_kind
-from .correlation import Correlation, History, correlate
+from .analysis_plots import draw_correlations, draw_pattern, draw_trajectories, layer_kind
+from .correlation import Correlation, History, correlate, correlate_by_step
 from .decomposition import (
     Change,
     compare_low_rank,
@@ -51,8 +51,10 @@ __all__ = [
     "compare_low_rank",
     "compare_weights",
     "correlate",
+    "correlate_by_step",
     "decompose",
     "decompose_folder",
+    "draw_correlations",
     "draw_pattern",
     "draw_trajectories",
     "layer_kind",

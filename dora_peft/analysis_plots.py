@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ._files import staged_directory
-from .correlation import History, correlate
+from .correlation import History, correlate, correlate_by_step
 
 
 def layer_kind(module_path: str) -> str:
@@ -67,31 +67,65 @@ def draw_pattern(
 
 
 def draw_trajectories(histories: Mapping[str, History], title: str, path: str | os.PathLike[str] | Any) -> None:
-    """Draw the mean dM and dD over the optimizer steps, one column per kind of layer, one line per method.
+    """Draw the mean dM and dD over the optimizer steps, one panel of each per kind of layer, one line per method.
 
     Args:
         histories, title, path: As for `draw_pattern`.
     """
     kinds = list(dict.fromkeys(layer_kind(e["module"]) for history in histories.values() for e in history))
-    figure, panels = _figure(title, 2, kinds, (2.4, 2.3))
-    for row, (key, label) in zip(panels, {"magnitude": "\u0394M", "direction": "\u0394D"}.items(), strict=True):
+    width = min(4, len(kinds))
+    blocks = [kinds[start : start + width] for start in range(0, len(kinds), width)]
+    figure, panels = _figure(title, 2 * len(blocks), ["" for _ in range(width)], (2.4, 2.0))
+    for number, (key, label) in enumerate({"magnitude": "\u0394M", "direction": "\u0394D"}.items()):
         # magnitudes that are trained alone turn nothing, and 0 has no logarithm
         scale = "log" if all(e[key] > 0 for history in histories.values() for e in history) else "linear"
-        for axes, kind in zip(row, kinds, strict=True):
+        for place, kind in enumerate(kinds):
+            axes = panels[number * len(blocks) + place // width, place % width]
             for method, history in histories.items():
                 values: dict[int, list[float]] = {}
                 for entry in history:
                     if layer_kind(entry["module"]) == kind:
                         values.setdefault(entry["step"], []).append(entry[key])
                 axes.plot(sorted(values), [sum(values[s]) / len(values[s]) for s in sorted(values)], ".-", label=method)
-            axes.set_yscale(scale)
+            axes.set(title=kind, yscale=scale)
             axes.grid(alpha=0.3)
             axes.locator_params(axis="x", nbins=4)
-        row[0].set_ylabel(f"mean {label}")
-    for top, bottom, kind in zip(*panels, kinds, strict=True):
-        top.set_title(kind)
-        bottom.set_xlabel("optimizer step")
+            if place % width == 0:
+                axes.set_ylabel(f"mean {label}")
+            if place + width >= len(kinds):  # nothing stands below, or only the other half of the figure
+                axes.tick_params(labelbottom=True)
+                axes.set_xlabel("optimizer step")
+    for axes in panels.flat:
+        if not axes.lines:
+            axes.remove()
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(histories))
+    _save(figure, path)
+
+
+def draw_correlations(
+    groups: Mapping[str, Mapping[str, History]], title: str, path: str | os.PathLike[str] | Any, *, level: float = 0.95
+) -> None:
+    """Draw r of dD and dM at each checkpoint with its interval, one panel per group, one line per method.
+
+    Args:
+        groups: For each group of modules the records by method.
+        title, path, level: As for `draw_pattern`.
+    """
+    figure, panels = _figure(title, 1, list(groups), (4.2, 3.6))
+    for axes, (group, histories) in zip(panels[0], groups.items(), strict=True):
+        for number, (method, history) in enumerate(histories.items()):
+            found = {step: c for step, c in correlate_by_step(history, level).items() if math.isfinite(c.low)}
+            steps = sorted({entry["step"] for entry in history})
+            # beside one another: the intervals of several methods overlap
+            shift = (number - (len(histories) - 1) / 2) * 0.1 * (steps[-1] - steps[0] or 1) / len(steps)
+            bars = [[c.r - c.low for c in found.values()], [c.high - c.r for c in found.values()]]
+            places, values = [step + shift for step in found], [c.r for c in found.values()]
+            axes.errorbar(places, values, [[max(0.0, b) for b in side] for side in bars], fmt="o-", label=method)
+        axes.axhline(0, color="0.25", linewidth=0.8)
+        axes.set(title=group, xlabel="optimizer step", ylim=(-1.05, 1.05))
+        axes.grid(alpha=0.3)
+    panels[0, 0].set_ylabel("r of \u0394D and \u0394M at that step alone")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     _save(figure, path)
 
 

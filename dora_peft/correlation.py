@@ -51,6 +51,17 @@ def correlate(history: History, level: float = 0.95, draws: int = 2000, seed: in
     return Correlation(_pearson(sums.sum(0)).item(), low, high, len(points))
 
 
+def correlate_by_step(
+    history: History, level: float = 0.95, draws: int = 2000, seed: int = 0
+) -> dict[int, Correlation]:
+    """`correlate` at each checkpoint alone.
+
+    Over several checkpoints both changes grow, which pushes r up whatever the modules do; here it cannot.
+    """
+    steps = sorted({entry["step"] for entry in history})
+    return {step: correlate([e for e in history if e["step"] == step], level, draws, seed) for step in steps}
+
+
 def _pearson(sums: Tensor) -> Tensor:
     """r from the sums [..., 6] of 1, x, y, x^2, y^2 and xy; nan where x or y is constant up to rounding."""
     n, x, y, xx, yy, xy = sums.unbind(-1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from analysis_fixtures import records
 
-from dora_peft.analysis_plots import draw_pattern, draw_trajectories, layer_kind
+from dora_peft.analysis_plots import draw_correlations, draw_pattern, draw_trajectories, layer_kind
 
 
 def test_layer_kind():
@@ -27,9 +27,25 @@ def test_figures_are_written_whole(tmp_path):
         draw(histories(), "title", tmp_path / "figures" / f"{draw.__name__}.svg")
         text = (tmp_path / "figures" / f"{draw.__name__}.svg").read_text()
         assert "</svg>" in text
-    assert len(list((tmp_path / "figures").iterdir())) == 2
+    draw_correlations({"all": histories(), "some": histories()}, "title", tmp_path / "figures" / "correlations.svg")
+    assert "</svg>" in (tmp_path / "figures" / "correlations.svg").read_text()
+    assert len(list((tmp_path / "figures").iterdir())) == 3
     still = records(torch.zeros(2, 2), torch.ones(2, 2))  # no line, no logarithm, and no warning
     for draw in (draw_pattern, draw_trajectories):
         draw({"magnitudes alone": still}, "title", buffer)
+    draw_correlations({"all": {"magnitudes alone": still}}, "title", buffer)
     with pytest.raises(ValueError, match="found none"):
         draw_pattern({}, "title", buffer)
+
+
+def test_every_kind_of_layer_has_a_panel(tmp_path):
+    """Seven of them take two lines of four, for dM and for dD, and each shows its steps where nothing stands below."""
+    history = [
+        {"step": step, "module": f"layers.0.{kind}", "magnitude": step * 1e-3, "direction": step * 1e-4}
+        for step in (10, 20)
+        for kind in "abcdefg"
+    ]
+    draw_trajectories({"DoRA": history}, "title", tmp_path / "figure.svg")
+    text = (tmp_path / "figure.svg").read_text()
+    assert [text.count(f"<!-- {kind} -->") for kind in "abcdefg"] == [2] * 7
+    assert text.count("<!-- optimizer step -->") == 8

@@ -6,7 +6,7 @@ import pytest
 import torch
 from analysis_fixtures import records
 
-from dora_peft.correlation import correlate
+from dora_peft.correlation import correlate, correlate_by_step
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -51,3 +51,16 @@ def test_correlations_that_do_not_exist():
     assert math.isnan(correlate(records(x, torch.full((5, 2), math.nan))).r)
     with pytest.raises(ValueError, match="level between 0 and 1"):
         correlate([], level=95)
+
+
+def test_growth_over_the_steps_does_not_count_at_one_step():
+    """Both changes grow with the step, and within each step they oppose one another."""
+    history = [
+        {"step": step, "module": f"layers.{i}", "direction": step + 0.1 * i, "magnitude": step - 0.1 * i}
+        for step in (10, 20, 30)
+        for i in range(5)
+    ]
+    assert correlate(history).r > 0.9
+    found = correlate_by_step(history)
+    assert list(found) == [10, 20, 30]
+    assert all(c.r == pytest.approx(-1) and c.count == 5 for c in found.values())
