@@ -141,7 +141,7 @@ def enable_checkpointing(model: nn.Module, use_reentrant: bool = False) -> None:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Device, threads, versions of the packages, git commit if there is one and whether the package differs from it."""
+    """Device, threads, versions of the packages, git commit if there is one and whether the code differs from it."""
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
         "processor": processor_name(),
@@ -151,7 +151,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         | {"dora_peft": dora_peft.__version__},
         # the variable names the commit where the files travelled without their repository
         "commit": run_git("rev-parse", "HEAD") or os.environ.get("DORA_PEFT_COMMIT"),
-        "modified": bool(run_git("status", "--porcelain", "--", "../dora_peft")),
+        "modified": bool(run_git("status", "--porcelain", "--", "../dora_peft", "*.py")),
     }
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Tests and benchmarks on a GPU, in stages that fit into calls of 9 minutes; every figure of the README's GPU table.
+# Tests and benchmarks on a GPU, in stages that fit into calls of 9 minutes: every figure of the README's GPU table, and
+# of the reproduction the memory at full size and, where data/ has the model and the tasks, the grid of accuracies.
 #
 #     bash scripts/gpu.sh                    # the stages that are not done yet, for at most 8.5 minutes
 #     bash scripts/gpu.sh tests kernels      # these alone
@@ -7,7 +8,7 @@
 #     bash scripts/gpu.sh --list
 #
 # Call it again until it says "all stages are done". A stage is done when its result is in scripts/benchmarks/results/
-# (RESULTS names another folder), the tests when they have passed at this version of the files. Uses the torch,
+# (RESULTS names another folder; the reproduction's are in scripts/reproduce/results/), the tests when they have passed at this version of the files. Uses the torch,
 # transformers and peft that PYTHON (default: python3) finds; stage qdora needs bitsandbytes, stage tests pytest.
 # Where the files come without their repository, DORA_PEFT_COMMIT names the commit for the results.
 set -euo pipefail
@@ -18,7 +19,12 @@ export RESULTS=${RESULTS:-scripts/benchmarks/results} PYTHONPATH=$PWD${PYTHONPAT
 LIMIT=${LIMIT:-510}
 DEVICE=cuda
 TOY=()
-STAGES=(tests kernels step_3b step_3b_default step_8b step_8b_default compiled rank_384 qwen memory eval decode qdora)
+STAGES=(
+    tests kernels step_3b step_3b_default step_8b step_8b_default compiled rank_384 qwen memory eval decode qdora
+    reproduce_memory
+)
+[ ! -d data/smollm2 ] || STAGES+=(reproduce_accuracy)
+REPRODUCTION=scripts/reproduce/results
 
 bench() { # SUITE MODEL TAG OPTIONS...
     local suite=$1 model=$2 tag=$3
@@ -57,6 +63,13 @@ run_stage() {
     eval) bench eval llama-3.2-3b eval --adapter-dtype bf16 $long $main ;;
     decode) bench decode llama-3.2-3b decode --adapter-dtype bf16 --new-tokens 32 $main ;;
     qdora) "${RUN[@]}" scripts/benchmark_qdora.py --device "$DEVICE" --results "$RESULTS" ${TOY_QDORA:-} ;;
+    reproduce_memory)
+        "${RUN[@]}" scripts/reproduce.py memory --size full --results "$REPRODUCTION" ${TOY_REPRODUCTION:-}
+        ;;
+    reproduce_accuracy)
+        "${RUN[@]}" scripts/reproduce.py accuracy --tasks spelling cities --ranks 2 4 8 16 32 --num_rates 3 \
+            --results "$REPRODUCTION"
+        ;;
     *)
         echo "error: no stage '$1'; there are: ${STAGES[*]}" >&2
         return 2
@@ -70,6 +83,11 @@ is_done() {
     case $1 in
     tests) [ -e "$RESULTS/tests_$DEVICE.txt" ] && grep -q "$(fingerprint)" "$RESULTS/tests_$DEVICE.txt" ;;
     kernels | qdora) [ -e "$RESULTS/$1_$DEVICE.json" ] ;;
+    reproduce_memory) grep -qs '"summary"' "$REPRODUCTION/memory_full.json" ;;
+    reproduce_accuracy) # that of a CPU may lie there
+        grep -qs '"summary"' "$REPRODUCTION/accuracy_laptop.json" &&
+            grep -q '"device": "cuda"' "$REPRODUCTION/accuracy_laptop.json"
+        ;;
     *) compgen -G "$RESULTS/*_${DEVICE}_$1.json" >/dev/null ;;
     esac
 }
@@ -80,12 +98,15 @@ for word in "$@"; do
     --dry-run)
         DEVICE=cpu LIMIT=100000
         RESULTS=$(mktemp -d)
+        REPRODUCTION=$RESULTS
+        [ "${STAGES[-1]}" != reproduce_accuracy ] || unset 'STAGES[-1]' # which trains the real model
         trap 'rm -rf "$RESULTS"' EXIT
         export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
         # the last of two equal options counts
         TOY=(--model tiny --layers 1 --batch 1 --seq-len 8 --rank 2 --rounds 2 --warmup 1 --accumulation 1
             --new-tokens 2 --repeats 1 --contenders "dora,dora:triton")
         TOY_MEMORY=--no-peak # which takes a process for each figure
+        TOY_REPRODUCTION=--dry_run
         TOY_KERNELS="--tokens 64 --width 48 --rank 4 --rounds 2"
         TOY_QDORA="--hidden 64 --layers 1 --vocab 64 --tokens 8 --rank 2 --rounds 2"
         ;;

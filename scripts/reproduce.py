@@ -7,8 +7,17 @@
     python scripts/reproduce.py detach   --size laptop    # accuracy and memory with and without detaching
     python scripts/reproduce.py report                    # REPRODUCTION.md from all results
 
-`--size laptop` takes under 20 minutes each on 2 CPU cores; `--size full` is for a GPU. Every claim writes
-`CLAIM_SIZE.json` and `CLAIM_SIZE.png` to `scripts/reproduce/results/`; a run that was killed goes on where it was.
+`--size laptop` takes under 20 minutes each on 2 CPU cores; `--size full` is the paper's size, on a GPU of 80 GB (for
+pattern, longer training of SmolLM2). Every claim writes `CLAIM_SIZE.json` and its figures to
+`scripts/reproduce/results/`, where the results that the repository holds lie as well: a command goes on from them, and
+`--force` measures anew. A run that was killed goes on where it was, without `--force`.
+
+The accuracy that is stored there is that of a larger grid, with learning rates chosen for each method and rank, of an
+hour and a half. On a GPU, all five ranks of the paper:
+
+    python scripts/reproduce.py accuracy --tasks spelling cities --ranks 2 8 32 --num_rates 2
+    python scripts/reproduce.py detach   --tasks spelling cities --ranks 8 --num_rates 2
+    python scripts/reproduce.py accuracy --tasks spelling cities --ranks 2 4 8 16 32 --num_rates 3
 
 Prerequisites: `pip install -e .[scripts]`, and for accuracy, detach and pattern at laptop size
 `python scripts/prepare_smollm2.py && python scripts/prepare_cmudict.py && python scripts/prepare_cities.py`, for
@@ -39,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=("laptop", "full"), default="laptop", help="default laptop")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results (default: in the repository)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of models and data (default data)")
-    parser.add_argument("--force", action="store_true", help="measure anew what an earlier run left")
+    parser.add_argument("--force", action="store_true", help="measure anew what the files of results have")
     parser.add_argument("--dry_run", action="store_true", help="everything at toy size; the figures mean nothing")
     parser.add_argument("--config", type=Path, help="vl_bart: its settings (default: of configs/vl_bart_*.yaml)")
     grid = parser.add_argument_group("accuracy and detach: a larger or smaller grid, which reuses the runs of others")
@@ -55,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = vars(parser.parse_args(argv))
     claim, config = args.pop("claim"), args.pop("config")
     grid: dict[str, Any] = {name: args.pop(name) for name in (*GRID, "num_rates")}
-    grid = {name: tuple(value) if isinstance(value, list) else value for name, value in grid.items() if value}
+    # a value that is given twice would count as two
+    grid = {name: tuple(dict.fromkeys(v)) if isinstance(v, list) else v for name, v in grid.items() if v}
     options = Options(**args, command=f"python scripts/reproduce.py {shlex.join(argv)}")
     fitting = {"accuracy": {*grid}, "detach": {*grid}, "vl_bart": {"seeds"}}.get(claim, set())
     if unfitting := sorted(set(grid) - fitting):
@@ -63,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--{unfitting[0]} is for accuracy{others}, not for {claim}")
     if config is not None and claim != "vl_bart":
         parser.error(f"--config is for vl_bart, not for {claim}")
+    if args["size"] == "full" and not args["dry_run"] and (ignored := {"tasks", "num_rates"} & set(grid)):
+        parser.error(f"--{sorted(ignored)[0]} is for the laptop size; the full one trains as the paper did")
     module = importlib.import_module("reproduce_accuracy" if claim == "detach" else f"reproduce_{claim}")
     try:
         if claim in ("accuracy", "detach"):
@@ -72,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             module.run(options, config, grid.get("seeds"))
         else:
             module.run(options)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            raise  # torch's own, such as a lack of memory, need their traceback
         parser.error(str(error))
 
 

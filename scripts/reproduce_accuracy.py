@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import statistics
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from peft import get_peft_model
 from torch import nn
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 import reproduce_commonsense
@@ -35,7 +36,7 @@ from finetune_llama import AnswerTrainer, training_arguments
 from llama_config import FinetuneConfig
 from llama_data import IGNORE, AnswerCollator, load_records, tokenize_records
 from llama_model import adapter_config, load_base_model, load_tokenizer
-from reproduce_common import Options, Plan, Runs, draw_ranks, gain_of, interval
+from reproduce_common import Options, Plan, Runs, difference, draw_ranks
 
 # Files of prompt/completion records, and the command that writes them.
 TASKS = {
@@ -77,6 +78,8 @@ class Laboratory:
 
     def __init__(self, options: Options, plan: Plan) -> None:
         self.options, self.plan = options, plan
+        if unknown := [task for task in plan.tasks if task not in TASKS]:
+            raise ValueError(f"expected tasks of {', '.join(TASKS)}, found {unknown[0]!r}.")
         # A CPU without bf16 instructions multiplies in bf16 at a hundredth of its fp32 speed (2 for 130 GFLOP/s).
         self.dtype = torch.bfloat16 if options.device.type == "cuda" else torch.float32
         self.folder = options.data / "smollm2"
@@ -158,7 +161,7 @@ class Laboratory:
         train, _, _ = self.data(trial.task)
         with tempfile.TemporaryDirectory() as folder:
             config = self.config(trial, folder)
-            args = dataclasses.replace(training_arguments(config), disable_tqdm=True)
+            args = dataclasses.replace(training_arguments(config), disable_tqdm=not sys.stderr.isatty())
             trainer = AnswerTrainer(
                 model=self.build(config),
                 args=args,
@@ -166,6 +169,7 @@ class Laboratory:
                 train_dataset=train,
                 callbacks=list(callbacks),
             )
+            trainer.remove_callback(PrinterCallback)  # a run has one line, when it ends
             trainer.train()
         return trainer.model.eval()
 
@@ -222,6 +226,7 @@ def train_all(runs: Runs, laboratory: Laboratory, methods: Sequence[str]) -> dic
                 "method": method,
                 "rank": rank,
                 "rate": best,
+                "edge": len(rates) > 1 and best in (min(rates), max(rates)),  # the best one may lie beyond the grid
                 "validation_loss_by_rate": {f"{rate:g}": loss for rate, loss in tried.items()},
                 "accuracies": accuracies,
                 "mean": statistics.mean(accuracies),
@@ -237,28 +242,29 @@ def measure_base(laboratory: Laboratory, task: str) -> dict[str, Any]:
 
 
 def plan_of(options: Options) -> Plan:
-    """The plan of the laptop size, which any command-line flag changes."""
+    """What is trained unless the command line says otherwise."""
     if options.dry_run:
         sizes = {"steps": 2, "batch": 2, "num_train": 8, "num_validation": 4, "num_test": 4}
         return Plan(tasks=("spelling",), ranks=(1, 2), seeds=(0, 1), **sizes)
-    if options.size == "full":  # LLaMA-7B on commonsense reasoning
-        return Plan(tasks=("commonsense",), ranks=(16, 32))
+    if options.size == "full":  # LLaMA-7B; the paper's figure by rank is --ranks 4 8 16 32 64
+        return Plan(tasks=("commonsense",), ranks=(4, 32), num_rates=1)
     return Plan()
 
 
 def run(options: Options, plan: Plan) -> None:
     """Train, measure and draw; see the module's docstring."""
-    if options.size == "full":
+    if options.size == "full" and not options.dry_run:
         reproduce_commonsense.run(options, plan)
         return
     laboratory = Laboratory(options, plan)
     runs = Runs("accuracy", options, laboratory.settings())
     summary = train_all(runs, laboratory, ("lora", "dora", "full"))
     bases = {task: runs.runs[f"{task} base"]["accuracy"] for task in plan.tasks}
-    runs.finish({"base": bases, "cases": summary, "gains": {task: gain_of(summary, task) for task in plan.tasks}})
+    runs.finish({"base": bases, "cases": summary, "gains": {task: difference(summary, task) for task in plan.tasks}})
     draw_ranks(runs, f"SmolLM2-135M, {plan.steps} steps of {plan.batch} records")
     for case, found in summary.items():
-        print(f"{case:<24} lr {found['rate']:<6g} accuracy {found['mean']:6.1%} +- {found['spread']:.1%}")
+        rate = f"lr {found['rate']:g}{', at the edge of its grid,' if found['edge'] else ''}"
+        print(f"{case:<24} {rate} accuracy {found['mean']:6.1%} +- {found['spread']:.1%}")
     for task, gain in runs.content["summary"]["gains"].items():
         print(
             f"{task}: DoRA - LoRA {gain['mean']:+.2%} [{gain['low']:+.2%}, {gain['high']:+.2%}], {gain['count']} pairs"
@@ -267,7 +273,7 @@ def run(options: Options, plan: Plan) -> None:
 
 def run_detach(options: Options, plan: Plan) -> None:
     """Accuracy and memory with and without detaching, at the middle rank; Table 7 of the paper."""
-    if options.size == "full":
+    if options.size == "full" and not options.dry_run:
         reproduce_commonsense.run_detach(options, plan)
         return
     plan = dataclasses.replace(plan, ranks=(plan.middle,))
@@ -291,10 +297,7 @@ def run_detach(options: Options, plan: Plan) -> None:
         )
         for method in ("reference", "reference_not_detached", "dora", "dora_not_detached")
     }
-    differences = {}
-    for task in plan.tasks:
-        one, other = (cases[f"{task} {m} r={plan.middle}"]["accuracies"] for m in ("dora", "dora_not_detached"))
-        differences[task] = interval([a - b for a, b in zip(one, other, strict=True)])
+    differences = {task: difference(cases, task, ("dora", "dora_not_detached")) for task in plan.tasks}
     runs.finish(
         {"cases": cases, "differences": differences, "total_mib": {m: r["total_mib"] for m, r in memory.items()}}
     )
@@ -310,20 +313,23 @@ def draw_detach(runs: Runs) -> None:
     from matplotlib.figure import Figure
 
     summary = runs.content["summary"]
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    figure.suptitle("SmolLM2-135M: the norm detached or not")
     left, right = figure.subplots(1, 2)
     for place, case in enumerate(summary["cases"].values()):
         left.bar(place, 100 * case["mean"], 0.6, color="tab:blue" if case["method"] == "dora" else "tab:orange")
         left.plot([place] * len(case["accuracies"]), [100 * a for a in case["accuracies"]], "k.")
-    labels = [
-        f"{c['task']}\n{'detached' if c['method'] == 'dora' else 'not detached'}" for c in summary["cases"].values()
-    ]
+    labels = [f"{c['task']},\n{'' if c['method'] == 'dora' else 'not '}detached" for c in summary["cases"].values()]
     left.set_xticks(range(len(labels)), labels)
     left.set(title="accuracy, every seed as a point", ylabel="test answers right, %")
-    totals = summary["total_mib"]
-    bars = right.bar([name.replace("_", "\n", 1) for name in totals], totals.values(), 0.6)
-    right.bar_label(bars, fmt="%.1f")
-    right.set(title="training memory: weights, gradients, moments, kept for backward", ylabel="MiB")
+    names = {
+        "reference": "dense,\ndetached", "reference_not_detached": "dense,\nnot\ndetached", "dora": "ours,\ndetached",
+        "dora_not_detached": "ours,\nnot\ndetached",
+    }  # fmt: skip
+    colours = ["tab:orange" if name.endswith("not_detached") else "tab:blue" for name in names]
+    bars = right.bar(list(names.values()), [summary["total_mib"][name] for name in names], 0.6, color=colours)
+    right.bar_label(bars, fmt="%.0f")
+    right.set(title="memory of training", ylabel="MiB: weights, gradients,\nmoments, kept for backward")
     right.margins(y=0.12)
     path = runs.path.with_suffix(".png")
     with replacing(path) as temporary:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmark_common import describe_machine, replacing, write_json
+from benchmark_common import describe_machine, replacing
 
 RESULTS = Path(__file__).parent / "reproduce" / "results"
 
@@ -24,7 +25,7 @@ class Options:
         size: "laptop", under 20 minutes on 2 CPU cores, or "full", the paper's size on a GPU.
         results: Folder of the result files and figures.
         data: Folder of the models and data that `scripts/prepare_*.py` write.
-        force: Whether to forget the results of an earlier run.
+        force: Whether to measure anew what an earlier call, or another claim, has measured.
         dry_run: Whether to go through everything at toy size, in seconds; the figures mean nothing.
         command: The command itself, for the report.
     """
@@ -40,15 +41,19 @@ class Options:
     def device(self) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
+    def path(self, claim: str) -> Path:
+        """The result file of a claim."""
+        return self.results / f"{claim}_{self.size}{'_dry' if self.dry_run else ''}.json"
+
 
 @dataclass(frozen=True)
 class Plan:
     """What is trained, how long, and how often. The fields from `steps` on decide on the result of a run."""
 
-    tasks: tuple[str, ...] = ("spelling",)
-    ranks: tuple[int, ...] = (2, 8, 32)
+    tasks: tuple[str, ...] = ("cities",)
+    ranks: tuple[int, ...] = (2, 32)
     seeds: tuple[int, ...] = (0, 1, 2)
-    num_rates: int = 2
+    num_rates: int = 1
     steps: int = 30
     batch: int = 16
     num_train: int = 8000
@@ -72,30 +77,45 @@ class Runs:
             runs.do(key, train)                      # a dictionary; at once where the file has it
         runs.finish(summary)
 
-    The file holds `claim`, `size`, `command`, `settings`, `machine`, `runs` by their keys, and `summary`.
+    The file holds `claim`, `size`, `command`, `settings`, `machines`, `runs` by their keys, each with its `seconds` and
+    the place of its `machine` in that list, and `summary`, once all is there. A dry run has a file of its own.
 
     Args:
-        settings: What every run depends on. Runs of a file with other settings are forgotten.
+        settings: What every run depends on. A file with other settings is kept beside, as `CLAIM_SIZE.json.bak`.
     """
 
     def __init__(self, claim: str, options: Options, settings: dict[str, Any]) -> None:
-        self.path = options.results / f"{claim}_{options.size}.json"
-        settings = json.loads(json.dumps(settings | {"dry_run": options.dry_run}))  # as the file gives it back
+        self.path, self.options = options.path(claim), options
+        settings = json.loads(json.dumps(settings))  # as the file gives it back
         self.content: dict[str, Any] = {"claim": claim, "size": options.size, "command": options.command}
-        self.content |= {"settings": settings, "runs": {}}
-        if self.path.is_file() and not options.force:
-            stored = json.loads(self.path.read_text(encoding="utf-8"))
-            if stored["settings"] == settings:
-                self.content["runs"] = stored["runs"]
+        self.content |= {"settings": settings, "machines": [], "runs": {}}
+        self.done = 0  # runs that this command asked for
+        self.adopted: set[str] = set()  # and has not asked for yet
+        if self.path.is_file() and not self.take(self.path):
+            self.path.replace(self.path.with_name(f"{self.path.name}.bak"))
+            print(f"{self.path}: other settings or --force; what it held is in {self.path.name}.bak now")
         self.device = options.device
 
+    def take(self, path: Path) -> bool:
+        """Take over the runs of a file; False where they do not fit."""
+        other = json.loads(path.read_text(encoding="utf-8"))
+        if other["settings"] != self.content["settings"] or self.options.force:
+            return False
+        offset = len(self.content["machines"])
+        self.content["machines"] += other["machines"]
+        for key, run in other["runs"].items():
+            self.runs.setdefault(key, run | {"machine": run["machine"] + offset})
+        for number, machine in enumerate(other["machines"]):
+            count = sum(run["machine"] == number for run in other["runs"].values())
+            where = f"{machine['processor']} at commit {(machine['commit'] or 'unknown')[:9]}"
+            print(f"{path}: {count} runs, made on {where}; --force makes them anew")
+        return True
+
     def adopt(self, claim: str) -> None:
-        """Take over the runs of another claim that were made with the same settings."""
-        path = self.path.with_name(f"{claim}_{self.content['size']}.json")
-        if path.is_file():
-            other = json.loads(path.read_text(encoding="utf-8"))
-            if other["settings"] == self.content["settings"]:
-                self.content["runs"] = other["runs"] | self.runs
+        """Use the runs of another claim that were made with the same settings."""
+        path, own = self.options.path(claim), set(self.runs)
+        if path.is_file() and self.take(path):
+            self.adopted = set(self.runs) - own
 
     @property
     def runs(self) -> dict[str, Any]:
@@ -103,22 +123,40 @@ class Runs:
 
     def do(self, key: str, run: Callable[[], dict[str, Any]], total: int | None = None) -> dict[str, Any]:
         """The result of `run` under `key`, from the file where it has one."""
+        self.done += 1
+        self.adopted.discard(key)
         if key not in self.runs:
             start = time.perf_counter()
             result = run()
-            self.runs[key] = result | {"seconds": round(time.perf_counter() - start, 1)}
-            self.content["machine"] = describe_machine(self.device)
-            write_json(self.path, self.content)
-            place = "" if total is None else f"[{len(self.runs)}/{total}] "
+            here, machines = describe_machine(self.device), self.content["machines"]
+            if here not in machines:
+                machines.append(here)
+            seconds = round(time.perf_counter() - start, 1)
+            self.runs[key] = result | {"seconds": seconds, "machine": machines.index(here)}
+            self.write()
+            place = "" if total is None else f"[{self.done}/{total}] "
             print(f"{place}{key}: {describe(self.runs[key])}", flush=True)
         return self.runs[key]
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Store what the runs say together."""
+        for key in self.adopted:
+            del self.runs[key]
+        places = sorted({run["machine"] for run in self.runs.values()})
+        self.content["machines"] = [self.content["machines"][place] for place in places]
+        for run in self.runs.values():
+            run["machine"] = places.index(run["machine"])
         self.content["summary"] = summary
-        self.content.setdefault("machine", describe_machine(self.device))
-        write_json(self.path, self.content)
+        self.write()
         print(f"wrote {self.path}")
+
+    def write(self) -> None:
+        """The file, each run on a line of its own: a run of `pattern` has thousands of numbers."""
+        rest = {key: value for key, value in self.content.items() if key != "runs"}
+        runs = ",\n".join(f"    {json.dumps(key)}: {json.dumps(run)}" for key, run in self.runs.items())
+        text = f'{json.dumps(rest, indent=2)[:-2]},\n  "runs": {{\n{runs}\n  }}\n}}\n'
+        with replacing(self.path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -127,22 +165,38 @@ def describe(result: dict[str, Any]) -> str:
     return "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
 
 
-def gain_of(summary: Mapping[str, Mapping[str, Any]], task: str) -> dict[str, float]:
-    """DoRA's accuracy minus LoRA's, the mean over ranks and seeds with its 95 % interval by resampling the pairs."""
-    found = {
-        m: {c["rank"]: c["accuracies"] for c in summary.values() if (c["task"], c["method"]) == (task, m)}
-        for m in ("lora", "dora")
-    }
-    pairs = [b - a for rank, ours in found["dora"].items() for a, b in zip(found["lora"][rank], ours, strict=True)]
-    return interval(pairs)
+def difference(
+    summary: Mapping[str, Mapping[str, Any]], task: str, methods: tuple[str, str] = ("dora", "lora")
+) -> dict[str, float]:
+    """The first method's accuracy minus the second's, paired by rank and seed: mean and 95 % interval.
+
+    Runs of one seed see the same records in the same order at every rank, and runs of one rank share its learning
+    rate, so the interval draws ranks and seeds, not pairs.
+    """
+    one, other = (
+        {case["rank"]: case["accuracies"] for case in summary.values() if (case["task"], case["method"]) == (task, m)}
+        for m in methods
+    )
+    return interval(
+        torch.tensor(
+            [[a - b for a, b in zip(one[rank], other[rank], strict=True)] for rank in one], dtype=torch.float64
+        )
+    )
 
 
-def interval(values: Sequence[float], draws: int = 10000) -> dict[str, float]:
-    """Mean, and the 2.5 % and 97.5 % quantiles of the means of samples drawn with replacement."""
-    numbers = torch.tensor(values, dtype=torch.float64)
-    index = torch.randint(len(values), (draws, len(values)), generator=torch.Generator().manual_seed(0))
-    low, high = numbers[index].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {"mean": numbers.mean().item(), "low": low, "high": high, "count": len(values)}
+def interval(values: Sequence[float] | Tensor, draws: int = 10000) -> dict[str, float]:
+    """Mean, and the 2.5 % and 97.5 % quantiles of the means of samples drawn with replacement.
+
+    Args:
+        values: Numbers, or a matrix whose rows and columns are drawn, each on their own.
+    """
+    numbers = torch.as_tensor(values, dtype=torch.float64)
+    numbers = numbers.view(-1, numbers.shape[-1])  # one row where it was a vector
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randint(size, (draws, size), generator=generator) for size in numbers.shape)
+    means = numbers[rows[:, :, None], columns[:, None, :]].mean((1, 2))
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"mean": numbers.mean().item(), "low": low, "high": high, "count": numbers.numel()}
 
 
 def draw_ranks(runs: Runs, title: str) -> None:
@@ -159,14 +213,13 @@ def draw_ranks(runs: Runs, title: str) -> None:
             of_method = sorted((c for c in cases if c["method"] == method), key=lambda case: case["rank"])
             ranks = [case["rank"] for case in of_method]
             name = {"lora": "LoRA", "dora": "DoRA"}[method]
-            rate = f", lr {of_method[0]['rate']:g}" if "rate" in of_method[0] else ""
-            axes.plot(ranks, [100 * c["mean"] for c in of_method], "o-", color=colour, label=name + rate)
+            axes.plot(ranks, [100 * c["mean"] for c in of_method], "o-", color=colour, label=name)
             for case in of_method:
                 points = [100 * accuracy for accuracy in case["accuracies"]]
                 axes.plot([case["rank"]] * len(points), points, ".", color=colour, alpha=0.5)
         for case in cases:
             if case["method"] == "full":
-                axes.axhline(100 * case["mean"], color="tab:green", label=f"full fine-tuning, lr {case['rate']:g}")
+                axes.axhline(100 * case["mean"], color="tab:green", label="full fine-tuning")
                 low, high = (100 * (case["mean"] + sign * case["spread"]) for sign in (-1, 1))
                 axes.axhspan(low, high, color="tab:green", alpha=0.12, linewidth=0)
         if task in summary["base"]:

@@ -2,13 +2,16 @@
 
 Called by `scripts/reproduce.py accuracy --size full` and `detach --size full`. Each run trains with
 `finetune_llama.py configs/llama_7b_rRANK.yaml` and evaluates with `evaluate_commonsense.py`, in processes of their own;
-both go on where they were interrupted. Needs a GPU of 40 GB, LLaMA-7B from the Hub, and the data of
-`prepare_commonsense.py`.
+both go on where they were interrupted. All methods train with the paper's learning rate for the rank, from the file,
+not with one of their own; no data are set aside to choose it by. Needs a GPU of 80 GB, LLaMA-7B from the Hub, and the
+data of `prepare_commonsense.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reproduce_common import Options, Plan, Runs, draw_ranks, gain_of, interval
+from reproduce_common import Options, Plan, Runs, difference, draw_ranks
 
 SCRIPTS = Path(__file__).parent
 CONFIGS = SCRIPTS.parent / "configs"
@@ -31,24 +34,38 @@ def config_of(rank: int) -> list[str]:
     return [str(CONFIGS / "llama_7b_r32.yaml"), "--r", str(rank), "--lora_alpha", str(2 * rank)]
 
 
-def train_and_evaluate(options: Options, method: str, rank: int, seed: int) -> dict[str, Any]:
+def settings_of(options: Options, plan: Plan) -> dict[str, Any]:
+    """What every run depends on: the configurations' and the data's content.
+
+    Raises:
+        ValueError: the data are missing.
+    """
+    train = options.data / "commonsense" / "train.json"
+    if not train.is_file():
+        raise ValueError(f"{train}: no such file. Run `python scripts/prepare_commonsense.py` on the downloaded data.")
+    files = {str(train): train, **{f"r={rank}": Path(config_of(rank)[0]) for rank in plan.ranks}}
+    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in files.items()}
+    return {"model": "LLaMA-7B", "train": digests.pop(str(train)), "configs": digests}
+
+
+def train_and_evaluate(options: Options, settings: dict[str, Any], method: str, rank: int, seed: int) -> dict[str, Any]:
     """Fine-tune and answer all test questions.
 
     Returns:
         `accuracy`, the unweighted mean over the tasks, and `tasks` with each one's.
 
     Raises:
-        ValueError: the data are missing.
         RuntimeError: a script ended with an error.
     """
-    data, output = options.data / "commonsense", Path("outputs/reproduce") / f"commonsense_{method}_r{rank}_seed{seed}"
-    train = data / "train.json"
-    if not train.is_file():
-        raise ValueError(f"{train}: no such file. Run `python scripts/prepare_commonsense.py` on the downloaded data.")
-    config, result = config_of(rank), output / "commonsense.json"
-    arguments = ["--dataset", str(train), "--seed", str(seed), "--output_dir", str(output), *FLAGS[method]]
+    data, config = options.data / "commonsense", config_of(rank)
+    mark = hashlib.sha256(f"{settings['train']} {settings['configs'][f'r={rank}']}".encode()).hexdigest()[:8]
+    output = Path("outputs/reproduce") / f"commonsense_{method}_r{rank}_seed{seed}_{mark}"
+    if options.force:
+        shutil.rmtree(output, ignore_errors=True)
+    arguments = ["--dataset", str(data / "train.json"), "--seed", str(seed), "--output_dir", str(output)]
     if not (output / "adapter_model.safetensors").is_file():
-        execute("finetune_llama.py", [*config, *arguments, "--resume_from_checkpoint", "true"])
+        execute("finetune_llama.py", [*config, *arguments, *FLAGS[method], "--resume_from_checkpoint", "true"])
+    result = output / "commonsense.json"
     model = json.loads((output / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     evaluation = ["--model_name_or_path", model, "--adapter", str(output), "--data", str(data / "test")]
     execute("evaluate_commonsense.py", [*evaluation, "--json", str(result)])
@@ -68,13 +85,13 @@ def execute(script: str, arguments: Sequence[str]) -> None:
 
 def train_all(runs: Runs, options: Options, plan: Plan, methods: Sequence[str]) -> dict[str, Any]:
     """For each method and rank the accuracies over the seeds."""
-    total, cases = len(methods) * len(plan.ranks) * len(plan.seeds), {}
+    total, settings, cases = len(methods) * len(plan.ranks) * len(plan.seeds), runs.content["settings"], {}
     for method in methods:
         for rank in plan.ranks:
             accuracies = [
                 runs.do(
                     f"commonsense {method} r={rank} seed={seed}",
-                    lambda case=(method, rank, seed): train_and_evaluate(options, *case),  # type: ignore[misc]
+                    lambda case=(settings, method, rank, seed): train_and_evaluate(options, *case),  # type: ignore
                     total,
                 )["accuracy"]
                 for seed in plan.seeds
@@ -89,29 +106,29 @@ def train_all(runs: Runs, options: Options, plan: Plan, methods: Sequence[str]) 
 
 def run(options: Options, plan: Plan) -> None:
     """LoRA against DoRA."""
-    runs = Runs("accuracy", options, {"model": "LLaMA-7B"})
+    runs = Runs("accuracy", options, settings_of(options, plan))
     cases = train_all(runs, options, plan, ("lora", "dora"))
-    runs.finish({"base": {}, "cases": cases, "gains": {"commonsense": gain_of(cases, "commonsense")}})
+    runs.finish({"base": {}, "cases": cases, "gains": {"commonsense": difference(cases, "commonsense")}})
     draw_ranks(runs, "LLaMA-7B, mean of the eight commonsense tasks")
 
 
 def run_detach(options: Options, plan: Plan) -> None:
     """DoRA with and without detaching; the memory is that of `reproduce.py memory --size full`."""
-    runs = Runs("detach", options, {"model": "LLaMA-7B"})
+    memory = options.path("memory")
+    content = json.loads(memory.read_text(encoding="utf-8")) if memory.is_file() else {}
+    if "summary" not in content:
+        raise ValueError(f"{memory}: not there yet. Run `python scripts/reproduce.py memory --size full` first.")
+    found = content["summary"]["llama"]
+    runs = Runs("detach", options, settings_of(options, plan))
     runs.adopt("accuracy")
     cases = train_all(runs, options, plan, ("dora", "dora_not_detached"))
-    pairs = [
-        one - other
-        for rank in plan.ranks
-        for one, other in zip(
-            *(cases[f"commonsense {m} r={rank}"]["accuracies"] for m in ("dora", "dora_not_detached")), strict=True
-        )
-    ]
-    memory = options.results / "memory_full.json"
-    if not memory.is_file():
-        raise ValueError(f"{memory}: no such file. Run `python scripts/reproduce.py memory --size full` first.")
-    found = json.loads(memory.read_text(encoding="utf-8"))["summary"]["llama"]
-    totals = found["total_mib"][found["setting"]]
+    differences = difference(cases, "commonsense", ("dora", "dora_not_detached"))
     names = ("reference", "reference_not_detached", "dora", "dora_not_detached")
-    summary = {"cases": cases, "differences": {"commonsense": interval(pairs)}}
-    runs.finish(summary | {"total_mib": {name: totals[name] for name in names}})
+    totals = found["total_mib"][found["setting"]]
+    runs.finish(
+        {
+            "cases": cases,
+            "differences": {"commonsense": differences},
+            "total_mib": {name: totals[name] for name in names},
+        }
+    )

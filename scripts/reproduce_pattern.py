@@ -3,8 +3,10 @@
 Called by `scripts/reproduce.py pattern`. Each method trains SmolLM2-135M on the spelling task with several seeds, while
 `dora_peft.analysis.DecompositionCallback` records dM and dD of every linear layer at equal intervals. The paper finds a
 correlation of -0.62 in full fine-tuning, +0.83 in LoRA and -0.31 in DoRA, over layers and checkpoints of the query
-projections of VL-BART; here it is computed for the query projections and for all linear layers. The intervals resample
-modules, whose points at several checkpoints and seeds belong together.
+projections of VL-BART; here it is computed for the query projections and for all linear layers of SmolLM2-135M, at full
+size after longer training. The intervals resample modules, whose points at several checkpoints and seeds belong
+together. All changes grow with the steps, which pushes the correlation over checkpoints up; so it is also given for the
+last checkpoint alone, and drawn for each.
 """
 
 from __future__ import annotations
@@ -13,7 +15,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmark_common import replacing
-from dora_peft.analysis import Correlation, DecompositionCallback, correlate, draw_pattern, draw_trajectories
+from dora_peft.analysis import (
+    DecompositionCallback,
+    correlate,
+    correlate_by_step,
+    draw_correlations,
+    draw_pattern,
+    draw_trajectories,
+)
 from reproduce_accuracy import Laboratory, Plan, Trial
 from reproduce_common import Options, Runs
 
@@ -46,38 +55,52 @@ def run(options: Options) -> None:
             trial = Trial("spelling", method, 0 if method == "full" else RANK, RATES[method], seed)
             found = runs.do(trial.key, lambda trial=trial: record(laboratory, trial, every), total)  # type: ignore[misc]
             histories[method] += found["history"]
-    correlations = {
-        name: {method: correlate(select(history, ending))._asdict() for method, history in histories.items()}
+    groups = {
+        name: {method: select(history, ending) for method, history in histories.items()}
         for name, ending in (("query projections", "q_proj"), ("all linear layers", ""))
     }
-    runs.finish({"correlations": correlations, "paper": PAPER})
-    titled = {TITLES[method]: history for method, history in histories.items()}
-    queries = {title: select(history, "q_proj") for title, history in titled.items()}
+    runs.finish(summarise(groups) | {"paper": PAPER})
+    titled = {name: {TITLES[m]: history for m, history in group.items()} for name, group in groups.items()}
     where = f"SmolLM2-135M, {plan.steps} steps, {len(plan.seeds)} seeds"
     for suffix, draw, shown, title in (
-        ("", draw_pattern, queries, f"Query projections of {where}"),
-        ("_all", draw_pattern, titled, f"All linear layers of {where}"),
-        ("_trajectories", draw_trajectories, titled, where),
+        ("", draw_pattern, titled["query projections"], f"Query projections of {where}"),
+        ("_by_step", draw_correlations, titled, where),
+        ("_trajectories", draw_trajectories, titled["all linear layers"], where),
     ):
         path = runs.path.with_name(f"{runs.path.stem}{suffix}.png")
         with replacing(path) as temporary:
             draw(shown, title, temporary)
         print(f"wrote {path}")
-    for name, by_method in correlations.items():
+    for name, by_method in runs.content["summary"]["correlations"].items():
         for method, found in by_method.items():
             print(f"{name}, {TITLES[method]}: {describe(found)} (paper {PAPER[method]:+.2f})")
+
+
+def summarise(groups: Mapping[str, Mapping[str, Sequence[dict[str, Any]]]]) -> dict[str, Any]:
+    """The correlations of each group of modules and method, over all checkpoints and at the last one alone."""
+    return {
+        "correlations": {
+            name: {method: correlate(list(history))._asdict() for method, history in group.items()}
+            for name, group in groups.items()
+        },
+        "at_the_last_step": {
+            name: {m: list(correlate_by_step(list(h)).values())[-1]._asdict() for m, h in group.items()}
+            for name, group in groups.items()
+        },
+    }
 
 
 def record(laboratory: Laboratory, trial: Trial, every: int) -> dict[str, Any]:
     callback = DecompositionCallback(steps=every, reference=laboratory.base if trial.method == "full" else None)
     laboratory.train(trial, [callback])
-    return {"method": trial.method, "seed": trial.seed, "history": callback.history}
+    digits = {"magnitude", "direction"}  # six of them say all, and spare half of a large file
+    history = [{k: float(f"{v:.6g}") if k in digits else v for k, v in e.items()} for e in callback.history]
+    return {"method": trial.method, "seed": trial.seed, "history": history}
 
 
 def select(history: Sequence[Mapping[str, Any]], ending: str) -> list[dict[str, Any]]:
     return [dict(point) for point in history if point["module"].endswith(ending)]
 
 
-def describe(found: Mapping[str, float] | Correlation) -> str:
-    values = found if isinstance(found, Mapping) else found._asdict()
-    return f"{values['r']:+.2f} [{values['low']:+.2f}, {values['high']:+.2f}]"
+def describe(found: Mapping[str, float]) -> str:
+    return f"{found['r']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"

@@ -7,7 +7,8 @@ Expected result: the text between `<!-- table: memory -->` and `<!-- end: memory
 `scripts/benchmarks/results/` that `scripts/benchmark_memory.py --json` wrote, and the text between
 `<!-- table: benchmark -->` and `<!-- end: benchmark -->` one line per result of `scripts/benchmark.py`, with device and
 versions. Results that are not there are left out. Between `<!-- table: gpu -->` and `<!-- end: gpu -->` stands what
-`scripts/gpu.sh` measures, "not measured yet" where its result is not there.
+`scripts/gpu.sh` measures, "not measured yet" where its result is not there, and between `<!-- table: reproduction -->`
+and `<!-- end: reproduction -->` the verdicts of `scripts/reproduce.py report`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from reproduce_common import RESULTS as REPRODUCTION
+from reproduce_report import verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "benchmarks" / "results"
@@ -291,6 +295,7 @@ def main() -> int:
         benchmark_table([result for name, result in reports.items() if "options" in result and "_cuda" not in name]),
     )
     after = insert(after, "gpu", gpu_table(reports))
+    after = insert(after, "reproduction", "\n".join(verdicts(REPRODUCTION)))
     if arguments.check:
         return int(after != before)
     readme.write_text(after, encoding="utf-8")

