@@ -3,46 +3,52 @@
 Called by `scripts/reproduce.py memory`. The paper saves 24.4 % on LLaMA-7B and 12.4 % on VL-BART by treating the norm
 as a constant in the backward pass (sec. 4.3). That claim lives in the dense algorithm, which keeps W0 + s B A of each
 module for the norm's gradient; so it is measured on `dora_peft/reference.py`, and this package beside it, whose
-factored norm has little to save.
+factored norm has little to save. Dropout acts on the base product too, as in the paper's code and PEFT's, but in the
+case of our default, which drops the low-rank branch only and keeps less for backward.
 
 At full size, on a GPU: the real configurations with random weights, all in bf16, and the allocator's peak over a whole
-training step. At laptop size, on the CPU: widths and tokens divided by 8, layers by 8 and the vocabulary by 64, so that
-each part of the memory shrinks by 512 and the shares stay; weights, gradients, AdamW's moments, and the bytes that are
-kept from forward to backward are counted exactly, and their sum is the figure.
+training step. What that takes in GiB, estimated from shapes: the laptop's figures times 512 and 64, without gradients,
+which come when the activations go, and without short-lived tensors. DoRA (ours) is its default | with paper's dropout.
+
+                            dense  detached, PEFT  ours     LoRA  full
+    LLaMA-7B, 4,096 tokens  64     56              41 | 56  42    62    80 GB GPU; the paper's setting, 16 x 256
+    LLaMA-7B, 8,192 tokens  107    98              68 | 98  71    86    141 GB GPU; 32 x 256 and 16 x 512
+    VL-BART, 300 x 20       4      4               3        3     4     8 GB GPU, as for the rest of its sweep
+
+A case that does not fit is stored as such, left out of the figures, and tried again by the next call.
+
+At laptop size, on the CPU, the figure is the sum of the bytes of weights (with buffers and cached norms), gradients,
+AdamW's moments, and all that is kept from forward to backward, each counted exactly in bf16. LLaMA's widths and tokens
+are divided by 8, its layers by 8 and its vocabulary by 64, so that each part shrinks by 512 and the shares stay.
+VL-BART's widths, batch and vocabulary are divided by 8, while layers and lengths stay: its parts shrink by 64, the
+weights by 59, for its position embeddings keep their number. Back at full size that is 4 GiB where the paper reports
+23.4 GB at batch 300, so the paper's run must have held much more than these tensors.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import gc
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode  # documented in "Extending PyTorch", whatever its path
 
-from benchmark_common import MIB, replacing, saved_bytes
+from benchmark_common import MIB, NewStorages, saved_bytes
 from benchmark_models import SHAPES, Shape, build_base, share_weights
 from dora_peft import DoraConfig, param_groups, reference
 from reproduce_common import Options, Runs
-from vl_bart_model import build_vl_bart, random_batch
+from reproduce_memory_figure import METHODS, PAPER, TITLES, draw
+from vl_bart_model import SIZES, VlBartConfig, build_vl_bart, random_batch
 
-METHODS = {
-    "full": "full fine-tuning",
-    "lora": "LoRA (PEFT)",
-    "peft_dora": "DoRA (PEFT)",
-    "reference_not_detached": "DoRA, dense,\nnorm not detached",
-    "reference": "DoRA, dense,\nnorm detached",
-    "dora_not_detached": "DoRA (ours),\nnorm not detached",
-    "dora": "DoRA (ours)",
-}
-TITLES = {"llama": "LLaMA-7B", "vl_bart": "VL-BART"}
-PAPER = {  # GB
-    "llama": {"reference_not_detached": 37.3, "reference": 28.2},
-    "vl_bart": {"reference_not_detached": 23.4, "reference": 20.5},
-}
+DTYPE = torch.bfloat16
+ANSWER_LEN = 5  # tokens that VL-BART's decoder learns
 _7B = SHAPES["llama-7b"]
 LLAMA = {
     "full": _7B,
@@ -69,6 +75,30 @@ class Family:
     alpha: float
     dropout: float
     settings: list[tuple[int, int]]  # batch and length; the first one is the paper's
+    shape: Mapping[str, Any] = field(default_factory=dict)  # what `build` and `batch` depend on
+
+    def methods(self) -> list[str]:
+        """What is measured; without dropout it does not matter where it acts."""
+        return [method for method in METHODS if self.dropout or method != "dora_branch"]
+
+    def facts(self) -> dict[str, Any]:
+        """All that a measured figure depends on, beside batch, length and method."""
+        names = ("shape", "targets", "rank", "alpha", "dropout")
+        return {name: getattr(self, name) for name in names}
+
+
+class MatmulInFp32(TorchDispatchMode):
+    """Matrix products of bf16 tensors by way of fp32: 7 s instead of 63 s a case on a CPU without bf16 instructions.
+
+    It sits below autograd: results, and what is kept for backward, have the sizes and dtypes that they have without.
+    """
+
+    FUNCTIONS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.FUNCTIONS and args[0].dtype == torch.bfloat16:
+            return func(*(tensor.float() for tensor in args), **(kwargs or {})).bfloat16()
+        return func(*args, **(kwargs or {}))
 
 
 class ReferenceLinear(nn.Module):
@@ -100,29 +130,30 @@ def families(options: Options) -> dict[str, Family]:
     """The two models at the size asked for."""
     size = "toy" if options.dry_run else options.size
     llama, shrink = LLAMA[size], 1 if size == "full" else 8  # ranks shrink with the widths
-    dtype = torch.bfloat16
 
     def build_llama(device: torch.device) -> nn.Module:
-        return build_base(llama, llama.layers, llama.vocab, dtype, device, 0)
+        return build_base(llama, llama.layers, llama.vocab, DTYPE, device, 0)
 
     def llama_batch(model: Any, batch: int, length: int, device: torch.device) -> dict[str, Tensor]:
         ids = torch.randint(model.config.vocab_size, (batch, length), device=device)
         return {"input_ids": ids, "labels": ids, "use_cache": False}  # type: ignore[dict-item]
 
     def build_bart(device: torch.device) -> nn.Module:
-        return build_vl_bart(size).to(device, dtype).requires_grad_(False)
+        model: nn.Module = build_vl_bart(size)
+        return model.to(device, DTYPE).requires_grad_(False)
 
     def bart_batch(model: Any, batch: int, length: int, device: torch.device) -> dict[str, Tensor]:
-        found = random_batch(model.config, batch, length, 5, device)
-        return {name: t.to(dtype) if t.is_floating_point() else t for name, t in found.items()}
+        found = random_batch(model.config, batch, length, ANSWER_LEN, device)
+        return {name: t.to(DTYPE) if t.is_floating_point() else t for name, t in found.items()}
 
     return {
         "llama": Family(
             build_llama, llama_batch, ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"],
-            32 // shrink, 64 / shrink, 0.05, LLAMA_SETTINGS[size],
+            32 // shrink, 64 / shrink, 0.05, LLAMA_SETTINGS[size], dataclasses.asdict(llama),
         ),
         "vl_bart": Family(
             build_bart, bart_batch, ["q_proj", "v_proj"], 128 // shrink, 128 / shrink, 0.0, BART_SETTINGS[size],
+            SIZES[size] | {"visual_tokens": VlBartConfig.visual_tokens, "answer_len": ANSWER_LEN},
         ),
     }  # fmt: skip
 
@@ -131,6 +162,13 @@ def adapted_linears(model: nn.Module, targets: list[str]) -> Iterator[tuple[str,
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets:
             yield name, module
+
+
+def predict_saving(family: Family) -> float:
+    """MiB that detaching saves, from the shapes alone: one dense W0 + s B A per adapted module, in the base's dtype."""
+    with torch.device("meta"):
+        base = family.build(torch.device("meta"))
+    return sum(linear.weight.nbytes for _, linear in adapted_linears(base, family.targets)) / MIB
 
 
 def attach(method: str, base: nn.Module, family: Family) -> Any:
@@ -149,7 +187,8 @@ def attach(method: str, base: nn.Module, family: Family) -> Any:
     else:
         config: Any
         if method.startswith("dora"):
-            config = DoraConfig(**common, detach_norm=method == "dora")
+            mode: Any = "branch" if method == "dora_branch" else "paper"
+            config = DoraConfig(**common, detach_norm=method != "dora_not_detached", dropout_mode=mode)
         else:
             config = LoraConfig(**common, use_dora=method == "peft_dora")
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
@@ -162,21 +201,16 @@ def measure(
     """Bytes of a training step with AdamW.
 
     Returns:
-        `total_mib`, on a GPU the allocator's peak, on the CPU the sum of the others: `weights_mib`, `gradients_mib`,
-        `optimizer_mib`, `saved_mib`, of which the last is what is kept from forward to backward.
+        `total_mib`, on a GPU the allocator's peak, on the CPU the sum of the others: `weights_mib` (parameters,
+        buffers, and what a first pass caches for good), `gradients_mib`, `optimizer_mib`, and `saved_mib`, what is kept
+        from forward to backward.
     """
+    on_cpu = device.type == "cpu"
+    if not on_cpu:
+        gc.collect()  # the previous model, whose modules refer to each other
+    gc.freeze()  # the collections below look at nothing older than this
     torch.manual_seed(0)
-    model = attach(method, base, family)
     inputs = family.batch(base, batch, length, device)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(param_groups(model, 0.0), lr=1e-4)
-    gradients = sum(p.nbytes for p in trained)
-    found = {
-        "weights_mib": sum(p.nbytes for p in model.parameters()) / MIB,
-        "gradients_mib": gradients / MIB,
-        "optimizer_mib": 2 * gradients / MIB,
-        "trained": sum(p.numel() for p in trained),
-    }
 
     def forward() -> Tensor:
         return model(**inputs).loss
@@ -187,7 +221,24 @@ def measure(
         optimizer.zero_grad()
 
     try:
-        if device.type == "cuda":
+        with MatmulInFp32() if on_cpu else contextlib.nullcontext():
+            with NewStorages() as added:
+                model = attach(method, base, family)
+                forward()
+            trained = [p for p in model.parameters() if p.requires_grad]
+            gradients = sum(p.nbytes for p in trained)
+            weights = sum(t.nbytes for t in [*base.parameters(), *base.buffers()]) + added.alive_bytes()
+            found = {
+                "weights_mib": weights / MIB,
+                "gradients_mib": gradients / MIB,
+                "optimizer_mib": 2 * gradients / MIB,
+                "trained": sum(p.numel() for p in trained),
+            }
+            if on_cpu:
+                found["saved_mib"] = saved_bytes(forward) / MIB
+                parts = ("weights", "gradients", "optimizer", "saved")
+                return found | {"total_mib": sum(found[f"{part}_mib"] for part in parts)}
+            optimizer = torch.optim.AdamW(param_groups(model, 0.0), lr=1e-4)
             step()  # makes the optimizer's moments, and tunes
             before = torch.cuda.memory_allocated()
             loss = forward()
@@ -196,17 +247,35 @@ def measure(
             torch.cuda.reset_peak_memory_stats()
             step()
             torch.cuda.synchronize()
-            found["total_mib"] = torch.cuda.max_memory_allocated() / MIB
-        else:
-            forward().backward()
-            found["saved_mib"] = saved_bytes(forward) / MIB
-            found["total_mib"] = sum(found[f"{part}_mib"] for part in ("weights", "gradients", "optimizer", "saved"))
+            return found | {"total_mib": torch.cuda.max_memory_allocated() / MIB}
     finally:
+        gc.unfreeze()
         for parameter in base.parameters():
             parameter.grad = None
             parameter.requires_grad_(False)
-        gc.collect()
-    return found
+
+
+def measure_if_it_fits(method: str, base: Callable[[], nn.Module], *case: Any) -> dict[str, Any]:
+    """As `measure`, or `{"out_of_memory": True}`."""
+    try:
+        return measure(method, base(), *case)
+    except torch.OutOfMemoryError:
+        pass  # the exception holds the model until this block ends
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return {"out_of_memory": True}
+
+
+def measure_all(
+    runs: Runs, name: str, family: Family, settings: Sequence[tuple[int, int]], device: torch.device, total: int
+) -> None:
+    """Every method at these batches and lengths."""
+    base = functools.cache(lambda: family.build(device))  # not at all where the file has everything
+    for batch, length in settings:
+        for method in family.methods():
+            case = functools.partial(measure_if_it_fits, method, base, family, batch, length, device)
+            runs.do(f"{name} {batch} x {length} {method}", case, total)
 
 
 def run(options: Options) -> None:
@@ -214,91 +283,82 @@ def run(options: Options) -> None:
     device, cases = options.device, families(options)
     if options.size == "full" and device.type != "cuda" and not options.dry_run:
         raise ValueError("memory --size full: expected a GPU, found none. Use --size laptop on the CPU.")
-    runs = Runs("memory", options, {"measured": "allocator's peak" if device.type == "cuda" else "sum of exact bytes"})
-    total = sum(len(METHODS) * len(family.settings) for family in cases.values())
-    predicted = {}
-    for name, family in cases.items():
-        base = family.build(device)
-        copies = sum(linear.weight.nbytes for _, linear in adapted_linears(base, family.targets))
-        predicted[name] = copies / MIB
-        for batch, length in family.settings:
-            for method in METHODS:
-                case = (method, base, family, batch, length, device)
-                runs.do(f"{name} {batch} x {length} {method}", lambda case=case: measure(*case), total)
-        del base
-    summary = {name: summarise(runs.runs, name, family, predicted[name]) for name, family in cases.items()}
+    settings = {
+        "measured": "the allocator's peak" if device.type == "cuda" else "sum of exact bytes",
+        "device": device.type,
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "models": {name: family.facts() for name, family in cases.items()},
+    }
+    runs = Runs("memory", options, settings)
+    for key in [key for key, found in runs.runs.items() if "out_of_memory" in found]:
+        del runs.runs[key]  # this GPU may be larger
+    total = sum(len(family.methods()) * len(family.settings) for family in cases.values())
+    for sweep in (False, True):  # the paper's settings first
+        for name, family in cases.items():
+            measure_all(runs, name, family, family.settings[1:] if sweep else family.settings[:1], device, total)
+    summary = {name: summarise(runs.runs, name, family, predict_saving(family)) for name, family in cases.items()}
     runs.finish(summary)
     path = runs.path.with_suffix(".png")
     draw(summary, runs.content, path)
     for name, found in summary.items():
-        print(
-            f"{TITLES[name]}: detaching saves {found['saving_percent']['reference']:.1f} % on the dense algorithm "
-            f"(paper {found['paper_percent']:.1f} %, predicted from shapes {found['predicted_percent']:.1f} %), "
-            f"{found['saving_percent']['dora']:.1f} % on ours"
-        )
+        print(f"{TITLES[name]}, batch x length {found['setting']}: {conclude(found)}")
     print(f"wrote {path}")
 
 
-def summarise(runs: Mapping[str, Any], name: str, family: Family, copies_mib: float) -> dict[str, Any]:
-    """Totals of each method at each setting, and what detaching saves at the paper's, measured and predicted.
-
-    The prediction is one dense copy of W0 + s B A, in the base's dtype, for each adapted module.
-    """
-    table = {
-        f"{batch} x {length}": {method: runs[f"{name} {batch} x {length} {method}"]["total_mib"] for method in METHODS}
-        for batch, length in family.settings
-    }
-    first = next(iter(table.values()))
-    paper = PAPER[name]
-
-    def saving(values: Mapping[str, float], method: str) -> float:
-        return 100 * (1 - values[method] / values[f"{method}_not_detached"])
-
-    return {
-        "total_mib": table,
-        "setting": next(iter(table)),
-        "saving_percent": {method: saving(first, method) for method in ("reference", "dora")},
-        "saving_percent_by_setting": {setting: saving(values, "reference") for setting, values in table.items()},
-        "paper_percent": saving(paper, "reference"),
-        "predicted_mib": copies_mib,
-        "predicted_percent": 100 * copies_mib / first["reference_not_detached"],
-        "ours_to_lora": first["dora"] / first["lora"],
-    }
-
-
-def draw(summary: Mapping[str, Any], content: Mapping[str, Any], path: Path) -> None:
-    """Memory at the paper's setting in per cent of the dense algorithm without detaching, and the saving by setting."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    figure.suptitle(
-        f"Training memory, {content['size']} size, {content['machine']['device']}: {content['settings']['measured']}"
+def conclude(found: Mapping[str, Any]) -> str:
+    """The result of one model in a line."""
+    if "reference" not in found["saving_percent"]:
+        return "the dense algorithm did not fit into memory"
+    measured, predicted = (f"{found['saved_mib'][name]:.2f} MiB" for name in ("measured", "predicted"))
+    text = (
+        f"detaching saves {measured} (predicted {predicted}) or {found['saving_percent']['reference']:.1f} % on the "
+        f"dense algorithm (paper {found['paper_percent']:.1f} %), {found['saving_percent']['dora']:.1f} % on ours"
     )
-    for row, (name, found) in zip(figure.subplots(2, 2, width_ratios=[3, 2]), summary.items(), strict=True):
-        values = found["total_mib"][found["setting"]]
-        whole, paper = values["reference_not_detached"], PAPER[name]
-        places = range(len(METHODS))
-        bars = row[0].bar([p - 0.2 for p in places], [100 * values[m] / whole for m in METHODS], 0.4, label="measured")
-        row[0].bar_label(bars, [format_size(values[m]) for m in METHODS], fontsize=8)
-        known = [p for p, m in enumerate(METHODS) if m in paper]
-        heights = [100 * paper[m] / paper["reference_not_detached"] for m in METHODS if m in paper]
-        bars = row[0].bar([p + 0.2 for p in known], heights, 0.4, label="paper")
-        row[0].bar_label(bars, [f"{paper[m]:.1f}\nGB" for m in METHODS if m in paper], fontsize=8)
-        row[0].set_xticks(list(places), METHODS.values(), fontsize=7.5)
-        row[0].set(title=f"{TITLES[name]}, batch x length {found['setting']}", ylabel="% of dense, not detached")
-        row[0].margins(y=0.2)
-        row[0].legend(loc="upper right")
-        by_setting = found["saving_percent_by_setting"]
-        bars = row[1].bar(range(len(by_setting)), by_setting.values(), 0.6, color="tab:green")
-        row[1].bar_label(bars, fmt="%.1f", fontsize=8)
-        row[1].axhline(found["paper_percent"], color="tab:orange", linestyle="--", label="paper")
-        row[1].set_xticks(range(len(by_setting)), by_setting)
-        row[1].set(title="saved by detaching, dense algorithm", xlabel="batch x length", ylabel="%")
-        row[1].margins(y=0.15)
-        row[1].legend(loc="upper right")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    return f"{text}; ours takes {found['ours_to_lora']:.2f} of LoRA's memory" if "ours_to_lora" in found else text
 
 
-def format_size(mib: float) -> str:
-    return f"{mib / 953.67:.1f}\nGB" if mib >= 1000 else f"{mib:.1f}\nMiB"  # 10^9 bytes as in the paper
+def summarise(runs: Mapping[str, Any], name: str, family: Family, predicted_mib: float) -> dict[str, Any]:
+    """Totals of each method at each setting, and what detaching saves there; cases that did not fit are left out.
+
+    Args:
+        predicted_mib: What detaching saves on the dense algorithm, from shapes.
+
+    Returns:
+        `saved_mib`: measured and predicted, at the paper's setting. `predicted_percent`: the predicted MiB in per cent
+        of the measured total, which is not predicted. `ours_to_lora` is that of our default dropout,
+        `ours_paper_dropout_to_lora` that of the paper's.
+    """
+    table: dict[str, dict[str, float]] = {}
+    for batch, length in family.settings:
+        found = {method: runs[f"{name} {batch} x {length} {method}"] for method in family.methods()}
+        table[f"{batch} x {length}"] = {m: run["total_mib"] for m, run in found.items() if "total_mib" in run}
+    setting, first = next(iter(table.items()))
+    dense = ("reference", "reference_not_detached")
+    fitting = {key: values for key, values in table.items() if all(method in values for method in dense)}
+    predicted = {key: 100 * predicted_mib / values[dense[1]] for key, values in fitting.items()}
+    summary: dict[str, Any] = {
+        "total_mib": table,
+        "setting": setting,
+        "saving_percent": {
+            method: saving(first, method) for method in ("reference", "dora") if f"{method}_not_detached" in first
+        },
+        "saving_percent_by_setting": {key: saving(values, "reference") for key, values in fitting.items()},
+        "predicted_percent_by_setting": predicted,
+        "paper_percent": saving(PAPER[name], "reference"),
+        "saved_mib": {"predicted": predicted_mib},
+    }
+    if setting in fitting:
+        summary["saved_mib"]["measured"] = first[dense[1]] - first[dense[0]]
+        summary["predicted_percent"] = predicted[setting]
+    if "lora" in first:
+        ours = {
+            "ours_to_lora": first.get("dora_branch", first.get("dora")),
+            "ours_paper_dropout_to_lora": first.get("dora"),
+        }
+        summary |= {key: value / first["lora"] for key, value in ours.items() if value is not None}
+    return summary
+
+
+def saving(totals: Mapping[str, float], method: str) -> float:
+    """What detaching saves, in per cent."""
+    return 100 * (1 - totals[method] / totals[f"{method}_not_detached"])

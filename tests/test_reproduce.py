@@ -13,7 +13,6 @@ import reproduce
 import reproduce_accuracy
 import reproduce_common
 import reproduce_commonsense
-import reproduce_memory
 import reproduce_report as report
 from reproduce_common import RESULTS, Options, Plan, Runs, difference, interval
 
@@ -262,42 +261,6 @@ def test_detach(data, tmp_path):
     totals = content["summary"]["total_mib"]
     assert totals["reference"] < totals["reference_not_detached"]
     assert (tmp_path / "detach_laptop_dry.png").stat().st_size > 10000
-
-
-# ---- memory
-
-
-def test_memory(data, tmp_path):
-    call("memory", data, tmp_path)
-    content = content_of(tmp_path, "memory")
-    for name in ("llama", "vl_bart"):
-        found = content["summary"][name]
-        values = found["total_mib"][found["setting"]]
-        # what the dense algorithm keeps for the norm's gradient is one dense matrix per module, no more and no less
-        extra = values["reference_not_detached"] - values["reference"]
-        assert extra == pytest.approx(found["predicted_mib"], rel=0.05)
-        assert values["dora_not_detached"] - values["dora"] < 0.2 * extra
-        assert found["paper_percent"] == pytest.approx({"llama": 24.4, "vl_bart": 12.4}[name], abs=0.05)
-    assert (tmp_path / "memory_laptop_dry.png").stat().st_size > 10000
-
-
-def test_the_laptop_size_is_the_full_size_shrunk():
-    full, small = (reproduce_memory.LLAMA[size] for size in ("full", "laptop"))
-    assert (full.hidden, full.intermediate) == (8 * small.hidden, 8 * small.intermediate)
-    assert full.vocab * full.hidden == 512 * small.vocab * small.hidden
-    assert full.layers * full.hidden**2 == 512 * small.layers * small.hidden**2
-    for (batch, length), (few, short) in zip(
-        reproduce_memory.LLAMA_SETTINGS["full"], reproduce_memory.LLAMA_SETTINGS["laptop"], strict=True
-    ):
-        assert batch * length == 8 * few * short
-
-
-def test_memory_at_full_size_needs_a_gpu(data, tmp_path, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    with pytest.raises(SystemExit):
-        reproduce.main(["memory", "--size", "full", "--data", str(data), "--results", str(tmp_path)])
-    assert "expected a GPU" in capsys.readouterr().err
 
 
 # ---- pattern
