@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 IGNORE = -100
@@ -89,16 +90,16 @@ def make_batch(
         answer length] with -100 in the padding; answers end with the end of sequence.
     """
     questions = tokenizer([record["question"] for record in records], padding=True, return_tensors="pt")
-    end = tokenizer.eos_token
-    answers = tokenizer(
-        [f"{r['answer']} {end}" for r in records], padding=True, return_tensors="pt", add_special_tokens=False
-    )
+    # its id, not its text behind a space: byte-level BPE would make a token of that space
+    end = tokenizer.eos_token_id
+    answers = tokenizer([record["answer"] for record in records], add_special_tokens=False)["input_ids"]
+    labels = [torch.tensor([*ids, end]) for ids in answers]
     features = part.pictures([record["picture"] for record in records])
     return {
         "visual_features": torch.zeros_like(features) if blank else features,
         "input_ids": questions["input_ids"],
         "attention_mask": questions["attention_mask"],
-        "labels": answers["input_ids"].masked_fill(answers["attention_mask"] == 0, IGNORE),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
     }
 
 

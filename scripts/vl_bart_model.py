@@ -4,9 +4,10 @@
     model(visual_features=features, input_ids=ids, attention_mask=mask, labels=labels).loss
     model.generate(visual_features=features, input_ids=ids, attention_mask=mask)
 
-A model of transformers, saved and loaded like one. Features [batch, visual_tokens, visual_dim] are those of regions
-that a detector found, as in VL-T5, or plainly the pixels of patches. They are projected to the width of the encoder,
-get an embedding of their place, and stand before the text; both get BART's own position embeddings.
+A model of transformers, saved and loaded like one; where this module is imported, `AutoModelForSeq2SeqLM` loads it too.
+Features [batch, visual_tokens, visual_dim] are those of regions that a detector found, as in VL-T5, or plainly the
+pixels of patches. They are projected to the width of the encoder, get an embedding of their place, and stand before the
+text; both get BART's own position embeddings.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedTokenizerBase,
+)
 
 # Widths of bart-base and of VL-T5's features; at laptop size every width is an eighth.
 SIZES: dict[str, dict[str, int]] = {
@@ -71,13 +78,21 @@ class VlBartForConditionalGeneration(BartForConditionalGeneration):
 
     @classmethod
     def from_bart(cls, name_or_path: str, visual_dim: int, visual_tokens: int) -> VlBartForConditionalGeneration:
-        """A pretrained BART with a fresh visual embedding."""
-        bart = BartForConditionalGeneration.from_pretrained(name_or_path)
+        """A pretrained BART with a fresh visual embedding, and with its settings of generation.
+
+        Raises:
+            ValueError: the model is of another kind, or lacks weights.
+        """
+        if (kind := AutoConfig.from_pretrained(name_or_path).model_type) != "bart":
+            raise ValueError(f"{name_or_path}: expected a model of type 'bart', found {kind!r}.")
+        bart, info = BartForConditionalGeneration.from_pretrained(name_or_path, output_loading_info=True)
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"{name_or_path}: expected all weights of BART, found none for {missing[0]}.")
         settings = bart.config.to_dict() | {"visual_dim": visual_dim, "visual_tokens": visual_tokens}
         settings = {key: value for key, value in settings.items() if key not in ("model_type", "architectures")}
         model = cls(VlBartConfig(**settings))
-        left_out = model.load_state_dict(bart.state_dict(), strict=False)
-        assert all(name.startswith("visual_embedding.") for name in left_out.missing_keys)
+        model.load_state_dict(bart.state_dict(), strict=False)
+        model.generation_config = bart.generation_config  # transformers keeps beams and forced tokens out of the config
         return model
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
@@ -108,6 +123,10 @@ class VlBartForConditionalGeneration(BartForConditionalGeneration):
         return embedded, torch.cat([attention_mask.new_ones(visual.shape[:2]), attention_mask], dim=1)
 
 
+AutoConfig.register(VlBartConfig.model_type, VlBartConfig)
+AutoModelForSeq2SeqLM.register(VlBartConfig, VlBartForConditionalGeneration)
+
+
 def build_vl_bart(size: str) -> VlBartForConditionalGeneration:
     """A model with random weights: bart-base's widths with size "full", an eighth of them with "laptop", or "toy"."""
     shape = SIZES[size]
@@ -123,6 +142,32 @@ def build_vl_bart(size: str) -> VlBartForConditionalGeneration:
             encoder_ffn_dim=shape["ffn"],
             decoder_ffn_dim=shape["ffn"],
             visual_dim=shape["visual_dim"],
+        )
+    )
+
+
+def build_small(
+    tokenizer: PreTrainedTokenizerBase, d_model: int, layers: int, visual_dim: int, visual_tokens: int
+) -> VlBartForConditionalGeneration:
+    """A model to train from scratch, with 4 heads, for texts of this tokenizer's words; no token is forced."""
+    ids: dict[str, Any] = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    ids |= {"decoder_start_token_id": tokenizer.eos_token_id, "forced_eos_token_id": None}
+    torch.manual_seed(0)
+    return VlBartForConditionalGeneration(
+        VlBartConfig(
+            vocab_size=len(tokenizer),
+            max_position_embeddings=128,
+            d_model=d_model,
+            encoder_layers=layers,
+            decoder_layers=layers,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=4 * d_model,
+            decoder_ffn_dim=4 * d_model,
+            visual_dim=visual_dim,
+            visual_tokens=visual_tokens,
+            dropout=0.0,
+            **ids,
         )
     )
 
