@@ -226,7 +226,7 @@ def train_all(runs: Runs, laboratory: Laboratory, methods: Sequence[str]) -> dic
                 "method": method,
                 "rank": rank,
                 "rate": best,
-                "edge": len(rates) > 1 and best in (min(rates), max(rates)),  # the best one may lie beyond the grid
+                "edge": len(rates) > 2 and best in (min(rates), max(rates)),  # the best one may lie beyond the grid
                 "validation_loss_by_rate": {f"{rate:g}": loss for rate, loss in tried.items()},
                 "accuracies": accuracies,
                 "mean": statistics.mean(accuracies),

@@ -199,7 +199,16 @@ def accuracy_table(content: Content) -> list[str]:
          f"{100 * c['mean']:.1f} +- {100 * c['spread']:.1f} %", f"{c['test_loss']:.3f}" if "test_loss" in c else "-"]
         for c in content["summary"]["cases"].values()
     ]  # fmt: skip
-    return table(["task", "method", "rank", "rate", "accuracy", "test loss"], rows)
+    lines = table(["task", "method", "rank", "rate", "accuracy", "test loss"], rows)
+    tried: dict[str, list[str]] = {}
+    for c in content["summary"]["cases"].values():
+        for rate in c.get("validation_loss_by_rate", ()):
+            if rate not in (found := tried.setdefault(f"{c['task']} {'full' if not c['rank'] else 'adapters'}", [])):
+                found.append(rate)
+    if tried:
+        rates = "; ".join(f"{name} {', '.join(sorted(found, key=float))}" for name, found in tried.items())
+        lines += ["", f"Rates tried, for each method and rank, by validation loss of the first seed: {rates}."]
+    return lines
 
 
 def describe_rate(case: Mapping[str, Any]) -> str:
