@@ -14,6 +14,7 @@ from typing import Any
 
 from benchmark_common import replacing
 from reproduce_common import Options
+from reproduce_memory_figure import METHODS
 
 SIZES = ("full", "laptop")
 YES, PARTLY, NO, OPEN = "reproduced", "partly", "not reproduced", "not measured yet"
@@ -40,10 +41,13 @@ def judge_memory(name: str) -> Callable[[Contents], tuple[str, str]]:
         saved, paper = found["saving_percent"].get("reference"), found["paper_percent"]
         if saved is None:
             return "the paper's setting did not fit into memory", OPEN
-        figure = (
-            f"dense algorithm {saved:.1f} % (predicted {found['predicted_percent']:.1f} %); ours "
-            f"{found['saving_percent']['dora']:.1f} %, which takes {found['ours_to_lora']:.2f} of LoRA's memory"
-        )
+        figure = f"dense algorithm {saved:.1f} % (predicted {found['predicted_percent']:.1f} %)"
+        if "dora" in found["saving_percent"]:
+            figure += f"; ours {found['saving_percent']['dora']:.1f} %"
+        if "ours_to_lora" in found:
+            figure += f", which takes {found['ours_to_lora']:.2f} of LoRA's memory by default"
+            if found["ours_paper_dropout_to_lora"] != found["ours_to_lora"]:
+                figure += f", {found['ours_paper_dropout_to_lora']:.2f} with the paper's dropout"
         values = found["saving_percent_by_setting"].values()
         if abs(saved - paper) <= 0.2 * paper:
             return figure, YES
@@ -125,8 +129,6 @@ def judge_vl_bart(contents: Contents) -> tuple[str, str]:
 
 NAMES = {
     "full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "dora_not_detached": "DoRA, not detached",
-    "dora_branch": "DoRA (ours), dropout on the branch", "peft_dora": "DoRA (PEFT)", "base": "before training",
-    "reference": "DoRA, dense", "reference_not_detached": "DoRA, dense, not detached",
 }  # fmt: skip
 
 
@@ -150,10 +152,13 @@ def detail_memory(content: Content) -> list[str]:
     for name, title in (("llama", "LLaMA-7B"), ("vl_bart", "VL-BART")):
         found = content["summary"][name]
         values = found["total_mib"][found["setting"]]
-        lines += ["", f"{title}, batch x length {found['setting']}: training memory", ""]
+        lines += ["", f"{title}, batch x length {found['setting']}: training memory, with the paper's dropout", ""]
         lines += table(
             ["", "MiB", "to LoRA"],
-            [[memory_name(m), f"{v:,.1f}", f"{v / values['lora']:.2f}"] for m, v in values.items()],
+            [
+                [METHODS[m].replace("\n", " "), f"{v:,.1f}", f"{v / values['lora']:.2f}" if "lora" in values else "-"]
+                for m, v in values.items()
+            ],
         )
         lines += ["", f"{title}: what detaching saves on the dense algorithm", ""]
         predicted = found["predicted_percent_by_setting"]
@@ -163,12 +168,6 @@ def detail_memory(content: Content) -> list[str]:
         ]
         lines += table(["batch x length", "measured", "predicted"], rows)
     return lines
-
-
-def memory_name(method: str) -> str:
-    return {
-        "dora": "DoRA (ours)", "dora_not_detached": "DoRA (ours), not detached", "lora": "LoRA (PEFT)"
-    }.get(method) or NAMES.get(method, method)  # fmt: skip
 
 
 def detail_detach(content: Content) -> list[str]:
