@@ -89,7 +89,7 @@ class Runs:
         settings = json.loads(json.dumps(settings))  # as the file gives it back
         self.content: dict[str, Any] = {"claim": claim, "size": options.size, "command": options.command}
         self.content |= {"settings": settings, "machines": [], "runs": {}}
-        self.done = 0  # runs that this command asked for
+        self.asked: set[str] = set()  # the keys that this command asked for
         self.adopted: set[str] = set()  # and has not asked for yet
         if self.path.is_file() and not self.take(self.path):
             self.path.replace(self.path.with_name(f"{self.path.name}.bak"))
@@ -123,7 +123,7 @@ class Runs:
 
     def do(self, key: str, run: Callable[[], dict[str, Any]], total: int | None = None) -> dict[str, Any]:
         """The result of `run` under `key`, from the file where it has one."""
-        self.done += 1
+        self.asked.add(key)
         self.adopted.discard(key)
         if key not in self.runs:
             start = time.perf_counter()
@@ -134,7 +134,7 @@ class Runs:
             seconds = round(time.perf_counter() - start, 1)
             self.runs[key] = result | {"seconds": seconds, "machine": machines.index(here)}
             self.write()
-            place = "" if total is None else f"[{self.done}/{total}] "
+            place = "" if total is None else f"[{len(self.asked)}/{total}] "
             print(f"{place}{key}: {describe(self.runs[key])}", flush=True)
         return self.runs[key]
 
