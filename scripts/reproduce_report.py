@@ -320,7 +320,10 @@ def page(results: Path) -> str:
     for claim in DETAILS:
         rules = [row for row in ROWS if row.claim == claim]
         sections += ["", f"## {'; '.join(row.title for row in rules)}", ""]
-        sections += [f"- {row.title}: {row.rule}." for row in rules if row is rules[0] or row.rule != rules[0].rule]
+        if len({row.rule for row in rules}) == 1:
+            sections.append(f"- Verdict: {rules[0].rule}.")
+        else:
+            sections += [f"- Verdict, {row.title}: {row.rule}." for row in rules]
         for size in SIZES:
             content = by_size[size].get(claim)
             if content is not None:
@@ -347,9 +350,13 @@ def pictures(results: Path, claim: str, size: str) -> list[Path]:
 
 
 def describe_run(content: Content, size: str) -> list[str]:
-    """Command, hardware, seeds and time of a result file."""
-    seconds = sum(run["seconds"] for run in content["runs"].values())
-    lines = [f"- {size} size: `{content['command']}`, {max(1, count_seeds(content))} seeds, {seconds / 60:.0f} minutes"]
+    """Command, seeds, dtype, time and hardware of a result file."""
+    seconds, seeds = sum(run["seconds"] for run in content["runs"].values()), max(1, count_seeds(content))
+    dtype = content["settings"].get("dtype", "torch.float32").removeprefix("torch.")
+    lines = [
+        f"- {size} size: `{content['command']}`, {seeds} seed{'s' * (seeds > 1)}, {dtype}, {seconds / 60:.0f} minutes, "
+        "the time of all runs added up"
+    ]
     return lines + [f"- {hardware(machine)}" for machine in content["machines"]]
 
 
