@@ -205,7 +205,7 @@ def draw_ranks(runs: Runs, title: str) -> None:
 
     summary = runs.content["summary"]
     tasks = list(summary["gains"])
-    figure = Figure(figsize=(6.5 * len(tasks), 4.6), layout="constrained")
+    figure = Figure(figsize=(4.8 * len(tasks), 4.4), layout="constrained")
     figure.suptitle(title)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         cases = [case for case in summary["cases"].values() if case["task"] == task]
