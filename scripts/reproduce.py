@@ -12,8 +12,8 @@ pattern, longer training of SmolLM2). Every claim writes `CLAIM_SIZE.json` and i
 `scripts/reproduce/results/`, where the results that the repository holds lie as well: a command goes on from them, and
 `--force` measures anew. A run that was killed goes on where it was, without `--force`.
 
-The accuracy that is stored there is that of a larger grid, with learning rates chosen for each method and rank, of an
-hour and a half. On a GPU, all five ranks of the paper:
+The accuracy that is stored there is that of a larger grid, with learning rates chosen for each method and rank, of some
+two hours; so is the cost of detaching. On a GPU, the last line has all five ranks of the paper:
 
     python scripts/reproduce.py accuracy --tasks spelling cities --ranks 2 8 32 --num_rates 2
     python scripts/reproduce.py detach   --tasks spelling cities --ranks 8 --num_rates 2

@@ -101,10 +101,9 @@ class Runs:
         other = json.loads(path.read_text(encoding="utf-8"))
         if other["settings"] != self.content["settings"] or self.options.force:
             return False
-        offset = len(self.content["machines"])
-        self.content["machines"] += other["machines"]
+        places = [self.place(machine) for machine in other["machines"]]
         for key, run in other["runs"].items():
-            self.runs.setdefault(key, run | {"machine": run["machine"] + offset})
+            self.runs.setdefault(key, run | {"machine": places[run["machine"]]})
         for number, machine in enumerate(other["machines"]):
             count = sum(run["machine"] == number for run in other["runs"].values())
             where = f"{machine['processor']} at commit {(machine['commit'] or 'unknown')[:9]}"
@@ -117,6 +116,13 @@ class Runs:
         if path.is_file() and self.take(path):
             self.adopted = set(self.runs) - own
 
+    def place(self, machine: dict[str, Any]) -> int:
+        """Where a machine stands in the list, at its end where it is new."""
+        machines: list[dict[str, Any]] = self.content["machines"]
+        if machine not in machines:
+            machines.append(machine)
+        return machines.index(machine)
+
     @property
     def runs(self) -> dict[str, Any]:
         return self.content["runs"]
@@ -128,11 +134,8 @@ class Runs:
         if key not in self.runs:
             start = time.perf_counter()
             result = run()
-            here, machines = describe_machine(self.device), self.content["machines"]
-            if here not in machines:
-                machines.append(here)
             seconds = round(time.perf_counter() - start, 1)
-            self.runs[key] = result | {"seconds": seconds, "machine": machines.index(here)}
+            self.runs[key] = result | {"seconds": seconds, "machine": self.place(describe_machine(self.device))}
             self.write()
             place = "" if total is None else f"[{len(self.asked)}/{total}] "
             print(f"{place}{key}: {describe(self.runs[key])}", flush=True)

@@ -112,6 +112,7 @@ def test_runs_of_another_claim_are_adopted_under_equal_settings(tmp_path):
     runs.adopt("accuracy")
     runs.do("two", lambda: {"value": 2.0})
     runs.finish({})
+    assert len(runs.content["machines"]) == 1
     assert {key: run["value"] for key, run in runs.runs.items()} == {"two": 1.0}  # what it rests on, and no more
 
 
@@ -475,6 +476,7 @@ def test_stored_results_suffice_for_a_verdict():
     for claim, content in contents.items():
         assert claim == "memory" or report.count_seeds(content) >= report.MIN_SEEDS
         assert {run["machine"] for run in content["runs"].values()} == set(range(len(content["machines"])))
+        assert len(content["machines"]) == len({json.dumps(machine) for machine in content["machines"]})
         assert list(RESULTS.glob(f"{claim}_laptop*.png"))
     pictures = contents["vl_bart"]["summary"]
     assert min(method["mean"] for method in pictures["methods"].values()) > pictures["question_only"]
