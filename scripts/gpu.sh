@@ -8,8 +8,9 @@
 #     bash scripts/gpu.sh --list
 #
 # Call it again until it says "all stages are done". A stage is done when its result is in scripts/benchmarks/results/
-# (RESULTS names another folder; the reproduction's are in scripts/reproduce/results/), the tests when they have passed at this version of the files. Uses the torch,
-# transformers and peft that PYTHON (default: python3) finds; stage qdora needs bitsandbytes, stage tests pytest.
+# (RESULTS names another folder) or, of the reproduction, in scripts/reproduce/results/, the tests when they have passed
+# at this version of the files. Uses the torch, transformers and peft that PYTHON (default: python3) finds; stage qdora
+# needs bitsandbytes, stage tests pytest.
 # Where the files come without their repository, DORA_PEFT_COMMIT names the commit for the results.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

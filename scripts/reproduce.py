@@ -7,8 +7,8 @@
     python scripts/reproduce.py detach   --size laptop    # accuracy and memory with and without detaching
     python scripts/reproduce.py report                    # REPRODUCTION.md from all results
 
-`--size laptop` takes under 20 minutes each on 2 CPU cores; `--size full` is the paper's size, on a GPU of 80 GB (for
-pattern, longer training of SmolLM2). Every claim writes `CLAIM_SIZE.json` and its figures to
+`--size laptop` is meant to take under 20 minutes each on 2 idle CPU cores, `memory` 4; `--size full` is the paper's
+size, on a GPU of 80 GB (for pattern, longer training of SmolLM2). Every claim writes `CLAIM_SIZE.json` and figures to
 `scripts/reproduce/results/`, where the results that the repository holds lie as well: a command goes on from them, and
 `--force` measures anew. A run that was killed goes on where it was, without `--force`.
 

@@ -312,8 +312,10 @@ def conclude(found: Mapping[str, Any]) -> str:
     measured, predicted = (f"{found['saved_mib'][name]:.2f} MiB" for name in ("measured", "predicted"))
     text = (
         f"detaching saves {measured} (predicted {predicted}) or {found['saving_percent']['reference']:.1f} % on the "
-        f"dense algorithm (paper {found['paper_percent']:.1f} %), {found['saving_percent']['dora']:.1f} % on ours"
+        f"dense algorithm (paper {found['paper_percent']:.1f} %)"
     )
+    if "dora" in found["saving_percent"]:  # it may not have fitted
+        text += f", {found['saving_percent']['dora']:.1f} % on ours"
     return f"{text}; ours takes {found['ours_to_lora']:.2f} of LoRA's memory" if "ours_to_lora" in found else text
 
 

@@ -74,7 +74,7 @@ def train_sharded(rank: int, folder: Path) -> None:
     dist.barrier()
     dist.destroy_process_group()
     # Threads of gloo and of imported libraries may ask for the interpreter while it is taken down, which then ends the
-    # process by SIGABRT ("terminate called without an active exception"), once in some hundred runs of a full suite.
+    # process by SIGABRT ("terminate called without an active exception"); seen once, in a run of the whole suite.
     os._exit(0)
 
 
