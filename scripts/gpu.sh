@@ -43,7 +43,7 @@ run_stage() {
             "${RUN[@]}" -m pytest -q -p no:cacheprovider tests/test_choice.py tests/test_fused.py
         else
             "${RUN[@]}" -m pytest -q -p no:cacheprovider -m "gpu or not gpu" \
-                tests/test_kernels.py tests/test_norm_kernels.py tests/test_fused.py
+                tests/test_kernels.py tests/test_dropout_kernels.py tests/test_norm_kernels.py tests/test_fused.py
         fi
         ;;
     kernels) "${RUN[@]}" scripts/benchmark_kernels.py --device "$DEVICE" --results "$RESULTS" ${TOY_KERNELS:-} ;;
@@ -78,7 +78,7 @@ run_stage() {
     esac
 }
 
-fingerprint() { cat dora_peft/*.py tests/test_kernels.py tests/test_norm_kernels.py tests/test_fused.py | cksum | cut -d' ' -f1; }
+fingerprint() { cat dora_peft/*.py tests/test_kernels.py tests/test_dropout_kernels.py tests/test_norm_kernels.py tests/test_fused.py | cksum | cut -d' ' -f1; }
 
 is_done() {
     case $1 in
