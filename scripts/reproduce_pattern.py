@@ -39,7 +39,7 @@ def plan_of(options: Options) -> tuple[Plan, int]:
         return Plan(seeds=(0, 1), **sizes), 2
     if options.size == "full":
         return Plan(steps=1000, batch=32, num_train=50000), 200
-    return Plan(steps=50, seeds=(0, 1, 2)), 10
+    return Plan(steps=40, batch=8, seeds=(0, 1, 2)), 8
 
 
 def run(options: Options) -> None:
