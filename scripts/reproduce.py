@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--force", action="store_true", help="measure anew what the files of results have")
     parser.add_argument("--dry_run", action="store_true", help="everything at toy size; the figures mean nothing")
     parser.add_argument("--config", type=Path, help="vl_bart: its settings (default: of configs/vl_bart_*.yaml)")
+    parser.add_argument("--model", help="vl_bart: a pretrained BART, folder or Hub id such as facebook/bart-base")
     grid = parser.add_argument_group("accuracy and detach: a larger or smaller grid, which reuses the runs of others")
     for name, kind in GRID.items():
         grid.add_argument(f"--{name}", nargs="+", type=kind, help="also of vl_bart" if name == "seeds" else None)
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else list(argv)
     args = vars(parser.parse_args(argv))
-    claim, config = args.pop("claim"), args.pop("config")
+    claim, config, model = (args.pop(name) for name in ("claim", "config", "model"))
     grid: dict[str, Any] = {name: args.pop(name) for name in (*GRID, "num_rates")}
     # a value that is given twice would count as two
     grid = {name: tuple(dict.fromkeys(v)) if isinstance(v, list) else v for name, v in grid.items() if v}
@@ -71,8 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unfitting := sorted(set(grid) - fitting):
         others = ", detach and vl_bart" if unfitting == ["seeds"] else " and detach"
         parser.error(f"--{unfitting[0]} is for accuracy{others}, not for {claim}")
-    if config is not None and claim != "vl_bart":
-        parser.error(f"--config is for vl_bart, not for {claim}")
+    for name, value in (("config", config), ("model", model)):
+        if value is not None and claim != "vl_bart":
+            parser.error(f"--{name} is for vl_bart, not for {claim}")
+    if args["size"] == "full" and not args["dry_run"] and claim != "report" and options.device.type == "cpu":
+        parser.error("--size full needs a GPU of 80 GB, and found none; --size laptop is for CPUs")
     if args["size"] == "full" and not args["dry_run"] and (ignored := {"tasks", "num_rates"} & set(grid)):
         parser.error(f"--{sorted(ignored)[0]} is for the laptop size; the full one trains as the paper did")
     module = importlib.import_module("reproduce_accuracy" if claim == "detach" else f"reproduce_{claim}")
@@ -81,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             plan = dataclasses.replace(module.plan_of(options), **grid)
             module.run(options, plan) if claim == "accuracy" else module.run_detach(options, plan)
         elif claim == "vl_bart":
-            module.run(options, config, grid.get("seeds"))
+            module.run(options, config, grid.get("seeds"), model)
         else:
             module.run(options)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:  # OSError: such as a model that the Hub does not give
         if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
             raise  # torch's own, such as a lack of memory, need their traceback
         parser.error(str(error))

@@ -36,7 +36,7 @@ from finetune_llama import AnswerTrainer, training_arguments
 from llama_config import FinetuneConfig
 from llama_data import IGNORE, AnswerCollator, load_records, tokenize_records
 from llama_model import adapter_config, load_base_model, load_tokenizer
-from reproduce_common import Options, Plan, Runs, difference, draw_ranks
+from reproduce_common import Options, Plan, Runs, choose_rate, difference, draw_ranks
 
 # Files of prompt/completion records, and the command that writes them.
 TASKS = {
@@ -218,7 +218,7 @@ def train_all(runs: Runs, laboratory: Laboratory, methods: Sequence[str]) -> dic
         for method, rank in cases:
             rates = [round(rate / 10, 9) if method == "full" else rate for rate in RATES[task][: plan.num_rates]]
             tried = {rate: do(Trial(task, method, rank, rate, plan.seeds[0]))["validation_loss"] for rate in rates}
-            best = min(tried, key=lambda rate: tried[rate])
+            best, edge = choose_rate(tried)
             found = [do(Trial(task, method, rank, best, seed)) for seed in plan.seeds]
             accuracies = [result["accuracy"] for result in found]
             summary[f"{task} {method}" + (f" r={rank}" if rank else "")] = {
@@ -226,7 +226,7 @@ def train_all(runs: Runs, laboratory: Laboratory, methods: Sequence[str]) -> dic
                 "method": method,
                 "rank": rank,
                 "rate": best,
-                "edge": len(rates) > 2 and best in (min(rates), max(rates)),  # the best one may lie beyond the grid
+                "edge": edge,  # the best one may lie beyond the grid
                 "validation_loss_by_rate": {f"{rate:g}": loss for rate, loss in tried.items()},
                 "accuracies": accuracies,
                 "mean": statistics.mean(accuracies),
@@ -267,7 +267,7 @@ def run(options: Options, plan: Plan) -> None:
         print(f"{case:<24} {rate} accuracy {found['mean']:6.1%} +- {found['spread']:.1%}")
     for task, gain in runs.content["summary"]["gains"].items():
         print(
-            f"{task}: DoRA - LoRA {gain['mean']:+.2%} [{gain['low']:+.2%}, {gain['high']:+.2%}], {gain['count']} pairs"
+            f"{task}: DoRA - LoRA {gain['mean']:+.2%} [{gain['low']:+.2%}, {gain['high']:+.2%}], {gain['count']} seeds"
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmark_common import describe_machine, replacing
 
@@ -78,7 +79,8 @@ class Runs:
         runs.finish(summary)
 
     The file holds `claim`, `size`, `command`, `settings`, `machines`, `runs` by their keys, each with its `seconds` and
-    the place of its `machine` in that list, and `summary`, once all is there. A dry run has a file of its own.
+    the place of its `machine` in that list, and once all is there `summary` and the `seeds` that it is of; runs of an
+    earlier, larger command may stand in the file as well. A dry run has a file of its own.
 
     Args:
         settings: What every run depends on. A file with other settings is kept beside, as `CLAIM_SIZE.json.bak`.
@@ -149,6 +151,7 @@ class Runs:
         self.content["machines"] = [self.content["machines"][place] for place in places]
         for run in self.runs.values():
             run["machine"] = places.index(run["machine"])
+        self.content["seeds"] = sorted({self.runs[key]["seed"] for key in self.asked if "seed" in self.runs[key]})
         self.content["summary"] = summary
         self.write()
         print(f"wrote {self.path}")
@@ -168,38 +171,39 @@ def describe(result: dict[str, Any]) -> str:
     return "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
 
 
+def choose_rate(losses: Mapping[float, float]) -> tuple[float, bool]:
+    """The rate of the lowest validation loss, and whether it is at the edge of a grid of several."""
+    # a run that diverged has no loss to compare
+    best = min(losses, key=lambda rate: math.inf if math.isnan(losses[rate]) else losses[rate])
+    return best, len(losses) > 1 and best in (min(losses), max(losses))
+
+
 def difference(
     summary: Mapping[str, Mapping[str, Any]], task: str, methods: tuple[str, str] = ("dora", "lora")
 ) -> dict[str, float]:
-    """The first method's accuracy minus the second's, paired by rank and seed: mean and 95 % interval.
+    """The first method's accuracy minus the second's, averaged over ranks and paired by seed: mean and 95 % interval.
 
-    Runs of one seed see the same records in the same order at every rank, and runs of one rank share its learning
-    rate, so the interval draws ranks and seeds, not pairs.
+    Runs of one seed see the same records in the same order at every rank, so that a seed counts once.
     """
     one, other = (
         {case["rank"]: case["accuracies"] for case in summary.values() if (case["task"], case["method"]) == (task, m)}
         for m in methods
     )
-    return interval(
-        torch.tensor(
-            [[a - b for a, b in zip(one[rank], other[rank], strict=True)] for rank in one], dtype=torch.float64
-        )
-    )
+    gains = [[a - b for a, b in zip(one[rank], other[rank], strict=True)] for rank in one]
+    return interval([statistics.mean(of_seed) for of_seed in zip(*gains, strict=True)])
 
 
-def interval(values: Sequence[float] | Tensor, draws: int = 10000) -> dict[str, float]:
-    """Mean, and the 2.5 % and 97.5 % quantiles of the means of samples drawn with replacement.
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """Mean and 95 % interval, by Student's t, of what was found with several seeds.
 
-    Args:
-        values: Numbers, or a matrix whose rows and columns are drawn, each on their own.
+    Of three values a bootstrap would give little more than their range, which holds the mean three times in four. One
+    value has no interval: its ends are the value.
     """
-    numbers = torch.as_tensor(values, dtype=torch.float64)
-    numbers = numbers.view(-1, numbers.shape[-1])  # one row where it was a vector
-    generator = torch.Generator().manual_seed(0)
-    rows, columns = (torch.randint(size, (draws, size), generator=generator) for size in numbers.shape)
-    means = numbers[rows[:, :, None], columns[:, None, :]].mean((1, 2))
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return {"mean": numbers.mean().item(), "low": low, "high": high, "count": numbers.numel()}
+    from scipy import stats
+
+    mean, count = statistics.mean(values), len(values)
+    width = stats.t.ppf(0.975, count - 1) * statistics.stdev(values) / math.sqrt(count) if count > 1 else 0.0
+    return {"mean": mean, "low": mean - float(width), "high": mean + float(width), "count": count}
 
 
 def draw_ranks(runs: Runs, title: str) -> None:

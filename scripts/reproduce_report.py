@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_common import replacing
-from reproduce_common import Options
+from reproduce_common import Options, interval
 from reproduce_memory_figure import METHODS
 
 SIZES = ("full", "laptop")
 YES, PARTLY, NO, OPEN = "reproduced", "partly", "not reproduced", "not measured yet"
-MIN_SEEDS = 3  # below, an interval over seeds says nothing
+MIN_SEEDS = 3  # with fewer, an interval over seeds is too wide to say anything
 MARGIN = 0.01  # an accuracy within a point of another is as good
 Content = Mapping[str, Any]
 Contents = Mapping[str, Content]  # by claim, of one size
@@ -64,7 +64,7 @@ def judge_detach(contents: Contents) -> tuple[str, str]:
         differences["VL-BART"] = contents["vl_bart"]["summary"]["differences"]["dora - dora_not_detached"]
     figure = "detached - not: " + "; ".join(f"{task} {describe_gain(d)}" for task, d in differences.items())
     figure += f"; memory saved on the dense algorithm {saving['reference']:.1f} %, on ours {saving['dora']:.1f} %"
-    if min(count_seeds(c) for name, c in contents.items() if name in ("detach", "vl_bart")) < MIN_SEEDS:
+    if min(len(c["seeds"]) for name, c in contents.items() if name in ("detach", "vl_bart")) < MIN_SEEDS:
         return figure, OPEN
     if all(d["low"] > -MARGIN for d in differences.values()):
         return figure, YES
@@ -86,7 +86,7 @@ def judge_gain(contents: Contents) -> tuple[str, str]:
     content = contents["accuracy"]
     gains = content["summary"]["gains"]
     figure = "DoRA - LoRA: " + "; ".join(f"{task} {describe_gain(gain)}" for task, gain in gains.items())
-    if count_seeds(content) < MIN_SEEDS:
+    if len(content["seeds"]) < MIN_SEEDS:
         return figure, OPEN
     if all(gain["low"] > -MARGIN for gain in gains.values()):
         return figure, YES
@@ -96,20 +96,24 @@ def judge_gain(contents: Contents) -> tuple[str, str]:
 def judge_low_rank(contents: Contents) -> tuple[str, str]:
     """Whether DoRA's gain at the lowest rank is surely positive and above that at the highest."""
     content = contents["accuracy"]
-    texts, verdicts = [], []
+    texts, certain = [], []
     for task in content["summary"]["gains"]:
         cases = {(c["method"], c["rank"]): c for c in content["summary"]["cases"].values() if c["task"] == task}
         ranks = sorted({rank for _, rank in cases if rank})
         gains = {rank: cases["dora", rank]["mean"] - cases["lora", rank]["mean"] for rank in ranks}
         texts.append(f"{task} " + ", ".join(f"r={rank} {100 * gain:+.1f}" for rank, gain in gains.items()))
         low, high = ranks[0], ranks[-1]
-        pairs = zip(*(cases[m, low]["accuracies"] for m in ("dora", "lora")), strict=True)
-        certain = min(a - b for a, b in pairs) > 0 and gains[low] > gains[high]
-        verdicts.append(YES if certain else PARTLY if gains[low] > max(0.0, gains[high]) else NO)
+        at_low, at_high = (
+            [a - b for a, b in zip(cases["dora", r]["accuracies"], cases["lora", r]["accuracies"], strict=True)]
+            for r in (low, high)
+        )
+        fall = interval([a - b for a, b in zip(at_low, at_high, strict=True)])
+        texts[-1] += f", lowest - highest {describe_gain(fall).replace(' points', '')}"
+        certain.append(interval(at_low)["low"] > 0 and fall["low"] > 0)
     figure = "DoRA - LoRA in points: " + "; ".join(texts)
-    if count_seeds(content) < MIN_SEEDS or len(ranks) < 2:
+    if len(content["seeds"]) < MIN_SEEDS or len(ranks) < 2:
         return figure, OPEN
-    return figure, verdicts[0] if len(set(verdicts)) == 1 else PARTLY
+    return figure, YES if all(certain) else PARTLY if any(certain) else NO
 
 
 def judge_vl_bart(contents: Contents) -> tuple[str, str]:
@@ -120,9 +124,10 @@ def judge_vl_bart(contents: Contents) -> tuple[str, str]:
     gain, to_full = differences["dora - lora"], differences["dora - full"]
     figure += f"; question alone {100 * summary['question_only']:.1f} %; DoRA - LoRA {describe_gain(gain)}"
     figure += f", DoRA - full {describe_gain(to_full)}"
-    if count_seeds(content) < MIN_SEEDS:
+    if len(content["seeds"]) < MIN_SEEDS:
         return figure, OPEN
-    if methods["dora"]["mean"] <= summary["question_only"] or gain["high"] < 0:
+    blind = max(summary["question_only"], methods["dora"]["swapped"])
+    if methods["dora"]["mean"] <= blind or gain["high"] < 0:
         return figure, NO
     return figure, YES if gain["low"] > 0 and to_full["low"] > -MARGIN else PARTLY
 
@@ -130,10 +135,6 @@ def judge_vl_bart(contents: Contents) -> tuple[str, str]:
 NAMES = {
     "full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA", "dora_not_detached": "DoRA, not detached",
 }  # fmt: skip
-
-
-def count_seeds(content: Content) -> int:
-    return len({run["seed"] for run in content["runs"].values() if "seed" in run})
 
 
 def describe_gain(gain: Mapping[str, float]) -> str:
@@ -219,16 +220,22 @@ def describe_rate(case: Mapping[str, Any]) -> str:
 def detail_vl_bart(content: Content) -> list[str]:
     summary = content["summary"]
     rows = [
-        [NAMES[m], describe_rate(e), f"{100 * e['mean']:.1f} +- {100 * e['spread']:.1f} %", f"{100 * e['blank']:.1f} %"]
+        [
+            NAMES[m],
+            describe_rate(e),
+            f"{100 * e['mean']:.1f} +- {100 * e['spread']:.1f} %",
+            f"{100 * e['swapped']:.1f} %",
+        ]
         for m, e in summary["methods"].items()
     ]
     note = (
         f"{summary['num_test']} test questions; the question alone gives {100 * summary['question_only']:.1f} %, the "
         f"backbone before it is adapted {100 * summary['before']:.1f} %."
     )
+    note += " The intervals are over seeds; that the test questions are a sample is not in them."
     if content["settings"]["dataset"] == "easy_vqa":
         note += " The features are silhouettes and colours, made by hand in the place of a trained detector's."
-    return ["", note, "", *table(["method", "rate", "accuracy", "with empty pictures"], rows)]
+    return ["", note, "", *table(["method", "rate", "accuracy", "with another question's picture"], rows)]
 
 
 DETAILS = {
@@ -261,19 +268,20 @@ ROWS = (
     ),
     Row(
         "accuracy", "DoRA matches or beats LoRA", "LLaMA-7B 74.7 to 78.4, LLaMA3-8B 80.8 to 85.2",
-        "reproduced: on every task the whole interval of DoRA's gain over ranks and seeds is above -1 point; not "
+        "reproduced: on every task the whole interval of DoRA's gain, averaged over ranks, is above -1 point; not "
         "reproduced: on every task it is below 0; partly: all else", judge_gain,
     ),
     Row(
         "accuracy", "most clearly at low rank", "r=4: 39.5 to 61.9; r=64: 65.8 to 72.1 (LLaMA-7B)",
-        "reproduced: at the lowest rank every seed gains, and more than at the highest in the mean, on every task; "
-        "partly: the mean gain is positive and above that at the highest rank, or on one task only", judge_low_rank,
+        "reproduced: on every task the intervals of DoRA's gain at the lowest rank, and of that gain minus the gain at "
+        "the highest rank, are above 0; partly: on some task; not reproduced: on none", judge_low_rank,
     ),
     Row(
         "vl_bart", "VL-BART, image questions: DoRA beats LoRA and equals full fine-tuning",
         "full 77.3, LoRA 76.5, DoRA 77.4 (average of four tasks)",
         "reproduced: the interval of DoRA's gain over LoRA is above 0, and that over full fine-tuning above -1 point; "
-        "not reproduced: DoRA's gain is below 0, or DoRA below who never looks; partly: all else", judge_vl_bart,
+        "not reproduced: that over LoRA is below 0 as a whole, or DoRA answers no better than who sees the question "
+        "alone, or than with another question's picture; partly: all else", judge_vl_bart,
     ),
 )  # fmt: skip
 
@@ -289,6 +297,8 @@ def load(results: Path, size: str) -> dict[str, Content]:
         path = Options(results=results, size=size).path(claim)
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if "summary" in content:
+            if "seeds" not in content:
+                raise ValueError(f"{path}: written by an older version. Run `{content['command']}` again.")
             found[claim] = content
     return found
 
@@ -351,7 +361,7 @@ def pictures(results: Path, claim: str, size: str) -> list[Path]:
 
 def describe_run(content: Content, size: str) -> list[str]:
     """Command, seeds, dtype, time and hardware of a result file."""
-    seconds, seeds = sum(run["seconds"] for run in content["runs"].values()), max(1, count_seeds(content))
+    seconds, seeds = sum(run["seconds"] for run in content["runs"].values()), max(1, len(content["seeds"]))
     dtype = content["settings"].get("dtype", "torch.float32").removeprefix("torch.")
     lines = [
         f"- {size} size: `{content['command']}`, {seeds} seed{'s' * (seeds > 1)}, {dtype}, {seconds / 60:.0f} minutes, "

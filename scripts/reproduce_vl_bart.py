@@ -4,7 +4,7 @@ Called by `scripts/reproduce.py vl_bart`; the settings are those of configs/vl_b
 at hand, a small one is first trained in full on some kinds of questions and kept in outputs/reproduce; each method then
 adapts it to another kind. A grid of learning rates of equal size is tried for each method with the first seed; that
 with the lowest loss on training pictures that are held out gets all seeds. Reported is the accuracy on the test part,
-beside that of guessing from the question alone and of the adapted model with empty pictures.
+beside that of guessing from the question alone and of the adapted model with another question's picture.
 
 easy-vqa's pictures do not go in as pixels alone: their features are made by hand, silhouettes and colours that stand
 for those of a trained detector, as scripts/prepare_easy_vqa.py says. So the figures compare the methods, not VL-BART
@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -36,7 +35,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_linear_sche
 from benchmark_common import replacing
 from benchmark_models import share_weights
 from dora_peft import DoraConfig, param_groups
-from reproduce_common import Options, Runs, interval
+from reproduce_common import Options, Runs, choose_rate, interval
 from vl_bart_data import IGNORE, Part, Record, load_part, make_batch, question_only, word_tokenizer
 from vl_bart_model import VlBartForConditionalGeneration, build_small
 
@@ -120,6 +119,11 @@ def load_settings(path: Path) -> Settings:
     if unfit := [rate for rate in rates if not isinstance(rate, float)]:
         # YAML 1.1 reads 1e-3 as text
         raise ValueError(f"{path}: learning_rates: expected numbers such as 1.0e-3, with a point, found {unfit[0]!r}.")
+    if settings.model is not None and not settings.train_visual_embedding:
+        raise ValueError(
+            f"{path}: train_visual_embedding: expected true with model {settings.model}, whose projection of "
+            "pictures is new and would stay random."
+        )
     settings.seeds = list(dict.fromkeys(settings.seeds))
     return settings
 
@@ -148,7 +152,7 @@ class Task:
             "scripts/vl_bart_data.py describes the format."
         )  # fmt: skip
         self.whole, test = (load_part(folder, part, command) for part in ("train", "test"))
-        # held-out pictures, so that no question about a picture of training chooses the learning rate
+        # held-out pictures, so that nothing trained has seen a picture that chooses the learning rate
         held_out = {record["picture"] for record in self.whole.records if record["picture"] % 10 == 0}
 
         def asking(part: Part, pattern: str) -> list[Record]:
@@ -167,7 +171,8 @@ class Task:
         self.backbone: str | None = None
         if settings.model is None:
             pattern = str(settings.backbone_pattern)
-            self.backbone_part = self.whole.select(asking(self.whole, pattern))
+            learnt = asking(self.whole, pattern)
+            self.backbone_part = self.whole.select(r for r in learnt if r["picture"] not in held_out)
             self.backbone_test = test.select(asking(test, pattern)[:1000])
             self.backbone = f"vl_bart_backbone_{self.backbone_digest(options.dry_run)}"
 
@@ -176,7 +181,7 @@ class Task:
         names = ("visual_dim", "visual_tokens", "warmup", "d_model", "layers", "backbone_pattern")
         names += ("backbone_steps", "backbone_batch", "backbone_learning_rate")
         depends_on = {name: getattr(self.settings, name) for name in names} | {"dry_run": dry_run}
-        found = hashlib.sha256(json.dumps([depends_on, self.whole.records]).encode())
+        found = hashlib.sha256(json.dumps([depends_on, self.whole.records, self.backbone_part.records]).encode())
         found.update(self.whole.features.contiguous().view(torch.uint8).numpy())
         return found.hexdigest()[:8]
 
@@ -233,16 +238,20 @@ class Task:
         return statistics.mean(losses[-max(1, steps // 10) :])
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, part: Part, blank: bool = False) -> tuple[float, float]:
+    def evaluate(self, model: nn.Module, part: Part, swapped: bool = False) -> tuple[float, float]:
         """Accuracy, and mean cross-entropy per token of the answers.
 
         Accuracy is the share of answers each of whose tokens the model prefers: greedy generation would write just
-        those.
+        those. With `swapped`, each question comes with the picture of another, half of the records further on: real
+        pictures, which tell nothing about the answer.
         """
         model.eval()
-        right, loss, tokens = 0, 0.0, 0
-        for start in range(0, len(part.records), 250):
-            batch = make_batch(part, part.records[start : start + 250], self.tokenizer, blank)
+        right, loss, tokens, count = 0, 0.0, 0, len(part.records)
+        shift = count // 2 if swapped else 0
+        pictures = [part.records[(place + shift) % count]["picture"] for place in range(count)]
+        for start in range(0, count, 250):
+            chosen = slice(start, start + 250)
+            batch = make_batch(part, part.records[chosen], self.tokenizer, pictures[chosen])
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
             labels, logits = batch["labels"], model(**batch).logits
             right += int(((logits.argmax(-1) == labels) | (labels == IGNORE)).all(1).sum())
@@ -271,15 +280,8 @@ class Task:
         return {
             "method": method, "rate": rate, "seed": seed, "loss": loss, "validation": validation,
             "validation_loss": validation_loss, "accuracy": self.evaluate(model, self.test)[0],
-            "blank": self.evaluate(model, self.test, blank=True)[0],
+            "swapped": self.evaluate(model, self.test, swapped=True)[0],
         }  # fmt: skip
-
-
-def choose_rate(losses: Mapping[float, float]) -> tuple[float, bool]:
-    """The rate of the lowest validation loss, and whether it is at the edge of a grid of several."""
-    # a run that diverged has no loss to compare
-    best = min(losses, key=lambda rate: math.inf if math.isnan(losses[rate]) else losses[rate])
-    return best, len(losses) > 1 and best in (min(losses), max(losses))
 
 
 def difference(methods: Mapping[str, Mapping[str, Any]], one: str, other: str) -> dict[str, float]:
@@ -287,10 +289,20 @@ def difference(methods: Mapping[str, Mapping[str, Any]], one: str, other: str) -
     return interval([a - b for a, b in zip(methods[one]["accuracies"], methods[other]["accuracies"], strict=True)])
 
 
-def run(options: Options, config: Path | None = None, seeds: tuple[int, ...] | None = None) -> None:
-    """Train and measure every method, store and draw."""
+def run(
+    options: Options, config: Path | None = None, seeds: tuple[int, ...] | None = None, model: str | None = None
+) -> None:
+    """Train and measure every method, store and draw.
+
+    Args:
+        config: The settings; default configs/vl_bart_image.yaml at full size, vl_bart_easy_vqa.yaml on a laptop.
+        seeds, model: In the place of those of the settings. Every method trains the projection of the pictures of a
+            `model`, which is new.
+    """
     default = "vl_bart_image" if options.size == "full" else "vl_bart_easy_vqa"
     settings = load_settings(config or CONFIGS / f"{default}.yaml")
+    if model is not None:
+        settings = replace(settings, model=model, train_visual_embedding=True)
     if options.dry_run:
         settings = toy(settings)
     chosen = list(seeds or settings.seeds)
@@ -319,7 +331,7 @@ def run(options: Options, config: Path | None = None, seeds: tuple[int, ...] | N
             "accuracies": accuracies,
             "mean": statistics.mean(accuracies),
             "spread": statistics.stdev(accuracies) if len(found) > 1 else 0.0,
-            "blank": statistics.mean(result["blank"] for result in found),
+            "swapped": statistics.mean(result["swapped"] for result in found),
         }
     summary = {
         "methods": methods,
@@ -341,8 +353,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     for method, entry in summary["methods"].items():
         rate = f"{entry['rate']:g}{', at the edge of its grid,' if entry['edge'] else ''}"
         print(
-            f"{method:<18} lr {rate} accuracy {entry['mean']:.1%} +- {entry['spread']:.1%}, with empty pictures "
-            f"{entry['blank']:.1%}"
+            f"{method:<18} lr {rate} accuracy {entry['mean']:.1%} +- {entry['spread']:.1%}, with other pictures "
+            f"{entry['swapped']:.1%}"
         )
     for name, gain in summary["differences"].items():
         low, high = 100 * gain["low"], 100 * gain["high"]
@@ -367,8 +379,8 @@ def draw(runs: Runs) -> None:
         label = f"{100 * entry['mean']:.1f}" + (f"\n(paper {paper[method]})" if method in paper else "")
         left.bar_label(bar, [label], padding=7, fontsize=10)
         left.plot([place] * len(entry["accuracies"]), [100 * a for a in entry["accuracies"]], "k.", markersize=5)
-        cross = "empty pictures" if place == 0 else None
-        left.plot(place, 100 * entry["blank"], "x", color="black", markersize=8, label=cross)
+        cross = "another's picture" if place == 0 else None
+        left.plot(place, 100 * entry["swapped"], "x", color="black", markersize=8, label=cross)
     left.axhline(100 * summary["question_only"], color="k", linestyle="--", linewidth=1, label="question alone")
     left.set(title="test questions answered rightly", ylabel="%", ylim=(0, 140 if paper else 124))
     left.set_yticks(range(0, 101, 20))

@@ -81,9 +81,12 @@ def word_tokenizer(records: Iterable[Record]) -> PreTrainedTokenizerFast:
 
 
 def make_batch(
-    part: Part, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, blank: bool = False
+    part: Part, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, pictures: Sequence[int] | None = None
 ) -> dict[str, Tensor]:
-    """The model's arguments for some records; with `blank` the pictures are empty.
+    """The model's arguments for some records.
+
+    Args:
+        pictures: Numbers of the pictures, in the place of the records' own.
 
     Returns:
         `visual_features` [batch, tokens, dim], `input_ids` and `attention_mask` [batch, length], `labels` [batch,
@@ -94,9 +97,9 @@ def make_batch(
     end = tokenizer.eos_token_id
     answers = tokenizer([record["answer"] for record in records], add_special_tokens=False)["input_ids"]
     labels = [torch.tensor([*ids, end]) for ids in answers]
-    features = part.pictures([record["picture"] for record in records])
+    features = part.pictures([record["picture"] for record in records] if pictures is None else pictures)
     return {
-        "visual_features": torch.zeros_like(features) if blank else features,
+        "visual_features": features,
         "input_ids": questions["input_ids"],
         "attention_mask": questions["attention_mask"],
         "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),

@@ -15,7 +15,7 @@ import reproduce_accuracy
 import reproduce_common
 import reproduce_commonsense
 import reproduce_report as report
-from reproduce_common import RESULTS, Options, Plan, Runs, difference, interval
+from reproduce_common import RESULTS, Options, Plan, Runs, choose_rate, difference, interval
 
 ROOT = Path(__file__).parent.parent
 
@@ -122,20 +122,35 @@ def test_the_same_value_twice_is_one(data, tmp_path):
         assert len(found["accuracies"]) == 2
 
 
-def test_interval():
-    found = interval([1.0, 2.0, 3.0, 4.0])
-    assert found["mean"] == 2.5
-    assert 1.0 < found["low"] < 2.5 < found["high"] < 4.0
+def test_seeds_are_those_that_the_command_asked_for(data, tmp_path):
+    for given in (["0", "1"], ["1"]):
+        call("accuracy", data, tmp_path, "--seeds", *given, "--ranks", "1")
+        content = content_of(tmp_path, "accuracy")
+        assert content["seeds"] == [int(seed) for seed in given]
+    assert {run["seed"] for run in content["runs"].values() if "seed" in run} == {0, 1}
+
+
+def test_interval_holds_the_mean_as_often_as_it_says():
+    torch.manual_seed(0)
+    found = [interval(values.tolist()) for values in torch.randn(2000, 3, dtype=torch.float64)]
+    assert sum(f["low"] < 0 < f["high"] for f in found) / len(found) == pytest.approx(0.95, abs=0.015)
+    assert all(f["mean"] - f["low"] == pytest.approx(f["high"] - f["mean"]) for f in found)
     assert interval([2.0])["low"] == 2.0
 
 
-def test_interval_of_ranks_and_seeds():
-    """Where only the seeds differ, many ranks do not narrow the interval, as they would if all pairs were drawn."""
-    seeds = torch.tensor([0.0, 1.0, 2.0])
-    one, many = interval(seeds[None]), interval(seeds.expand(20, 3))
-    assert many["count"] == 60
-    assert (many["low"], many["high"]) == pytest.approx((one["low"], one["high"]))
-    assert interval(seeds.repeat(20))["low"] > one["low"] + 0.3
+@pytest.mark.parametrize(
+    ("losses", "best", "edge"),
+    [
+        ({1.0: 0.3, 2.0: 0.1, 3.0: 0.2}, 2.0, False),
+        ({1.0: 0.3, 2.0: 0.2, 3.0: 0.1}, 3.0, True),
+        ({2.0: 0.2, 3.0: 0.3, 1.0: 0.4}, 2.0, False),  # whatever their order
+        ({1.0: float("nan"), 2.0: 0.4, 3.0: float("nan")}, 2.0, False),
+        ({2.0: 0.1, 1.0: 0.4}, 2.0, True),  # of two, either is
+        ({1.0: 0.1}, 1.0, False),
+    ],
+)
+def test_the_rate_of_the_lowest_validation_loss(losses, best, edge):
+    assert choose_rate(losses) == (best, edge)
 
 
 def test_the_difference_is_paired_by_rank_and_seed():
@@ -145,10 +160,12 @@ def test_the_difference_is_paired_by_rank_and_seed():
         for rank in (2, 8)
     }
     found = difference(cases, "t")
-    assert found["count"] == 4
+    assert found["count"] == 2
     assert found["mean"] == pytest.approx(0.5)
     assert found["low"] == pytest.approx(0.5)  # ranks and seeds differ, the gain does not
     assert difference(cases, "t", ("dora", "dora_not_detached"))["mean"] == pytest.approx(-0.25)
+    cases["dora 2"] = case("dora", 2, 2.6, 2.4)
+    assert difference(cases, "t") == pytest.approx(interval([0.55, 0.4]))  # ranks do not narrow it
 
 
 # ---- accuracy
@@ -246,6 +263,7 @@ def test_missing_data_say_what_to_run(data, tmp_path, capsys):
         ("memory", ("--seeds", "1"), "--seeds is for accuracy, detach and vl_bart, not for memory"),
         ("memory", ("--config", "a.yaml"), "--config is for vl_bart, not for memory"),
         ("vl_bart", ("--config", "none.yaml"), "none.yaml: no such file"),
+        ("pattern", ("--model", "facebook/bart-base"), "--model is for vl_bart, not for pattern"),
     ):
         with pytest.raises(SystemExit):
             call(claim, data, tmp_path, *flags)
@@ -337,10 +355,6 @@ def case(method, rank, *accuracies):
     return {"task": "t", "method": method, "rank": rank, "accuracies": accuracies, "mean": mean, "spread": 0.01}
 
 
-def seeds(count=3):
-    return {str(seed): {"seed": seed} for seed in range(count)}
-
-
 def spread_of(low, high):
     return {"mean": (low + high) / 2, "low": low, "high": high, "count": 9}
 
@@ -356,25 +370,36 @@ def spread_of(low, high):
 )
 def test_verdict_on_the_gain(low, high, verdict):
     gains = {"t": spread_of(low, high)}
-    content = {"summary": {"gains": gains, "cases": {"full": case("full", 0, 0.5)}}, "runs": seeds()}
+    content = {"summary": {"gains": gains, "cases": {"full": case("full", 0, 0.5)}}, "seeds": [0, 1, 2]}
     assert report.judge_gain({"accuracy": content})[1] == verdict
     gains["other"] = spread_of(0.05, 0.2)
     assert report.judge_gain({"accuracy": content})[1] == (report.YES if verdict == report.YES else report.PARTLY)
-    assert report.judge_gain({"accuracy": content | {"runs": seeds(2)}})[1] == report.OPEN
+    assert report.judge_gain({"accuracy": content | {"seeds": [0, 1]}})[1] == report.OPEN
+
+
+LOW, FLAT = (0.3, 0.31, 0.29), (0.0, 0.01, -0.01)
 
 
 @pytest.mark.parametrize(
-    ("gains", "verdict"),
-    [(((0.3, 0.2, 0.1), 0.1), report.YES), (((0.3, 0.2, 0.1), 0.4), report.NO), (((0.3, 0, 0), 0.0), report.PARTLY)],
+    ("at_low", "at_high", "other", "verdict"),
+    [
+        (LOW, FLAT, LOW, report.YES),
+        (LOW, FLAT, FLAT, report.PARTLY),  # on one of two tasks
+        (LOW, LOW, LOW, report.NO),  # a gain, but none that falls
+        (FLAT, FLAT, FLAT, report.NO),
+        ((0.3, 0.0, 0.0), FLAT, FLAT, report.NO),  # nothing that one seed could have brought
+    ],
 )
-def test_verdict_on_low_ranks(gains, verdict):
-    cases = {
-        "lora 2": case("lora", 2, 0.4, 0.4, 0.4), "dora 2": case("dora", 2, *(0.4 + gain for gain in gains[0])),
-        "lora 32": case("lora", 32, 0.4), "dora 32": case("dora", 32, 0.4 + gains[1]),
-    }  # fmt: skip
-    content = {"summary": {"gains": {"t": {}}, "cases": cases}, "runs": seeds()}
+def test_verdict_on_low_ranks(at_low, at_high, other, verdict):
+    cases = {}
+    for task, gains in (("t", {2: at_low, 32: at_high}), ("other", {2: other, 32: FLAT})):
+        for rank, gain in gains.items():
+            cases[f"{task} lora {rank}"] = case("lora", rank, 0.4, 0.4, 0.4) | {"task": task}
+            cases[f"{task} dora {rank}"] = case("dora", rank, *(0.4 + g for g in gain)) | {"task": task}
+    content = {"summary": {"gains": {"t": {}, "other": {}}, "cases": cases}, "seeds": [0, 1, 2]}
     assert report.judge_low_rank({"accuracy": content})[1] == verdict
-    del cases["lora 32"], cases["dora 32"]
+    fewer = {name: found for name, found in cases.items() if found["rank"] == 2}
+    content["summary"]["cases"] = fewer
     assert report.judge_low_rank({"accuracy": content})[1] == report.OPEN  # one rank is neither low nor high
 
 
@@ -391,14 +416,14 @@ def test_verdict_on_low_ranks(gains, verdict):
 def test_verdict_on_detaching(low, high, pictures, verdict):
     totals = {"reference": 8.0, "reference_not_detached": 10.0, "dora": 7.0, "dora_not_detached": 7.0}
     summary = {"differences": {"t": spread_of(low, high)}, "total_mib": totals}
-    contents = {"detach": {"summary": summary, "runs": seeds()}}
+    contents = {"detach": {"summary": summary, "seeds": [0, 1, 2]}}
     if pictures is not None:
         found = {"differences": {"dora - dora_not_detached": spread_of(*pictures)}}
-        contents["vl_bart"] = {"summary": found, "runs": seeds()}
+        contents["vl_bart"] = {"summary": found, "seeds": [0, 1, 2]}
     figure, found = report.judge_detach(contents)
     assert found == verdict
     assert "dense algorithm 20.0 %, on ours 0.0 %" in figure
-    contents["detach"]["runs"] = seeds(1)
+    contents["detach"]["seeds"] = [0]
     assert report.judge_detach(contents)[1] == report.OPEN
 
 
@@ -409,17 +434,18 @@ def test_verdict_on_detaching(low, high, pictures, verdict):
         ((0.001, 0.01), (-0.05, -0.02), 0.8, report.PARTLY),
         ((-0.01, 0.01), (-0.005, 0.01), 0.8, report.PARTLY),
         ((-0.02, -0.01), (-0.005, 0.01), 0.8, report.NO),
+        ((0.001, 0.01), (-0.005, 0.01), 0.35, report.NO),  # as good with another's picture
         ((0.001, 0.01), (-0.005, 0.01), 0.2, report.NO),  # below who never looks
     ],
 )
 def test_verdict_on_vl_bart(gain, to_full, dora, verdict):
     summary = {
-        "methods": {"lora": {"mean": 0.7}, "dora": {"mean": dora}, "full": {"mean": 0.8}},
+        "methods": {"lora": {"mean": 0.7}, "dora": {"mean": dora, "swapped": 0.4}, "full": {"mean": 0.8}},
         "differences": {"dora - lora": spread_of(*gain), "dora - full": spread_of(*to_full)},
         "question_only": 0.3,
     }
-    assert report.judge_vl_bart({"vl_bart": {"summary": summary, "runs": seeds()}})[1] == verdict
-    assert report.judge_vl_bart({"vl_bart": {"summary": summary, "runs": seeds(2)}})[1] == report.OPEN
+    assert report.judge_vl_bart({"vl_bart": {"summary": summary, "seeds": [0, 1, 2]}})[1] == verdict
+    assert report.judge_vl_bart({"vl_bart": {"summary": summary, "seeds": [0, 1]}})[1] == report.OPEN
 
 
 @pytest.mark.parametrize(
@@ -474,7 +500,7 @@ def test_stored_results_suffice_for_a_verdict():
     contents = report.load(RESULTS, "laptop")
     assert set(contents) == set(reproduce.CLAIMS) - {"report"}
     for claim, content in contents.items():
-        assert claim == "memory" or report.count_seeds(content) >= report.MIN_SEEDS
+        assert claim == "memory" or len(content["seeds"]) >= report.MIN_SEEDS
         assert {run["machine"] for run in content["runs"].values()} == set(range(len(content["machines"])))
         assert len(content["machines"]) == len({json.dumps(machine) for machine in content["machines"]})
         assert list(RESULTS.glob(f"{claim}_laptop*.png"))

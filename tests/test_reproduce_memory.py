@@ -150,12 +150,13 @@ def test_the_laptop_size_is_the_full_size_shrunk(name):
         assert ratio == pytest.approx(factor, rel=0.02)  # a batch of 38 stands for 300
 
 
-def test_full_size_needs_a_gpu(tmp_path, capsys):
+@pytest.mark.parametrize("claim", ["memory", "vl_bart", "pattern", "accuracy", "detach"])
+def test_full_size_needs_a_gpu(claim, tmp_path, capsys):
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(SystemExit):
-        reproduce.main(["memory", "--size", "full", "--results", str(tmp_path)])
-    assert "expected a GPU" in capsys.readouterr().err
+        reproduce.main([claim, "--size", "full", "--results", str(tmp_path)])
+    assert "needs a GPU of 80 GB, and found none" in capsys.readouterr().err
 
 
 # ---- figures of other settings

@@ -26,8 +26,14 @@ import prepare_easy_vqa
 import reproduce_vl_bart as subject
 import vl_bart_data as data
 from dora_peft import DoraConfig
-from reproduce_common import Options, interval
-from vl_bart_model import VlBartConfig, VlBartForConditionalGeneration, build_vl_bart, random_batch
+from reproduce_common import Options, choose_rate, interval
+from vl_bart_model import (
+    VlBartConfig,
+    VlBartForConditionalGeneration,
+    build_small,
+    build_vl_bart,
+    random_batch,
+)
 
 CPU = torch.device("cpu")
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("vl_bart_*.yaml"))
@@ -178,7 +184,9 @@ def test_batches():
     assert torch.equal(batch["visual_features"][1], part.features[0].float() / 127.5 - 1)
     assert tokenizer.decode(batch["labels"][0]).split() == ["yes", "</s>"]
     assert "<unk>" not in tokenizer.decode(batch["input_ids"][1])
-    assert data.make_batch(part, RECORDS, tokenizer, blank=True)["visual_features"].abs().sum() == 0
+    others = data.make_batch(part, [RECORDS[3], RECORDS[0]], tokenizer, [1, 2])
+    assert torch.equal(others.pop("visual_features"), part.pictures([1, 2]))
+    assert all(torch.equal(others[name], batch[name]) for name in others)
 
 
 def byte_level_bpe(texts):
@@ -287,6 +295,7 @@ def test_configs(path):
         ({"learning_rates": {"lora": [1.0], "dora": [1.0, 2.0], "full": [1.0]}}, "as many for lora"),
         ({"learning_rates": {m: ["1e-3"] for m in ("lora", "dora", "full")}}, "with a point, found '1e-3'"),
         ({"seeds": []}, "seeds: expected at least one"),
+        ({"model": "facebook/bart-base"}, "train_visual_embedding: expected true with model facebook/bart-base"),
     ],
 )
 def test_bad_settings(change, message, tmp_path):
@@ -310,20 +319,6 @@ def test_a_seed_that_is_given_twice_counts_once(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(values | {"seeds": [2, 0, 2]}), encoding="utf-8")
     assert subject.load_settings(path).seeds == [2, 0]
-
-
-@pytest.mark.parametrize(
-    ("losses", "best", "edge"),
-    [
-        ({1.0: 0.3, 2.0: 0.1, 3.0: 0.2}, 2.0, False),
-        ({1.0: 0.3, 2.0: 0.2, 3.0: 0.1}, 3.0, True),
-        ({2.0: 0.2, 3.0: 0.3, 1.0: 0.4}, 2.0, False),  # whatever their order
-        ({1.0: float("nan"), 2.0: 0.4, 3.0: float("nan")}, 2.0, False),
-        ({1.0: 0.1}, 1.0, False),
-    ],
-)
-def test_the_rate_of_the_lowest_validation_loss(losses, best, edge):
-    assert subject.choose_rate(losses) == (best, edge)
 
 
 @pytest.fixture
@@ -364,7 +359,7 @@ def test_the_claim_at_toy_size(toy_options, count_backbones, capsys):
             for run in runs.values()
             if (run.get("method"), run.get("seed")) == (method, 0)
         }
-        assert (entry["rate"], entry["edge"]) == subject.choose_rate(losses)
+        assert (entry["rate"], entry["edge"]) == choose_rate(losses)
         assert len(losses) == 3
         of_seeds = [runs[f"{method} lr={entry['rate']:g} seed={seed}"]["accuracy"] for seed in (0, 1)]
         assert entry["accuracies"] == of_seeds
@@ -401,6 +396,49 @@ def test_the_loss_of_validation_is_per_token(toy_options):
     assert (batch["labels"] != data.IGNORE).sum() == 2 * 360 + 2
     hits = (output.logits.argmax(-1) == batch["labels"]) | (batch["labels"] == data.IGNORE)
     assert accuracy == hits.all(1).float().mean().item()
+
+
+def test_pictures_swapped_between_questions(toy_options, monkeypatch):
+    task = subject.Task(subject.toy(subject.load_settings(CONFIGS[0])), toy_options)
+    task.tokenizer = data.word_tokenizer(task.whole.records)
+    model = build_small(task.tokenizer, d_model=16, layers=1, visual_dim=448, visual_tokens=64)
+    shown, make = [], subject.make_batch
+
+    def keep(part, records, tokenizer, pictures):
+        shown.extend(zip([record["picture"] for record in records], pictures, strict=True))
+        return make(part, records, tokenizer, pictures)
+
+    monkeypatch.setattr(subject, "make_batch", keep)
+    task.evaluate(model, task.test)
+    assert all(own == other for own, other in shown)
+    shown.clear()
+    task.evaluate(model, task.test, swapped=True)
+    assert all(own != other for own, other in shown)
+    assert sorted(own for own, _ in shown) == sorted(other for _, other in shown)
+
+
+def test_nothing_is_trained_on_the_pictures_that_choose_the_rate(toy_options):
+    task = subject.Task(subject.toy(subject.load_settings(CONFIGS[0])), toy_options)
+    held_out = {record["picture"] for record in task.validation.records}
+    assert held_out
+    for part in (task.train, task.backbone_part):
+        assert held_out.isdisjoint(record["picture"] for record in part.records)
+
+
+def test_another_model_by_the_command_line(toy_options, monkeypatch):
+    asked = []
+
+    class Stop(Exception):
+        pass
+
+    def load(name, *args, **kwargs):
+        asked.append(name)
+        raise Stop
+
+    monkeypatch.setattr(subject.AutoTokenizer, "from_pretrained", load)
+    with pytest.raises(Stop):
+        subject.run(dataclasses.replace(toy_options, dry_run=False), seeds=(0,), model="facebook/bart-base")
+    assert asked == ["facebook/bart-base"]
 
 
 def test_every_backbone_has_its_folder(toy_options, count_backbones, tmp_path):
@@ -487,7 +525,7 @@ def draw_summary(tmp_path, monkeypatch, dataset):
 
     values = {"lora": [0.80, 0.82], "dora": [0.85, 0.84], "dora_not_detached": [0.84, 0.85], "full": [0.9, 0.91]}
     methods = {
-        method: {"accuracies": accuracies, "mean": sum(accuracies) / 2, "blank": 0.3}
+        method: {"accuracies": accuracies, "mean": sum(accuracies) / 2, "swapped": 0.3}
         for method, accuracies in values.items()
     }
     runs = subject.Runs("vl_bart", Options(results=tmp_path), {"dataset": dataset})
