@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ class DecompositionCallback(transformers.TrainerCallback):
 
     Attributes:
         history: One {"step", "module", "magnitude", "direction"} per record and module. On world process zero only.
+        seconds: The time that the records of this training have taken.
     """
 
     def __init__(
@@ -100,12 +102,13 @@ class DecompositionCallback(transformers.TrainerCallback):
         self.steps, self.path, self.reference = steps, None if path is None else Path(path), reference
         self.adapter, self.target = adapter, target
         self.history: History = []
+        self.seconds = 0.0
         self._weights0 = reference
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        self.history, self._weights0 = [], self.reference
+        self.history, self.seconds, self._weights0 = [], 0.0, self.reference
         if state.global_step and self.path is not None and self.path.is_file():
             stored = json.loads(self.path.read_text(encoding="utf-8"))
             self.history = [entry for entry in stored if entry["step"] <= state.global_step]
@@ -130,9 +133,11 @@ class DecompositionCallback(transformers.TrainerCallback):
         step = state.global_step
         if not state.is_world_process_zero or (self.history and self.history[-1]["step"] == step):
             return
+        start = time.perf_counter()
         self.history += to_history(step, self._changes(model))
         if self.path is not None:
             atomic_write_text(str(self.path), json.dumps(self.history, indent=1) + "\n")
+        self.seconds += time.perf_counter() - start
 
     def _changes(self, model: Any) -> dict[str, Change]:
         return decompose(model, reference=self._weights0, adapter=self.adapter, target=self.target)

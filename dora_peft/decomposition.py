@@ -1,6 +1,7 @@
 """The measurement of dM and dD, as `dora_peft.analysis` defines them: of weights, of live models and of saved ones.
 
-Nothing subtracts nearly equal numbers, so that a change of 1e-8 is measured as exactly as one of 1. With D = W - W0,
+No norm is subtracted from a norm, and no cosine from 1, so that a change of 1e-8 is measured as well as one of 1, but
+for its direction where D is nearly parallel to W0. With D = W - W0,
 w = ||W0||, a = <W0, D>, d = ||D|| and v = ||W||, all per row and in float64:
 
     v - w = (2 a + d^2) / (v + w)        1 - cos = (w^2 d^2 - a^2) / (v w (v w + w^2 + a))

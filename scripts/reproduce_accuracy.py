@@ -30,13 +30,12 @@ from transformers.utils.logging import disable_progress_bar
 
 import reproduce_commonsense
 import reproduce_memory
-from benchmark_common import replacing
 from benchmark_models import share_weights
 from finetune_llama import AnswerTrainer, training_arguments
 from llama_config import FinetuneConfig
 from llama_data import IGNORE, AnswerCollator, load_records, tokenize_records
 from llama_model import adapter_config, load_base_model, load_tokenizer
-from reproduce_common import Options, Plan, Runs, choose_rate, difference, draw_ranks
+from reproduce_common import Options, Plan, Runs, choose_rate, difference, draw_detach, draw_ranks
 
 # Files of prompt/completion records, and the command that writes them.
 TASKS = {
@@ -46,6 +45,7 @@ TASKS = {
 # Of the adapters, around what was best for rank 8; a tenth of it in full fine-tuning. In the order in which a smaller
 # grid takes them.
 RATES = {"spelling": (4e-3, 2e-3, 8e-3), "cities": (2e-3, 4e-3, 1e-3)}
+MEMORY_LENGTH = 28  # tokens of a record, for the memory beside the cost of detaching
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     "dora": {"method": "dora"},
@@ -190,8 +190,11 @@ class Laboratory:
             batch = collate([records[i] for i in order[start : start + batch_size]])
             batch = {name: tensor.to(self.options.device) for name, tensor in batch.items()}
             labels = batch.pop("labels")[:, 1:]
+            # the prompts need no logits, which take longer to write than the model takes to compute
+            asked = torch.arange(int((labels != IGNORE).any(0).nonzero()[0]), labels.shape[1], device=labels.device)
             with torch.autocast(self.options.device.type, torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-                logits = model(**batch).logits[:, :-1]
+                logits = model(**batch, logits_to_keep=asked).logits
+            labels = labels[:, asked]
             answers = labels != IGNORE
             total += nn.functional.cross_entropy(logits[answers].float(), labels[answers], reduction="sum").item()
             tokens += int(answers.sum())
@@ -260,12 +263,13 @@ def run(options: Options, plan: Plan) -> None:
     runs = Runs("accuracy", options, laboratory.settings())
     summary = train_all(runs, laboratory, ("lora", "dora", "full"))
     bases = {task: runs.runs[f"{task} base"]["accuracy"] for task in plan.tasks}
-    runs.finish({"base": bases, "cases": summary, "gains": {task: difference(summary, task) for task in plan.tasks}})
+    gains = {task: difference(summary, task) for task in plan.tasks}
+    runs.finish({"base": bases, "cases": summary, "gains": gains})
     draw_ranks(runs, f"SmolLM2-135M, {plan.steps} steps of {plan.batch} records")
     for case, found in summary.items():
         rate = f"lr {found['rate']:g}{', at the edge of its grid,' if found['edge'] else ''}"
         print(f"{case:<24} {rate} accuracy {found['mean']:6.1%} +- {found['spread']:.1%}")
-    for task, gain in runs.content["summary"]["gains"].items():
+    for task, gain in gains.items():
         print(
             f"{task}: DoRA - LoRA {gain['mean']:+.2%} [{gain['low']:+.2%}, {gain['high']:+.2%}], {gain['count']} seeds"
         )
@@ -288,50 +292,21 @@ def run_detach(options: Options, plan: Plan) -> None:
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     family = reproduce_memory.Family(
-        lambda _: laboratory.base, batch, targets, plan.middle, 2.0 * plan.middle, 0.0, [(plan.batch, 28)]
+        lambda _: laboratory.base, batch, targets, plan.middle, 2.0 * plan.middle, 0.0, [(plan.batch, MEMORY_LENGTH)]
     )
     memory = {
         method: runs.do(
-            f"memory {method} r={plan.middle}",
+            f"memory {method} r={plan.middle} {plan.batch} x {MEMORY_LENGTH}",
             lambda m=method: reproduce_memory.measure(m, laboratory.base, family, *family.settings[0], options.device),  # type: ignore[misc]
         )
         for method in ("reference", "reference_not_detached", "dora", "dora_not_detached")
     }
     differences = {task: difference(cases, task, ("dora", "dora_not_detached")) for task in plan.tasks}
-    runs.finish(
-        {"cases": cases, "differences": differences, "total_mib": {m: r["total_mib"] for m, r in memory.items()}}
-    )
-    draw_detach(runs)
+    totals = {m: r["total_mib"] for m, r in memory.items()}
+    memory_of = f"batch {plan.batch} x length {MEMORY_LENGTH}, r={plan.middle}, no dropout"
+    runs.finish({"cases": cases, "differences": differences, "total_mib": totals, "memory_of": memory_of})
+    draw_detach(runs, "SmolLM2-135M")
     for case, found in cases.items():
         print(f"{case:<36} accuracy {found['mean']:6.1%} +- {found['spread']:.1%}")
     for method, found in memory.items():
         print(f"{method:<36} {found['total_mib']:,.1f} MiB")
-
-
-def draw_detach(runs: Runs) -> None:
-    """Accuracies of the two, and memory of the two on the dense algorithm and on ours."""
-    from matplotlib.figure import Figure
-
-    summary = runs.content["summary"]
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    figure.suptitle("SmolLM2-135M: the norm detached or not")
-    left, right = figure.subplots(1, 2)
-    for place, case in enumerate(summary["cases"].values()):
-        left.bar(place, 100 * case["mean"], 0.6, color="tab:blue" if case["method"] == "dora" else "tab:orange")
-        left.plot([place] * len(case["accuracies"]), [100 * a for a in case["accuracies"]], "k.")
-    labels = [f"{c['task']},\n{'' if c['method'] == 'dora' else 'not '}detached" for c in summary["cases"].values()]
-    left.set_xticks(range(len(labels)), labels)
-    left.set(title="accuracy, every seed as a point", ylabel="test answers right, %")
-    names = {
-        "reference": "dense,\ndetached", "reference_not_detached": "dense,\nnot\ndetached", "dora": "ours,\ndetached",
-        "dora_not_detached": "ours,\nnot\ndetached",
-    }  # fmt: skip
-    colours = ["tab:orange" if name.endswith("not_detached") else "tab:blue" for name in names]
-    bars = right.bar(list(names.values()), [summary["total_mib"][name] for name in names], 0.6, color=colours)
-    right.bar_label(bars, fmt="%.0f")
-    right.set(title="memory of training", ylabel="MiB: weights, gradients,\nmoments, kept for backward")
-    right.margins(y=0.12)
-    path = runs.path.with_suffix(".png")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130)
-    print(f"wrote {path}")

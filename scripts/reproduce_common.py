@@ -99,10 +99,12 @@ class Runs:
         self.device = options.device
 
     def take(self, path: Path) -> bool:
-        """Take over the runs of a file; False where they do not fit."""
+        """Take over the runs of a file, and of this claim's own the summary; False where they do not fit."""
         other = json.loads(path.read_text(encoding="utf-8"))
         if other["settings"] != self.content["settings"] or self.options.force:
             return False
+        if path == self.path and "summary" in other:
+            self.content |= {name: other[name] for name in ("command", "seeds", "summary") if name in other}
         places = [self.place(machine) for machine in other["machines"]]
         for key, run in other["runs"].items():
             self.runs.setdefault(key, run | {"machine": places[run["machine"]]})
@@ -144,15 +146,25 @@ class Runs:
         return self.runs[key]
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """Store what the runs say together."""
+        """Store what the runs say together, unless that is a part of what an earlier command has stored.
+
+        So a small grid, asked for after a large one, leaves the large one's summary in its place.
+        """
         for key in self.adopted:
             del self.runs[key]
         places = sorted({run["machine"] for run in self.runs.values()})
         self.content["machines"] = [self.content["machines"][place] for place in places]
         for run in self.runs.values():
             run["machine"] = places.index(run["machine"])
-        self.content["seeds"] = sorted({self.runs[key]["seed"] for key in self.asked if "seed" in self.runs[key]})
-        self.content["summary"] = summary
+        found = {
+            "command": self.options.command,
+            "seeds": sorted({self.runs[key]["seed"] for key in self.asked if "seed" in self.runs[key]}),
+            "summary": summary,
+        }
+        if scope(found) < scope(self.content):
+            print(f"{self.path}: keeps the larger grid of `{self.content['command']}`; --force replaces it")
+        else:
+            self.content |= found
         self.write()
         print(f"wrote {self.path}")
 
@@ -163,6 +175,17 @@ class Runs:
         text = f'{json.dumps(rest, indent=2)[:-2]},\n  "runs": {{\n{runs}\n  }}\n}}\n'
         with replacing(self.path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def scope(content: Mapping[str, Any]) -> set[tuple[str, Any]]:
+    """What a summary is of: each case with each of its seeds and learning rates."""
+    summary = content.get("summary", {})
+    cases = summary.get("cases", summary.get("methods", {}))
+    return {
+        (name, value)
+        for name, case in cases.items()
+        for value in (*content.get("seeds", ()), *case.get("validation_loss_by_rate", ()))
+    }
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -207,7 +230,10 @@ def interval(values: Sequence[float]) -> dict[str, float]:
 
 
 def draw_ranks(runs: Runs, title: str) -> None:
-    """Accuracy by rank, one panel a task: means, every seed as a point, full fine-tuning as a band."""
+    """Accuracy by rank, one panel a task: means, every seed as a point, full fine-tuning as a band.
+
+    The axes show the range of the methods, so that they can be told apart, and do not begin at 0.
+    """
     from matplotlib.figure import Figure
 
     summary = runs.content["summary"]
@@ -229,15 +255,42 @@ def draw_ranks(runs: Runs, title: str) -> None:
                 axes.axhline(100 * case["mean"], color="tab:green", label="full fine-tuning")
                 low, high = (100 * (case["mean"] + sign * case["spread"]) for sign in (-1, 1))
                 axes.axhspan(low, high, color="tab:green", alpha=0.12, linewidth=0)
-        if task in summary["base"]:
-            axes.axhline(100 * summary["base"][task], color="grey", linestyle=":", label="before training")
         axes.set_xscale("log", base=2)
         ticks = sorted({case["rank"] for case in cases if case["rank"]})
         axes.set_xticks(ticks, [str(rank) for rank in ticks])
-        axes.set(title=task, xlabel="rank", ylabel="test answers right, %")
-        axes.set_ylim(bottom=0)
+        before = f" ({100 * summary['base'][task]:.1f} % before training)" if task in summary["base"] else ""
+        axes.set(title=f"{task}{before}", xlabel="rank", ylabel="test answers right, %")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
+    path = runs.path.with_suffix(".png")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    print(f"wrote {path}")
+
+
+def draw_detach(runs: Runs, model: str) -> None:
+    """Accuracies of the two, and memory of the two on the dense algorithm and on ours."""
+    from matplotlib.figure import Figure
+
+    summary = runs.content["summary"]
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    figure.suptitle(f"{model}: the norm detached or not; memory at {summary['memory_of']}")
+    left, right = figure.subplots(1, 2)
+    for place, case in enumerate(summary["cases"].values()):
+        left.bar(place, 100 * case["mean"], 0.6, color="tab:blue" if case["method"] == "dora" else "tab:orange")
+        left.plot([place] * len(case["accuracies"]), [100 * a for a in case["accuracies"]], "k.")
+    labels = [f"{c['task']},\n{'' if c['method'] == 'dora' else 'not '}detached" for c in summary["cases"].values()]
+    left.set_xticks(range(len(labels)), labels)
+    left.set(title="accuracy, every seed as a point", ylabel="test answers right, %")
+    names = {
+        "reference": "dense,\ndetached", "reference_not_detached": "dense,\nnot\ndetached", "dora": "ours,\ndetached",
+        "dora_not_detached": "ours,\nnot\ndetached",
+    }  # fmt: skip
+    colours = ["tab:orange" if name.endswith("not_detached") else "tab:blue" for name in names]
+    bars = right.bar(list(names.values()), [summary["total_mib"][name] for name in names], 0.6, color=colours)
+    right.bar_label(bars, fmt="%.0f")
+    right.set(title="memory of training", ylabel="MiB")
+    right.margins(y=0.12)
     path = runs.path.with_suffix(".png")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reproduce_common import Options, Plan, Runs, difference, draw_ranks
+from reproduce_common import Options, Plan, Runs, difference, draw_detach, draw_ranks
 
 SCRIPTS = Path(__file__).parent
 CONFIGS = SCRIPTS.parent / "configs"
@@ -119,16 +119,23 @@ def run_detach(options: Options, plan: Plan) -> None:
     if "summary" not in content:
         raise ValueError(f"{memory}: not there yet. Run `python scripts/reproduce.py memory --size full` first.")
     found = content["summary"]["llama"]
+    names = ("reference", "reference_not_detached", "dora", "dora_not_detached")
+    totals = found["total_mib"][found["setting"]]
+    if missing := [name for name in names if name not in totals]:
+        raise ValueError(
+            f"{memory}: expected the memory of {', '.join(names)} at {found['setting']}, found none of {missing[0]}, "
+            "which did not fit. Measure it on a GPU with more memory."
+        )
     runs = Runs("detach", options, settings_of(options, plan))
     runs.adopt("accuracy")
     cases = train_all(runs, options, plan, ("dora", "dora_not_detached"))
     differences = difference(cases, "commonsense", ("dora", "dora_not_detached"))
-    names = ("reference", "reference_not_detached", "dora", "dora_not_detached")
-    totals = found["total_mib"][found["setting"]]
     runs.finish(
         {
             "cases": cases,
             "differences": {"commonsense": differences},
             "total_mib": {name: totals[name] for name in names},
+            "memory_of": f"batch x length {found['setting']}, with the paper's dropout",
         }
     )
+    draw_detach(runs, "LLaMA-7B")

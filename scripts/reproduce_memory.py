@@ -294,7 +294,14 @@ def run(options: Options) -> None:
     for sweep in (False, True):  # the paper's settings first
         for name, family in cases.items():
             measure_all(runs, name, family, family.settings[1:] if sweep else family.settings[:1], device, total)
-    summary = {name: summarise(runs.runs, name, family, predict_saving(family)) for name, family in cases.items()}
+    whole = cases if options.size == "full" else families(dataclasses.replace(options, size="full", dry_run=False))
+    summary = {}
+    for name, family in cases.items():
+        summary[name] = summarise(runs.runs, name, family, predict_saving(family))
+        summary[name]["saved_gb"] = {
+            "at_full_size": predict_saving(whole[name]) * MIB / 1e9,
+            "paper": PAPER[name]["reference_not_detached"] - PAPER[name]["reference"],
+        }
     runs.finish(summary)
     path = runs.path.with_suffix(".png")
     draw(summary, runs.content, path)

@@ -11,6 +11,7 @@ last checkpoint alone, and drawn for each.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,7 +60,8 @@ def run(options: Options) -> None:
         name: {method: select(history, ending) for method, history in histories.items()}
         for name, ending in (("query projections", "q_proj"), ("all linear layers", ""))
     }
-    runs.finish(summarise(groups) | {"paper": PAPER})
+    shares = [run["recording_seconds"] / run["training_seconds"] for run in runs.runs.values()]
+    runs.finish(summarise(groups) | {"paper": PAPER, "share_of_recording": max(shares)})
     titled = {name: {TITLES[m]: history for m, history in group.items()} for name, group in groups.items()}
     where = f"SmolLM2-135M, {plan.steps} steps, {len(plan.seeds)} seeds"
     for suffix, draw, shown, title in (
@@ -92,10 +94,12 @@ def summarise(groups: Mapping[str, Mapping[str, Sequence[dict[str, Any]]]]) -> d
 
 def record(laboratory: Laboratory, trial: Trial, every: int) -> dict[str, Any]:
     callback = DecompositionCallback(steps=every, reference=laboratory.base if trial.method == "full" else None)
+    start = time.perf_counter()
     laboratory.train(trial, [callback])
+    seconds = {"training_seconds": time.perf_counter() - start, "recording_seconds": callback.seconds}
     digits = {"magnitude", "direction"}  # six of them say all, and spare half of a large file
     history = [{k: float(f"{v:.6g}") if k in digits else v for k, v in e.items()} for e in callback.history]
-    return {"method": trial.method, "seed": trial.seed, "history": history}
+    return {"method": trial.method, "seed": trial.seed, "history": history} | seconds
 
 
 def select(history: Sequence[Mapping[str, Any]], ending: str) -> list[dict[str, Any]]:

@@ -308,7 +308,8 @@ def run(
     chosen = list(seeds or settings.seeds)
     task = Task(settings, options)
     measured = {name: value for name, value in vars(settings).items() if name != "seeds"} | {"backbone": task.backbone}
-    runs = Runs("vl_bart", options, measured)
+    claim = "vl_bart_video" if settings.dataset == "vl_bart_video" else "vl_bart"  # another claim of the paper
+    runs = Runs(claim, options, measured)
     total = len(METHODS) * (len(settings.learning_rates["lora"]) + len(chosen) - 1) + (settings.model is None)
     task.load_base(runs, total)
     methods: dict[str, dict[str, Any]] = {}

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 
 import pytest
 import torch
@@ -38,7 +39,9 @@ def test_the_callback_records_what_decompose_finds(kind, tmp_path):
     model = llama() if kind == "full" else get_peft_model(llama(), config(kind, init_lora_weights=True))
     path = tmp_path / "deep" / "pattern.json"
     callback = DecompositionCallback(steps=2, path=path)
+    start = time.perf_counter()
     fit(model, tmp_path, callback)
+    assert 0 < callback.seconds < time.perf_counter() - start
     assert sorted({entry["step"] for entry in callback.history}) == [2, 4, 5]
     assert json.loads(path.read_text()) == callback.history
     assert [entry.name for entry in path.parent.iterdir()] == ["pattern.json"]

@@ -122,12 +122,38 @@ def test_the_same_value_twice_is_one(data, tmp_path):
         assert len(found["accuracies"]) == 2
 
 
-def test_seeds_are_those_that_the_command_asked_for(data, tmp_path):
-    for given in (["0", "1"], ["1"]):
-        call("accuracy", data, tmp_path, "--seeds", *given, "--ranks", "1")
+def test_a_small_grid_leaves_the_summary_of_a_larger_one(data, tmp_path, capsys):
+    def grid(*flags):
+        call("accuracy", data, tmp_path, *flags)
         content = content_of(tmp_path, "accuracy")
-        assert content["seeds"] == [int(seed) for seed in given]
-    assert {run["seed"] for run in content["runs"].values() if "seed" in run} == {0, 1}
+        return content["seeds"], sorted(content["summary"]["cases"]), content["command"]
+
+    grid("--seeds", "1", "--ranks", "1")
+    larger = grid("--seeds", "0", "1", "--ranks", "1", "2")
+    assert larger[0] == [0, 1]
+    assert "spelling dora r=2" in larger[1]
+    for smaller in (["--seeds", "1", "--ranks", "1", "2"], ["--seeds", "0", "1", "--ranks", "2"]):
+        capsys.readouterr()
+        assert grid(*smaller) == larger
+        printed = capsys.readouterr().out
+        assert f"keeps the larger grid of `{larger[2]}`" in printed
+        assert ("spelling dora r=1 " in printed) == ("1" in smaller[-2:])  # what was asked for is printed all the same
+    other = grid("--seeds", "0", "--ranks", "3")  # no part of it
+    assert other[1] == ["spelling dora r=3", "spelling full", "spelling lora r=3"]
+    forced = grid("--seeds", "0", "--ranks", "1", "--force")
+    assert (forced[0], len(content_of(tmp_path, "accuracy")["runs"])) == ([0], 4)
+
+
+def test_a_killed_run_leaves_the_summary(tmp_path):
+    options = Options(results=tmp_path, command="first")
+    runs = Runs("claim", options, {})
+    runs.do("one", lambda: {"seed": 0})
+    runs.finish({"cases": {"one": {}}})
+    runs = Runs("claim", Options(results=tmp_path, command="second"), {})
+    runs.do("two", lambda: {"seed": 1})  # and no more
+    content = json.loads(options.path("claim").read_text(encoding="utf-8"))
+    assert (content["command"], content["seeds"], content["summary"]) == ("first", [0], {"cases": {"one": {}}})
+    assert list(content["runs"]) == ["one", "two"]
 
 
 def test_interval_holds_the_mean_as_often_as_it_says():
@@ -280,6 +306,9 @@ def test_detach(data, tmp_path):
     assert {case["method"] for case in content["summary"]["cases"].values()} == {"dora", "dora_not_detached"}
     totals = content["summary"]["total_mib"]
     assert totals["reference"] < totals["reference_not_detached"]
+    table = "\n".join(report.detail_detach(content))
+    assert f"| DoRA, dense, norm detached | {totals['reference']:,.1f} |" in table
+    assert "batch 2 x length 28, r=2" in table
     assert (tmp_path / "detach_laptop_dry.png").stat().st_size > 10000
 
 
@@ -297,6 +326,7 @@ def test_pattern(data, tmp_path):
     assert {point["step"] for point in points} == {2, 4}
     assert all(point["direction"] > 0 for point in points if point["step"] == 4)
     assert len(list(tmp_path.glob("pattern_laptop*.png"))) == 3
+    assert 0 < content["summary"]["share_of_recording"] < 1
 
 
 # ---- commonsense, by the scripts themselves
@@ -333,6 +363,11 @@ def test_commonsense(data, tmp_path, monkeypatch):
     assert json.loads(config.read_text(encoding="utf-8"))["r"] == 3
     # the cost of detaching asks for the memory before it trains anything
     with pytest.raises(ValueError, match=r"memory_full\.json: not there yet"):
+        reproduce_commonsense.run_detach(options, plan)
+    totals = {"reference": 1.0, "dora": 1.0, "dora_not_detached": 1.0}
+    memory = {"summary": {"llama": {"setting": "16 x 256", "total_mib": {"16 x 256": totals}}}}
+    options.path("memory").write_text(json.dumps(memory), encoding="utf-8")
+    with pytest.raises(ValueError, match="at 16 x 256, found none of reference_not_detached, which did not fit"):
         reproduce_commonsense.run_detach(options, plan)
     # other data or another configuration are other runs
     settings = reproduce_commonsense.settings_of(options, plan)
@@ -385,7 +420,7 @@ LOW, FLAT = (0.3, 0.31, 0.29), (0.0, 0.01, -0.01)
     [
         (LOW, FLAT, LOW, report.YES),
         (LOW, FLAT, FLAT, report.PARTLY),  # on one of two tasks
-        (LOW, LOW, LOW, report.NO),  # a gain, but none that falls
+        (LOW, LOW, FLAT, report.NO),  # a gain, but none that falls
         (FLAT, FLAT, FLAT, report.NO),
         ((0.3, 0.0, 0.0), FLAT, FLAT, report.NO),  # nothing that one seed could have brought
     ],
@@ -444,8 +479,8 @@ def test_verdict_on_vl_bart(gain, to_full, dora, verdict):
         "differences": {"dora - lora": spread_of(*gain), "dora - full": spread_of(*to_full)},
         "question_only": 0.3,
     }
-    assert report.judge_vl_bart({"vl_bart": {"summary": summary, "seeds": [0, 1, 2]}})[1] == verdict
-    assert report.judge_vl_bart({"vl_bart": {"summary": summary, "seeds": [0, 1]}})[1] == report.OPEN
+    assert report.judge_vl_bart("vl_bart")({"vl_bart": {"summary": summary, "seeds": [0, 1, 2]}})[1] == verdict
+    assert report.judge_vl_bart("vl_bart")({"vl_bart": {"summary": summary, "seeds": [0, 1]}})[1] == report.OPEN
 
 
 @pytest.mark.parametrize(
@@ -455,10 +490,13 @@ def test_verdict_on_vl_bart(gain, to_full, dora, verdict):
 def test_verdict_on_memory(measured, by_setting, verdict):
     found = {
         "saving_percent": {"reference": measured, "dora": 0.1}, "paper_percent": 24.4, "predicted_percent": measured,
+        "saved_mib": {"measured": 2.0, "predicted": 3.0}, "saved_gb": {"at_full_size": 4.0, "paper": 9.1},
         "saving_percent_by_setting": {"first": measured, **by_setting}, "ours_to_lora": 1.0,
         "ours_paper_dropout_to_lora": 1.3,
     }  # fmt: skip
-    assert report.judge_memory("llama")({"memory": {"summary": {"llama": found}}})[1] == verdict
+    text, found_verdict = report.judge_memory("llama")({"memory": {"summary": {"llama": found}}})
+    assert found_verdict == verdict
+    assert "2.00 MiB (from shapes 3.00 MiB; at full size 4.0 GB, paper 9.1 GB)" in text
 
 
 @pytest.mark.parametrize(
@@ -501,6 +539,7 @@ def test_stored_results_suffice_for_a_verdict():
     assert set(contents) == set(reproduce.CLAIMS) - {"report"}
     for claim, content in contents.items():
         assert claim == "memory" or len(content["seeds"]) >= report.MIN_SEEDS
+        assert not any(machine["modified"] for machine in content["machines"]), f"{claim} was not run from a commit"
         assert {run["machine"] for run in content["runs"].values()} == set(range(len(content["machines"])))
         assert len(content["machines"]) == len({json.dumps(machine) for machine in content["machines"]})
         assert list(RESULTS.glob(f"{claim}_laptop*.png"))
