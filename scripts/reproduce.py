@@ -7,17 +7,19 @@
     python scripts/reproduce.py detach   --size laptop    # accuracy and memory with and without detaching
     python scripts/reproduce.py report                    # REPRODUCTION.md from all results
 
-`--size laptop` is meant to take under 20 minutes each on 2 idle CPU cores, `memory` 4; `--size full` is the paper's
-size, on a GPU of 80 GB (for pattern, longer training of SmolLM2). Every claim writes `CLAIM_SIZE.json` and figures to
+`--size laptop` takes under 20 minutes each on 2 idle CPU cores; `--size full` is the paper's size, on a GPU of 80 GB
+(for pattern, longer training of SmolLM2). Every claim writes `CLAIM_SIZE.json` and figures to
 `scripts/reproduce/results/`, where the results that the repository holds lie as well: a command goes on from them, and
-`--force` measures anew. A run that was killed goes on where it was, without `--force`.
+`--force` measures anew, in a file of its own with `--results FOLDER`. A run that was killed goes on where it was,
+without `--force`.
 
 The accuracy that is stored there is that of a larger grid, with learning rates chosen for each method and rank, of some
-two hours; so is the cost of detaching. On a GPU, the last line has all five ranks of the paper:
+hours; so is the cost of detaching. With three rates the best one may have one on either side, and more seeds narrow the
+intervals; both go on from the runs that are there:
 
-    python scripts/reproduce.py accuracy --tasks spelling cities --ranks 2 8 32 --num_rates 2
+    python scripts/reproduce.py accuracy --tasks spelling cities --ranks 2 4 8 16 32 --num_rates 2
     python scripts/reproduce.py detach   --tasks spelling cities --ranks 8 --num_rates 2
-    python scripts/reproduce.py accuracy --tasks spelling cities --ranks 2 4 8 16 32 --num_rates 3
+    python scripts/reproduce.py accuracy --tasks spelling cities --ranks 2 4 8 16 32 --num_rates 3 --seeds 0 1 2 3 4
 
 Prerequisites: `pip install -e .[scripts]`, and for accuracy, detach and pattern at laptop size
 `python scripts/prepare_smollm2.py && python scripts/prepare_cmudict.py && python scripts/prepare_cities.py`, for

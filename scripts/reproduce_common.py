@@ -23,7 +23,7 @@ class Options:
     """The command line of `scripts/reproduce.py`.
 
     Attributes:
-        size: "laptop", meant for under 20 minutes on 2 CPU cores, or "full", the paper's size on a GPU.
+        size: "laptop", under 20 minutes on 2 CPU cores, or "full", the paper's size on a GPU.
         results: Folder of the result files and figures.
         data: Folder of the models and data that `scripts/prepare_*.py` write.
         force: Whether to measure anew what an earlier call, or another claim, has measured.

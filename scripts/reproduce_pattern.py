@@ -60,8 +60,11 @@ def run(options: Options) -> None:
         name: {method: select(history, ending) for method, history in histories.items()}
         for name, ending in (("query projections", "q_proj"), ("all linear layers", ""))
     }
-    shares = [run["recording_seconds"] / run["training_seconds"] for run in runs.runs.values()]
-    runs.finish(summarise(groups) | {"paper": PAPER, "share_of_recording": max(shares)})
+    timed = [
+        run for run in runs.runs.values() if "recording_seconds" in run
+    ]  # runs of an earlier version have no times
+    shares = [run["recording_seconds"] / run["training_seconds"] for run in timed]
+    runs.finish(summarise(groups) | {"paper": PAPER, "share_of_recording": max(shares, default=None)})
     titled = {name: {TITLES[m]: history for m, history in group.items()} for name, group in groups.items()}
     where = f"SmolLM2-135M, {plan.steps} steps, {len(plan.seeds)} seeds"
     for suffix, draw, shown, title in (

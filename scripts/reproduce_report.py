@@ -212,9 +212,10 @@ def detail_pattern(content: Content) -> list[str]:
     steps, every = content["settings"]["steps"], content["settings"]["every"]
     note = (
         f"SmolLM2-135M, {steps} optimizer steps, a record every {every}. The intervals draw modules; that other seeds "
-        "or tasks could give other correlations is not in them. Recording took at most "
-        f"{100 * summary['share_of_recording']:.1f} % of the time of a training."
+        "or tasks could give other correlations is not in them."
     )
+    if (share := summary["share_of_recording"]) is not None:
+        note += f" Recording took at most {100 * share:.1f} % of the time of a training."
     return ["", note, "", *table(["modules", "method", "r over all checkpoints", "r at the last one", "paper"], rows)]
 
 
