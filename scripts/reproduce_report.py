@@ -152,7 +152,7 @@ def describe_saving(found: Mapping[str, Any]) -> str:
     """What detaching saves on the dense algorithm: measured, from the shapes, and from those of the real model."""
     measured, predicted = (found["saved_mib"][name] for name in ("measured", "predicted"))
     at_full_size, paper = (found["saved_gb"][name] for name in ("at_full_size", "paper"))
-    whole = f"at full size {at_full_size:.1f} GB, paper {paper:.1f} GB"
+    whole = f"at full size {at_full_size:.2f} GB, paper {paper:.1f} GB"
     return f"{measured:.2f} MiB (from shapes {predicted:.2f} MiB; {whole})"
 
 

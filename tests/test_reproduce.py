@@ -496,7 +496,7 @@ def test_verdict_on_memory(measured, by_setting, verdict):
     }  # fmt: skip
     text, found_verdict = report.judge_memory("llama")({"memory": {"summary": {"llama": found}}})
     assert found_verdict == verdict
-    assert "2.00 MiB (from shapes 3.00 MiB; at full size 4.0 GB, paper 9.1 GB)" in text
+    assert "2.00 MiB (from shapes 3.00 MiB; at full size 4.00 GB, paper 9.1 GB)" in text
 
 
 @pytest.mark.parametrize(
