@@ -13,9 +13,9 @@
 `--force` measures anew, in a file of its own with `--results FOLDER`. A run that was killed goes on where it was,
 without `--force`.
 
-The accuracy that is stored there is that of a larger grid, with learning rates chosen for each method and rank, of some
-hours; so is the cost of detaching. With three rates the best one may have one on either side, and more seeds narrow the
-intervals; both go on from the runs that are there:
+By default accuracy and detach train one task at rank 2 with one learning rate. What is stored there is a larger grid,
+with rates chosen for each method and rank, of five hours of one core; so is the cost of detaching. With three rates the
+best one may have one on either side, and more seeds narrow the intervals; both go on from the runs that are there:
 
     python scripts/reproduce.py accuracy --tasks spelling cities --ranks 2 4 8 16 32 --num_rates 2
     python scripts/reproduce.py detach   --tasks spelling cities --ranks 8 --num_rates 2

@@ -52,7 +52,7 @@ class Plan:
     """What is trained, how long, and how often. The fields from `steps` on decide on the result of a run."""
 
     tasks: tuple[str, ...] = ("cities",)
-    ranks: tuple[int, ...] = (2, 32)
+    ranks: tuple[int, ...] = (2,)
     seeds: tuple[int, ...] = (0, 1, 2)
     num_rates: int = 1
     steps: int = 30
