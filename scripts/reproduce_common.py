@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,14 @@ class Plan:
         return {name: getattr(self, name) for name in names} | {"model": "SmolLM2-135M-Instruct"}
 
 
+def digest(*paths: Path) -> str:
+    """Hexadecimal digits that differ where the content of these files does."""
+    found = hashlib.sha256()
+    for path in paths:
+        found.update(hashlib.sha256(path.read_bytes()).digest())
+    return found.hexdigest()[:16]
+
+
 class Runs:
     """The runs of one claim, in one JSON file that is rewritten, whole, after each of them.
 
@@ -131,13 +140,29 @@ class Runs:
     def runs(self) -> dict[str, Any]:
         return self.content["runs"]
 
-    def do(self, key: str, run: Callable[[], dict[str, Any]], total: int | None = None) -> dict[str, Any]:
-        """The result of `run` under `key`, from the file where it has one."""
+    def do(
+        self, key: str, run: Callable[[], dict[str, Any]], total: int | None = None, inputs: str = ""
+    ) -> dict[str, Any]:
+        """The result of `run` under `key`, from the file where it has one.
+
+        Args:
+            total: The number of runs, to tell how far it is.
+            inputs: The `digest` of what the run reads.
+
+        Raises:
+            ValueError: the file's run has read something else.
+        """
         self.asked.add(key)
         self.adopted.discard(key)
+        if key in self.runs and (found := self.runs[key].get("inputs", "")) != inputs:
+            raise ValueError(
+                f"{self.path}: expected runs of the model and data with digest {inputs}, found `{key}` of {found}. "
+                "--force makes them anew, --results FOLDER in another file."
+            )
         if key not in self.runs:
             start = time.perf_counter()
             result = run()
+            result |= {"inputs": inputs} if inputs else {}
             seconds = round(time.perf_counter() - start, 1)
             self.runs[key] = result | {"seconds": seconds, "machine": self.place(describe_machine(self.device))}
             self.write()
@@ -194,11 +219,14 @@ def describe(result: dict[str, Any]) -> str:
     return "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
 
 
-def choose_rate(losses: Mapping[float, float]) -> tuple[float, bool]:
-    """The rate of the lowest validation loss, and whether it is at the edge of a grid of several."""
-    # a run that diverged has no loss to compare
-    best = min(losses, key=lambda rate: math.inf if math.isnan(losses[rate]) else losses[rate])
-    return best, len(losses) > 1 and best in (min(losses), max(losses))
+def lowest(losses: Mapping[float, float]) -> list[float]:
+    """The learning rates by their validation losses, the lowest first; a run that diverged has no loss, and is last."""
+    return sorted(losses, key=lambda rate: math.inf if math.isnan(losses[rate]) else losses[rate])
+
+
+def at_edge(rate: float, rates: Collection[float]) -> bool:
+    """Whether the best rate may lie beyond the grid of those that were tried; one alone is no grid."""
+    return len(rates) > 1 and rate in (min(rates), max(rates))
 
 
 def difference(

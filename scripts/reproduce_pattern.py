@@ -54,7 +54,8 @@ def run(options: Options) -> None:
     for method in TITLES:
         for seed in plan.seeds:
             trial = Trial("spelling", method, 0 if method == "full" else RANK, RATES[method], seed)
-            found = runs.do(trial.key, lambda trial=trial: record(laboratory, trial, every), total)  # type: ignore[misc]
+            inputs = laboratory.inputs(trial.task)
+            found = runs.do(trial.key, lambda trial=trial: record(laboratory, trial, every), total, inputs)  # type: ignore[misc]
             histories[method] += found["history"]
     groups = {
         name: {method: select(history, ending) for method, history in histories.items()}

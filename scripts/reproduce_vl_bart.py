@@ -35,7 +35,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_linear_sche
 from benchmark_common import replacing
 from benchmark_models import share_weights
 from dora_peft import DoraConfig, param_groups
-from reproduce_common import Options, Runs, choose_rate, interval
+from reproduce_common import Options, Runs, at_edge, interval, lowest
 from vl_bart_data import IGNORE, Part, Record, load_part, make_batch, question_only, word_tokenizer
 from vl_bart_model import VlBartForConditionalGeneration, build_small
 
@@ -322,12 +322,12 @@ def run(
 
         tried = {rate: do(rate, chosen[0]) for rate in rates}
         losses = {rate: result["validation_loss"] for rate, result in tried.items()}
-        best, edge = choose_rate(losses)
+        best = lowest(losses)[0]
         found = [tried[best], *(do(best, seed) for seed in chosen[1:])]
         accuracies = [result["accuracy"] for result in found]
         methods[method] = {
             "rate": best,
-            "edge": edge,  # the best one may lie beyond the grid
+            "edge": at_edge(best, rates),
             "validation_loss_by_rate": {f"{rate:g}": loss for rate, loss in losses.items()},
             "accuracies": accuracies,
             "mean": statistics.mean(accuracies),

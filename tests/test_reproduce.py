@@ -1,8 +1,10 @@
 """`scripts/reproduce.py`: every claim at toy size, resuming, the rules of the verdicts, and the page."""
 
 import copy
+import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import reproduce_accuracy
 import reproduce_common
 import reproduce_commonsense
 import reproduce_report as report
-from reproduce_common import RESULTS, Options, Plan, Runs, choose_rate, difference, interval
+from reproduce_common import RESULTS, Options, Plan, Runs, at_edge, difference, interval, lowest
 
 ROOT = Path(__file__).parent.parent
 
@@ -176,7 +178,8 @@ def test_interval_holds_the_mean_as_often_as_it_says():
     ],
 )
 def test_the_rate_of_the_lowest_validation_loss(losses, best, edge):
-    assert choose_rate(losses) == (best, edge)
+    assert lowest(losses)[0] == best
+    assert at_edge(best, losses) is edge
 
 
 def test_the_difference_is_paired_by_rank_and_seed():
@@ -212,7 +215,8 @@ def test_accuracy(data, tmp_path, capsys):
         assert len(case["accuracies"]) == 2
         losses = case["validation_loss_by_rate"]
         assert len(losses) == 2
-        assert losses[f"{case['rate']:g}"] == min(losses.values())
+        means = case["mean_validation_loss"]
+        assert means[f"{case['rate']:g}"] == min(means.values())
     assert (tmp_path / "accuracy_laptop_dry.png").stat().st_size > 10000
     stamp = (tmp_path / "accuracy_laptop_dry.json").read_text(encoding="utf-8")
     # again: nothing is trained, and a larger grid keeps what there is
@@ -220,6 +224,41 @@ def test_accuracy(data, tmp_path, capsys):
     assert json.loads(stamp)["runs"] == content_of(tmp_path, "accuracy")["runs"]
     call("accuracy", data, tmp_path, "--tasks", "spelling", "--ranks", "1", "2", "3")
     assert runs.items() < content_of(tmp_path, "accuracy")["runs"].items()
+
+
+def test_the_rate_is_the_best_over_all_seeds_of_the_two_best_of_the_first(data, tmp_path, monkeypatch):
+    """Rate 1 is the best of the first seed alone, and one run of it went astray; rate 3 is not tried again."""
+    losses = {(1.0, 0): 0.1, (1.0, 1): 0.9, (2.0, 0): 0.2, (2.0, 1): 0.2, (3.0, 0): 0.3}
+    found = lambda _, t: {"validation_loss": losses[t.rate, t.seed], "test_loss": t.rate, "accuracy": t.rate / 10}  # noqa: E731
+    monkeypatch.setattr(reproduce_accuracy, "RATES", {"spelling": (1.0, 2.0, 3.0)})
+    monkeypatch.setattr(reproduce_accuracy.Laboratory, "run", found)
+    options = Options(data=data, dry_run=True, results=tmp_path)
+    laboratory = reproduce_accuracy.Laboratory(
+        options, dataclasses.replace(reproduce_accuracy.plan_of(options), num_rates=3, ranks=(2,))
+    )
+    runs = Runs("accuracy", options, laboratory.settings())
+    case = reproduce_accuracy.train_all(runs, laboratory, ("lora",))["spelling lora r=2"]
+    assert (case["rate"], case["edge"], case["accuracies"]) == (2.0, False, [0.2, 0.2])
+    assert case["mean_validation_loss"] == pytest.approx({"1": 0.5, "2": 0.2})
+    assert len(runs.runs) == 1 + 5
+
+
+def test_runs_of_other_data_are_refused(data, tmp_path):
+    here = shutil.copytree(data, tmp_path / "data")
+    call("accuracy", here, tmp_path / "results")
+    lines = (here / "cmudict" / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (here / "cmudict" / "test.jsonl").write_text("".join(reversed(lines)), encoding="utf-8")
+    before = content_of(tmp_path / "results", "accuracy")
+    with pytest.raises(SystemExit):
+        call("accuracy", here, tmp_path / "results")
+    assert content_of(tmp_path / "results", "accuracy") == before
+    call("accuracy", here, tmp_path / "results", "--force")
+
+
+def test_more_rates_than_there_are(data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        call("accuracy", data, tmp_path, "--num_rates", "4")
+    assert "at most 3 rates" in capsys.readouterr().err
 
 
 def test_an_answer_counts_where_generation_would_write_it(data):

@@ -26,7 +26,7 @@ import prepare_easy_vqa
 import reproduce_vl_bart as subject
 import vl_bart_data as data
 from dora_peft import DoraConfig
-from reproduce_common import Options, choose_rate, interval
+from reproduce_common import Options, at_edge, interval, lowest
 from vl_bart_model import (
     VlBartConfig,
     VlBartForConditionalGeneration,
@@ -359,7 +359,7 @@ def test_the_claim_at_toy_size(toy_options, count_backbones, capsys):
             for run in runs.values()
             if (run.get("method"), run.get("seed")) == (method, 0)
         }
-        assert (entry["rate"], entry["edge"]) == choose_rate(losses)
+        assert (entry["rate"], entry["edge"]) == (lowest(losses)[0], at_edge(entry["rate"], losses))
         assert len(losses) == 3
         of_seeds = [runs[f"{method} lr={entry['rate']:g} seed={seed}"]["accuracy"] for seed in (0, 1)]
         assert entry["accuracies"] == of_seeds
