@@ -1,4 +1,4 @@
-"""The eight commonsense tasks of the DoRA paper: answers, prompt, how an answer is read, and the paper's averages.
+"""The eight commonsense tasks of the DoRA paper: answers, prompt, how an answer is read, and the paper's figures.
 
 Imported by `prepare_commonsense.py` and `evaluate_commonsense.py`; not a program of its own.
 
@@ -44,6 +44,29 @@ PAPER_AVERAGES: dict[str, dict[tuple[str, int], float]] = {
     "LLaMA-13B": {("LoRA", 32): 80.5, ("DoRA", 16): 80.8, ("DoRA", 32): 81.5},
     "LLaMA2-7B": {("LoRA", 32): 77.6, ("DoRA", 16): 80.5, ("DoRA", 32): 79.7},
     "LLaMA3-8B": {("LoRA", 32): 80.8, ("DoRA", 16): 85.0, ("DoRA", 32): 85.2},
+}
+# The accuracies behind those averages, in percent and in the order of TASKS, where the paper gives them.
+PAPER_ACCURACIES: dict[str, dict[tuple[str, int], tuple[float, ...]]] = {
+    "LLaMA-7B": {
+        ("LoRA", 32): (68.9, 80.7, 77.4, 78.1, 78.8, 77.8, 61.3, 74.8),
+        ("DoRA", 16): (70.0, 82.6, 79.7, 83.2, 80.6, 80.6, 65.4, 77.6),
+        ("DoRA", 32): (69.7, 83.4, 78.6, 87.2, 81.0, 81.9, 66.2, 79.2),
+    },
+    "LLaMA-13B": {
+        ("LoRA", 32): (72.1, 83.5, 80.5, 90.5, 83.7, 82.8, 68.3, 82.4),
+        ("DoRA", 16): (72.5, 85.3, 79.9, 90.1, 82.9, 82.7, 69.7, 83.6),
+        ("DoRA", 32): (72.4, 84.9, 81.5, 92.4, 84.2, 84.2, 69.6, 82.8),
+    },
+    "LLaMA2-7B": {
+        ("LoRA", 32): (69.8, 79.9, 79.5, 83.6, 82.6, 79.8, 64.7, 81.0),
+        ("DoRA", 16): (72.0, 83.1, 79.9, 89.1, 83.0, 84.5, 71.0, 81.2),
+        ("DoRA", 32): (71.8, 83.7, 76.0, 89.1, 82.6, 83.7, 68.2, 82.4),
+    },
+    "LLaMA3-8B": {
+        ("LoRA", 32): (70.8, 85.2, 79.9, 91.7, 84.3, 84.2, 71.2, 79.0),
+        ("DoRA", 16): (74.5, 88.8, 80.3, 95.5, 84.7, 90.1, 79.1, 87.2),
+        ("DoRA", 32): (74.6, 89.3, 79.9, 95.5, 85.6, 90.5, 80.4, 85.8),
+    },
 }
 # The whole of a model's name, without its owner: neither Llama-3.1-8B nor Llama-2-7b-chat-hf is one of the paper's.
 PAPER_MODELS = {
@@ -120,17 +143,24 @@ def find_paper_model(name_or_path: str) -> str | None:
     return next((model for model, pattern in PAPER_MODELS.items() if re.fullmatch(pattern, name)), None)
 
 
-def paper_columns(name_or_path: str, rank: int | None) -> dict[str, float]:
-    """The paper's averages to set beside ours, by titles such as "DoRA r=32".
+def paper_columns(name_or_path: str, rank: int | None) -> dict[str, dict[str, float]]:
+    """The paper's figures to set beside ours, by titles such as "DoRA r=32".
 
     Args:
         name_or_path: of the base model.
         rank: of the adapter; the paper's largest common one, 32, stands in for a rank that the paper does not have.
 
     Returns:
-        Empty for a model that the paper does not have.
+        For each title the percentages by task, where the paper gives them, and their "mean". Empty for a model that the
+        paper does not have.
     """
-    averages = PAPER_AVERAGES.get(find_paper_model(name_or_path) or "", {})
+    model = find_paper_model(name_or_path) or ""
+    averages, accuracies = PAPER_AVERAGES.get(model, {}), PAPER_ACCURACIES.get(model, {})
     if rank not in {known for _, known in averages}:
         rank = 32
-    return {f"{method} r={known}": average for (method, known), average in averages.items() if known == rank}
+    columns: dict[str, dict[str, float]] = {}
+    for case, average in averages.items():
+        if case[1] == rank:
+            by_task = dict(zip(TASKS, accuracies[case], strict=True)) if case in accuracies else {}
+            columns[f"{case[0]} r={rank}"] = by_task | {"mean": average}
+    return columns

@@ -119,16 +119,16 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def format_table(results: dict[str, Any], name: str) -> str:
-    """The accuracies in percent, task by task and their mean, beside the paper's averages.
-
-    The paper's columns have the average alone.
-    """
+    """The accuracies in percent, task by task and their mean, beside the paper's where it gives them."""
     rows = [(task, results["tasks"][task]) for task in TASKS if task in results["tasks"]]
     paper = results["paper"]
     head = ["", name, *(f"paper, {title}" for title in paper)]
-    body = [[task, f"{result['accuracy']:.1%}", *("-" for _ in paper)] for task, result in rows]
+    body = [
+        [task, f"{result['accuracy']:.1%}", *(f"{of[task]}%" if task in of else "-" for of in paper.values())]
+        for task, result in rows
+    ]
     mean = results["summary"]["mean_accuracy"]
-    body.append([f"mean of {len(rows)}", f"{mean:.1%}", *(f"{average}%" for average in paper.values())])
+    body.append([f"mean of {len(rows)}", f"{mean:.1%}", *(f"{of['mean']}%" for of in paper.values())])
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     lines = []
     for title, *cells in [head, *body]:

@@ -135,15 +135,22 @@ def test_paper_models_are_those_of_the_configurations() -> None:
         name = header.partition("model_name_or_path: ")[2].partition("\n")[0]
         rank = int(header.partition("\nr: ")[2].partition("\n")[0])
         columns = commonsense.paper_columns(name, rank)
-        assert f"average {columns[f'DoRA r={rank}']} %" in header, path
+        assert f"average {columns[f'DoRA r={rank}']['mean']} %" in header, path
         found.add(commonsense.find_paper_model(name))
     assert found == set(commonsense.PAPER_AVERAGES)
 
 
 def test_a_rank_that_the_paper_lacks_stands_beside_its_rank_32() -> None:
-    assert commonsense.paper_columns("llama-7b", 4) == {"LoRA r=4": 39.5, "DoRA r=4": 61.9}
+    assert commonsense.paper_columns("llama-7b", 4) == {"LoRA r=4": {"mean": 39.5}, "DoRA r=4": {"mean": 61.9}}
     assert list(commonsense.paper_columns("llama-13b", 4)) == ["LoRA r=32", "DoRA r=32"]
     assert list(commonsense.paper_columns("llama-13b", None)) == ["LoRA r=32", "DoRA r=32"]
+
+
+def test_the_papers_accuracies_have_its_averages() -> None:
+    for model, found in commonsense.PAPER_ACCURACIES.items():
+        for case, accuracies in found.items():
+            assert len(accuracies) == len(TASKS)
+            assert sum(accuracies) / 8 == pytest.approx(commonsense.PAPER_AVERAGES[model][case], abs=0.0501), case
 
 
 def test_prepare_writes_and_counts_every_record(download: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,7 +293,7 @@ def test_accuracy_per_task_and_their_mean(
     assert table[-1] == "wrote result.json"
     assert table[0].split("  ")[-2:] == ["paper, LoRA r=32", "paper, DoRA r=32"]
     assert [line.split()[0] for line in table[1:9]] == list(TASKS)
-    assert table[1].split() == ["boolq", "100.0%", "-", "-"]
+    assert table[1].split() == ["boolq", "100.0%", "68.9%", "69.7%"]
     assert table[9].split() == ["mean", "of", "8", "53.1%", "74.7%", "78.4%"]
 
 
