@@ -170,6 +170,11 @@ def read_run(base_model: nn.Module, folder: str | os.PathLike[str], target: str 
     return history
 
 
+def to_json(found: Correlation) -> dict[str, float | None]:
+    """JSON has no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in found._asdict().items()}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m dora_peft.analysis", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -196,19 +201,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     content: dict[str, Any] = {"base": args.base, "level": 0.95, "runs": {}}
     print(f"{'run':32} {'points':>6}  {'r of dD and dM':>14}  95 % interval")
     for name, history in histories.items():
-        groups = {name: history}
+        groups: dict[str, History] = {}
         for entry in history:
-            groups.setdefault(f"  {layer_kind(entry['module'])}", []).append(entry)
-        found = {group: correlate(entries) for group, entries in groups.items()}
-        for group, (r, low, high, count) in found.items():
-            print(f"{group:32} {count:6}  {r:+14.2f}  [{low:+.2f}, {high:+.2f}]")
-        by_group = {
-            g.strip(): {k: v if math.isfinite(v) else None for k, v in c._asdict().items()} for g, c in found.items()
-        }
+            groups.setdefault(layer_kind(entry["module"]), []).append(entry)
+        whole, kinds = correlate(history), {kind: correlate(entries) for kind, entries in groups.items()}
+        for label, (r, low, high, count) in ((name, whole), *((f"  {kind}", found) for kind, found in kinds.items())):
+            print(f"{label:32} {count:6}  {r:+14.2f}  [{low:+.2f}, {high:+.2f}]")
         content["runs"][name] = {
             "folder": str(runs[name]),
-            "correlation": by_group.pop(name),
-            "kinds": by_group,
+            "correlation": to_json(whole),
+            "kinds": {kind: to_json(found) for kind, found in kinds.items()},
             "history": history,
         }
     atomic_write_text(str(args.output.with_suffix(".json")), json.dumps(content, indent=1) + "\n")
