@@ -274,7 +274,7 @@ def plan_of(options: Options) -> Plan:
         sizes = {"steps": 2, "batch": 2, "num_train": 8, "num_validation": 4, "num_test": 4}
         return Plan(tasks=("spelling",), ranks=(1, 2), seeds=(0, 1), **sizes)
     if options.size == "full":  # LLaMA-7B; the paper's figure by rank is --ranks 4 8 16 32 64
-        return Plan(tasks=("commonsense",), ranks=(4, 32), num_rates=1)
+        return Plan(tasks=("commonsense",), ranks=(4, 32))
     return Plan()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import statistics
@@ -73,10 +74,14 @@ class Plan:
 
 def digest(*paths: Path) -> str:
     """Hexadecimal digits that differ where the content of these files does."""
-    found = hashlib.sha256()
+    whole = hashlib.sha256()
     for path in paths:
-        found.update(hashlib.sha256(path.read_bytes()).digest())
-    return found.hexdigest()[:16]
+        of_file = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                of_file.update(block)
+        whole.update(of_file.digest())
+    return whole.hexdigest()[:16]
 
 
 class Runs:
@@ -92,7 +97,8 @@ class Runs:
     earlier, larger command may stand in the file as well. A dry run has a file of its own.
 
     Args:
-        settings: What every run depends on. A file with other settings is kept beside, as `CLAIM_SIZE.json.bak`.
+        settings: What every run depends on. A file with other settings is kept beside, as `CLAIM_SIZE.json.bak`,
+            `.bak1` and so on.
     """
 
     def __init__(self, claim: str, options: Options, settings: dict[str, Any]) -> None:
@@ -103,8 +109,10 @@ class Runs:
         self.asked: set[str] = set()  # the keys that this command asked for
         self.adopted: set[str] = set()  # and has not asked for yet
         if self.path.is_file() and not self.take(self.path):
-            self.path.replace(self.path.with_name(f"{self.path.name}.bak"))
-            print(f"{self.path}: other settings or --force; what it held is in {self.path.name}.bak now")
+            backups = (self.path.with_name(f"{self.path.name}.bak{number or ''}") for number in itertools.count())
+            backup = next(path for path in backups if not path.exists())
+            self.path.replace(backup)
+            print(f"{self.path}: other settings or --force; what it held is in {backup.name} now")
         self.device = options.device
 
     def take(self, path: Path) -> bool:
@@ -270,14 +278,17 @@ def draw_ranks(runs: Runs, title: str) -> None:
     figure.suptitle(title)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         cases = [case for case in summary["cases"].values() if case["task"] == task]
-        for method, colour in (("lora", "tab:blue"), ("dora", "tab:orange")):
+        for method, colour, aside in (
+            ("lora", "tab:blue", 0.97),
+            ("dora", "tab:orange", 1.03),
+        ):  # so that both are seen
             of_method = sorted((c for c in cases if c["method"] == method), key=lambda case: case["rank"])
-            ranks = [case["rank"] for case in of_method]
+            places = [aside * case["rank"] for case in of_method]
             name = {"lora": "LoRA", "dora": "DoRA"}[method]
-            axes.plot(ranks, [100 * c["mean"] for c in of_method], "o-", color=colour, label=name)
-            for case in of_method:
+            axes.plot(places, [100 * c["mean"] for c in of_method], "o-", color=colour, label=name)
+            for place, case in zip(places, of_method, strict=True):
                 points = [100 * accuracy for accuracy in case["accuracies"]]
-                axes.plot([case["rank"]] * len(points), points, ".", color=colour, alpha=0.5)
+                axes.plot([place] * len(points), points, ".", color=colour, alpha=0.5)
         for case in cases:
             if case["method"] == "full":
                 axes.axhline(100 * case["mean"], color="tab:green", label="full fine-tuning")

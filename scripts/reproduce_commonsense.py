@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reproduce_common import Options, Plan, Runs, difference, draw_detach, draw_ranks
+from reproduce_common import Options, Plan, Runs, difference, digest, draw_detach, draw_ranks
 
 SCRIPTS = Path(__file__).parent
 CONFIGS = SCRIPTS.parent / "configs"
@@ -86,6 +86,7 @@ def execute(script: str, arguments: Sequence[str]) -> None:
 def train_all(runs: Runs, options: Options, plan: Plan, methods: Sequence[str]) -> dict[str, Any]:
     """For each method and rank the accuracies over the seeds."""
     total, settings, cases = len(methods) * len(plan.ranks) * len(plan.seeds), runs.content["settings"], {}
+    inputs = digest(*sorted((options.data / "commonsense" / "test").glob("*.json")))  # the rest is in the settings
     for method in methods:
         for rank in plan.ranks:
             accuracies = [
@@ -93,6 +94,7 @@ def train_all(runs: Runs, options: Options, plan: Plan, methods: Sequence[str]) 
                     f"commonsense {method} r={rank} seed={seed}",
                     lambda case=(settings, method, rank, seed): train_and_evaluate(options, *case),  # type: ignore
                     total,
+                    inputs,
                 )["accuracy"]
                 for seed in plan.seeds
             ]

@@ -331,8 +331,8 @@ def summarise(runs: Mapping[str, Any], name: str, family: Family, predicted_mib:
         predicted_mib: What detaching saves on the dense algorithm, from shapes.
 
     Returns:
-        `saved_mib`: measured and predicted, at the paper's setting. `predicted_percent`: the predicted MiB in per cent
-        of the measured total, which is not predicted. `ours_to_lora` is that of our default dropout,
+        `saved_mib`: measured and predicted, at the paper's setting. `predicted_percent_by_setting`: the predicted MiB
+        in per cent of the measured total, which is not predicted. `ours_to_lora` is that of our default dropout,
         `ours_paper_dropout_to_lora` that of the paper's.
     """
     table: dict[str, dict[str, float]] = {}
@@ -356,7 +356,6 @@ def summarise(runs: Mapping[str, Any], name: str, family: Family, predicted_mib:
     }
     if setting in fitting:
         summary["saved_mib"]["measured"] = first[dense[1]] - first[dense[0]]
-        summary["predicted_percent"] = predicted[setting]
     if "lora" in first:
         ours = {
             "ours_to_lora": first.get("dora_branch", first.get("dora")),

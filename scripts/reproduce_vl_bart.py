@@ -35,7 +35,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_linear_sche
 from benchmark_common import replacing
 from benchmark_models import share_weights
 from dora_peft import DoraConfig, param_groups
-from reproduce_common import Options, Runs, at_edge, interval, lowest
+from reproduce_common import Options, Runs, at_edge, digest, interval, lowest
 from vl_bart_data import IGNORE, Part, Record, load_part, make_batch, question_only, word_tokenizer
 from vl_bart_model import VlBartForConditionalGeneration, build_small
 
@@ -146,7 +146,7 @@ class Task:
     """
 
     def __init__(self, settings: Settings, options: Options) -> None:
-        self.settings, self.device = settings, options.device
+        self.settings, self.options, self.device = settings, options, options.device
         folder = options.data / settings.dataset
         command = "Run `python scripts/prepare_easy_vqa.py` first." if settings.dataset == "easy_vqa" else (
             "scripts/vl_bart_data.py describes the format."
@@ -187,7 +187,8 @@ class Task:
 
     def load_base(self, runs: Runs, total: int) -> None:
         """Load, or first train, the frozen model that every method adapts, and its tokenizer."""
-        settings = self.settings
+        settings, folder = self.settings, self.options.data / self.settings.dataset
+        files = [folder / f"{part}.{kind}" for part in ("train", "test") for kind in ("jsonl", "safetensors")]
         self.tokenizer: PreTrainedTokenizerBase
         if (name := settings.model) is not None:
             self.tokenizer = AutoTokenizer.from_pretrained(name)
@@ -199,6 +200,8 @@ class Task:
                 del runs.runs["backbone"]
             runs.do("backbone", lambda: self.train_backbone(folder), total)
             self.base = VlBartForConditionalGeneration.from_pretrained(folder)
+            files.append(folder / "model.safetensors")  # trained again on another machine, it is another one
+        self.inputs = digest(*files)
         self.base.to(self.device).requires_grad_(False)
 
     def train_backbone(self, folder: Path) -> dict[str, Any]:
@@ -318,7 +321,7 @@ def run(
 
         def do(rate: float, seed: int, method: str = method) -> dict[str, Any]:
             key = f"{method} lr={rate:g} seed={seed}"
-            return runs.do(key, lambda: task.run(method, rate, seed, key), total)
+            return runs.do(key, lambda: task.run(method, rate, seed, key), total, task.inputs)
 
         tried = {rate: do(rate, chosen[0]) for rate in rates}
         losses = {rate: result["validation_loss"] for rate, result in tried.items()}
@@ -343,7 +346,6 @@ def run(
         "before": task.evaluate(task.base, task.test)[0],
         "num_test": len(task.test.records),
         "num_validation": len(task.validation.records),
-        "paper": PAPER_OF_DATASET.get(settings.dataset, PAPER),
     }
     runs.finish(summary)
     draw(runs)

@@ -133,12 +133,13 @@ def test_around_another_model(bart, tmp_path):
         VlBartForConditionalGeneration.from_bart(str(tmp_path / "bart"), 12, 36)
 
 
-def test_adapters_on_the_attention(model, batch):
-    adapted = get_peft_model(model, DoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]])
+def test_adapters_on_the_attention(model, batch, targets):
+    adapted = get_peft_model(model, DoraConfig(r=2, target_modules=targets))
     adapted(**batch).loss.backward()
     gradients = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
-    # q and v of the encoder's, the decoder's and the cross attention
-    assert sum("lora_B" in name for name in gradients) == 6
+    # of the encoder's, the decoder's and the cross attention
+    assert sum("lora_B" in name for name in gradients) == 3 * len(targets)
     assert all(g is not None and g.abs().sum() > 0 for name, g in gradients.items() if "lora_A" not in name)
 
 
@@ -366,7 +367,7 @@ def test_the_claim_at_toy_size(toy_options, count_backbones, capsys):
     for other in ("lora", "full", "dora_not_detached"):
         pairs = zip(*(summary["methods"][m]["accuracies"] for m in ("dora", other)), strict=True)
         assert summary["differences"][f"dora - {other}"] == interval([a - b for a, b in pairs])
-    assert {"question_only", "before", "paper"} < set(summary)
+    assert {"question_only", "before"} < set(summary)
     assert (summary["num_test"], summary["num_validation"]) == (12, 2)
     printed = capsys.readouterr().out
     assert "[17/17] full" in printed
@@ -462,6 +463,11 @@ def test_every_backbone_has_its_folder(toy_options, count_backbones, tmp_path):
     assert {key: run for key, run in runs.items() if key != "backbone"} == {
         key: run for key, run in before.items() if key != "backbone"
     }
+    # on a machine where another one comes of it, what is stored is no longer of it
+    path = Path("outputs/reproduce") / count_backbones[-1] / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="expected runs of the model and data with digest"):
+        run(warmup=0.5)
 
 
 def test_force_trains_the_backbone_anew(toy_options, count_backbones):
