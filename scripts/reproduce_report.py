@@ -256,8 +256,8 @@ def accuracy_table(content: Content) -> list[str]:
         lines += ["", f"Rates tried for each method and rank: {rates}."]
         if any(len(found) > 1 for found in tried.values()):
             lines[-1] += (
-                " The two with the lowest validation loss at the first seed were tried with all seeds, and the one with "
-                "the lower mean was chosen."
+                " The two with the lowest validation loss at the first seed were tried with all seeds, and the one "
+                "with the lower mean was chosen."
             )
     return [*lines, "", SPREAD]
 
