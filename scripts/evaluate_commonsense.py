@@ -165,7 +165,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--restart", action="store_true", help="forget the results that the file has")
     args = parser.parse_args(arguments)
+    try:
+        run(args)
+    except ValueError as error:
+        parser.error(str(error))
 
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate, task by task, and print the table."""
     name = Path(args.adapter or args.model_name_or_path).name
     path = args.json or Path("outputs/commonsense") / f"{name}.json"
     if missing := [task for task in args.tasks if not (args.data / f"{task}.json").is_file()]:

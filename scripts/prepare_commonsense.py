@@ -117,8 +117,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--drop_wrong", action="store_true", help="leave wrong records out")
     parser.add_argument("--seed", type=int, default=0, help="of --max_per_task")
     args = parser.parse_args(arguments)
+    try:
+        prepare(args)
+    except ValueError as error:
+        parser.error(str(error))
 
-    # All is read and checked before anything is written.
+
+def prepare(args: argparse.Namespace) -> None:
+    """Write the files; all is read and checked before anything is written."""
     train_file, test_files = find_files(args.source, args.tasks)
     train = limit_records(read_records(train_file, None, args.drop_wrong), kind_of, args.max_per_task, args.seed)
     tests = {

@@ -1,7 +1,9 @@
 """The commonsense pipeline on small local files: answers, preparation, evaluation, and all with a fine-tune run."""
 
+import contextlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from commonsense import MARKER, TASKS, build_prompt, extract_answer
 from llama_data import IGNORE, encode_record
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
+Refused = Callable[[str], contextlib.AbstractContextManager[None]]
 EVERY_ANSWER = [(task, answer) for task, answers in TASKS.items() for answer in answers]
 
 
@@ -31,6 +34,19 @@ def small_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
+    """That a command ends with an error that matches a pattern, and without a traceback."""
+
+    @contextlib.contextmanager
+    def check(pattern: str) -> Iterator[None]:
+        with pytest.raises(SystemExit):
+            yield
+        assert re.search(f"error: .*{pattern}", capsys.readouterr().err)
+
+    return check
 
 
 def make_record(task: str, number: int = 0) -> dict[str, str]:
@@ -201,13 +217,12 @@ def test_prepare_takes_the_training_file_alone(download: Path) -> None:
     ],
 )
 def test_prepare_refuses_a_wrong_record_before_it_writes(
-    download: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+    download: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str], refused: Refused
 ) -> None:
     path = download / "dataset" / "boolq" / "test.json"
     write_list(path, [make_record("boolq"), make_record("boolq") | changes])
-    with pytest.raises(ValueError, match=message) as caught:
+    with refused(rf"{re.escape(str(path))}, record 2: .*{message}"):
         prepare_commonsense.main([str(download)])
-    assert str(caught.value).startswith(f"{path}, record 2: ")
     assert not Path("data").exists()
     prepare_commonsense.main([str(download), "--drop_wrong"])
     assert json.loads(Path("data/commonsense/test/boolq.json").read_text(encoding="utf-8")) == [make_record("boolq")]
@@ -223,24 +238,23 @@ def test_prepare_refuses_a_wrong_record_before_it_writes(
         ("[3]", r"record 1: expected the keys .* found int"),
     ],
 )
-def test_prepare_refuses_a_wrong_file(tmp_path: Path, content: str, message: str) -> None:
+def test_prepare_refuses_a_wrong_file(tmp_path: Path, content: str, message: str, refused: Refused) -> None:
     path = tmp_path / "commonsense_170k.json"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match=message) as caught:
+    with refused(rf"{re.escape(str(path))}.*{message}"):
         prepare_commonsense.main([str(path)])
-    assert str(caught.value).startswith(str(path))
 
 
-def test_prepare_says_which_file_it_misses(download: Path, tmp_path: Path) -> None:
+def test_prepare_says_which_file_it_misses(download: Path, tmp_path: Path, refused: Refused) -> None:
     (download / "dataset" / "piqa" / "test.json").unlink()
-    with pytest.raises(ValueError, match=r"LLM-Adapters: expected one piqa/test\.json .* found none.*--tasks"):
+    with refused(r"LLM-Adapters: expected one piqa/test\.json .* found none.*--tasks"):
         prepare_commonsense.main([str(download)])
     prepare_commonsense.main([str(download), "--tasks", "boolq", "ARC-Easy"])
     assert {path.name for path in Path("data/commonsense/test").iterdir()} == {"boolq.json", "ARC-Easy.json"}
     write_list(download / "old" / "commonsense_170k.json", [make_record("piqa")])
-    with pytest.raises(ValueError, match=r"expected one commonsense_170k\.json .* found 2: "):
+    with refused(r"expected one commonsense_170k\.json .* found 2: "):
         prepare_commonsense.main([str(download), "--tasks", "boolq"])
-    with pytest.raises(ValueError, match=r"nowhere: no such file or folder; give a checkout of LLM-Adapters"):
+    with refused(r"nowhere: no such file or folder; give a checkout of LLM-Adapters"):
         prepare_commonsense.main([str(tmp_path / "nowhere")])
 
 
@@ -335,31 +349,33 @@ def test_a_changed_test_set_is_measured_again(oracle: Oracle, question_sets: Pat
     assert results["tasks"]["piqa"]["accuracy"] == 0
 
 
-def test_results_of_other_settings_are_not_mixed(oracle: Oracle, question_sets: Path, tmp_path: Path) -> None:
+def test_results_of_other_settings_are_not_mixed(
+    oracle: Oracle, question_sets: Path, tmp_path: Path, refused: Refused
+) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_model.safetensors").write_bytes(b"first")
     evaluate(question_sets, "--adapter", adapter)
-    with pytest.raises(ValueError, match=r"other settings: limit found None, expected 2\. Give another file"):
+    with refused(r"other settings: limit found None, expected 2\. Give another file"):
         evaluate(question_sets, "--adapter", adapter, "--limit", 2)
     (adapter / "adapter_model.safetensors").write_bytes(b"trained again")
-    with pytest.raises(ValueError, match=r"result\.json: holds results of other settings: adapter_files found"):
+    with refused(r"result\.json: holds results of other settings: adapter_files found"):
         evaluate(question_sets, "--adapter", adapter)
     oracle.asked = []
     evaluate(question_sets, "--adapter", adapter, "--restart", "--tasks", "piqa")
     assert oracle.asked == ["piqa"] * 4
     write_list(Path("result.json"), [1])
-    with pytest.raises(ValueError, match=r"result\.json: expected results of this script"):
+    with refused(r"result\.json: expected results of this script"):
         evaluate(question_sets)
 
 
-def test_missing_and_wrong_question_sets_are_named(oracle: Oracle, question_sets: Path) -> None:
+def test_missing_and_wrong_question_sets_are_named(oracle: Oracle, question_sets: Path, refused: Refused) -> None:
     write_list(question_sets / "boolq.json", [make_record("boolq"), make_record("piqa")])
-    with pytest.raises(ValueError, match=r"boolq\.json, record 2: expected one of the answers false, true"):
+    with refused(r"boolq\.json, record 2: expected one of the answers false, true"):
         evaluate(question_sets)
     (question_sets / "boolq.json").unlink()
     (question_sets / "ARC-Easy.json").unlink()
-    with pytest.raises(ValueError, match=r"missing boolq, ARC-Easy\. Run `python scripts/prepare_commonsense\.py`"):
+    with refused(r"missing boolq, ARC-Easy\. Run `python scripts/prepare_commonsense\.py`"):
         evaluate(question_sets)
     assert oracle.asked == []
 
