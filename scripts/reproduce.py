@@ -14,11 +14,11 @@
 without `--force`.
 
 By default accuracy and detach train one task at rank 2 with one learning rate. What is stored there is a larger grid,
-with rates chosen for each method and rank, of five hours of one core; so is the cost of detaching. With three rates the
-best one may have one on either side, and more seeds narrow the intervals; both go on from the runs that are there:
+whose rates were chosen for each method and rank, of nine hours of one core, and one of the cost of detaching. More
+seeds narrow the intervals, and go on from the runs that are there:
 
-    python scripts/reproduce.py accuracy --tasks spelling cities --ranks 2 4 8 16 32 --num_rates 2
-    python scripts/reproduce.py detach   --tasks spelling cities --ranks 8 --num_rates 2
+    python scripts/reproduce.py accuracy --tasks spelling cities --ranks 2 4 8 16 32 --num_rates 3
+    python scripts/reproduce.py detach   --tasks spelling cities --ranks 8 --num_rates 3
     python scripts/reproduce.py accuracy --tasks spelling cities --ranks 2 4 8 16 32 --num_rates 3 --seeds 0 1 2 3 4
 
 Prerequisites: `pip install -e .[scripts]`, and for accuracy, detach and pattern at laptop size
