@@ -102,7 +102,9 @@ def judge_low_rank(contents: Contents) -> tuple[str, str]:
         cases = {(c["method"], c["rank"]): c for c in content["summary"]["cases"].values() if c["task"] == task}
         ranks = sorted({rank for _, rank in cases if rank})
         gains = {rank: cases["dora", rank]["mean"] - cases["lora", rank]["mean"] for rank in ranks}
-        texts.append(f"{task} " + ", ".join(f"r={rank} {100 * gain:+.1f}" for rank, gain in gains.items()))
+        texts.append(
+            f"{task} " + ", ".join(f"r={rank} {round(100 * gain, 1) + 0.0:+.1f}" for rank, gain in gains.items())
+        )
         low, high = ranks[0], ranks[-1]
         at_low, at_high = (
             [a - b for a, b in zip(cases["dora", r]["accuracies"], cases["lora", r]["accuracies"], strict=True)]
@@ -142,7 +144,8 @@ NAMES = {
 
 
 def describe_gain(gain: Mapping[str, float]) -> str:
-    return f"{100 * gain['mean']:+.1f} points [{100 * gain['low']:+.1f}, {100 * gain['high']:+.1f}]"
+    mean, low, high = (f"{round(100 * gain[name], 1) + 0.0:+.1f}" for name in ("mean", "low", "high"))  # no -0.0
+    return f"{mean} points [{low}, {high}]"
 
 
 def describe_correlation(found: Mapping[str, float]) -> str:
