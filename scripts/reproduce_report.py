@@ -225,10 +225,9 @@ def detail_pattern(content: Content) -> list[str]:
     steps, every = content["settings"]["steps"], content["settings"]["every"]
     note = (
         f"SmolLM2-135M, {steps} optimizer steps, a record every {every}. The intervals are over modules; how far other "
-        "seeds or tasks would change the correlations is not in them."
+        "seeds or tasks would change the correlations is not in them. Recording took at most "
+        f"{100 * summary['share_of_recording']:.1f} % of the time of a training."
     )
-    if (share := summary["share_of_recording"]) is not None:
-        note += f" Recording took at most {100 * share:.1f} % of the time of a training."
     return ["", note, "", *table(["modules", "method", "r over all checkpoints", "r at the last one", "paper"], rows)]
 
 
