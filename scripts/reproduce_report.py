@@ -295,7 +295,9 @@ def detail_vl_bart(content: Content) -> list[str]:
             f" All of them fit `{settings['pattern']}`. The backbone learnt the other kinds of questions, but for "
             "those answered by yes or no: they are left out. The features are silhouettes and colours, made by hand "
             "in the place of a trained detector's. The number of steps was chosen in trials on the same questions, so "
-            "that the methods differ; each rate by the validation loss of the first seed."
+            "that the methods differ; each rate by the validation loss of the first seed. All runs adapt one backbone, "
+            "which comes out otherwise with another number of threads; how far the differences would follow is not in "
+            "the intervals."
         )
     head = ["method", "rate", "accuracy", "with another question's picture"]
     return ["", note, "", *table(head, rows), "", SPREAD]
