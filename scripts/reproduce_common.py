@@ -278,10 +278,8 @@ def draw_ranks(runs: Runs, title: str) -> None:
     figure.suptitle(title)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         cases = [case for case in summary["cases"].values() if case["task"] == task]
-        for method, colour, aside in (
-            ("lora", "tab:blue", 0.97),
-            ("dora", "tab:orange", 1.03),
-        ):  # so that both are seen
+        # a little apart, so that both are seen
+        for method, colour, aside in (("lora", "tab:blue", 0.97), ("dora", "tab:orange", 1.03)):
             of_method = sorted((c for c in cases if c["method"] == method), key=lambda case: case["rank"])
             places = [aside * case["rank"] for case in of_method]
             name = {"lora": "LoRA", "dora": "DoRA"}[method]

@@ -44,7 +44,7 @@ def settings_of(options: Options, plan: Plan) -> dict[str, Any]:
     if not train.is_file():
         raise ValueError(f"{train}: no such file. Run `python scripts/prepare_commonsense.py` on the downloaded data.")
     files = {str(train): train, **{f"r={rank}": Path(config_of(rank)[0]) for rank in plan.ranks}}
-    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in files.items()}
+    digests = {name: digest(path) for name, path in files.items()}
     return {"model": "LLaMA-7B", "train": digests.pop(str(train)), "configs": digests}
 
 

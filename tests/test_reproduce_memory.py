@@ -12,7 +12,7 @@ from torch import nn
 import reproduce
 import reproduce_common
 import reproduce_memory
-import reproduce_report
+import reproduce_verdicts
 from reproduce_common import Options
 from reproduce_memory import DTYPE, families, measure, predict_saving, summarise
 from reproduce_memory_figure import SHRUNK
@@ -73,8 +73,8 @@ def test_memory(tmp_path):
         default = "dora_branch" if family.dropout else "dora"
         assert found["ours_to_lora"] == values[default] / values["lora"]
         assert ("dora_branch" in values) == (family.dropout > 0)
-        assert reproduce_report.judge_memory(name)({"memory": content})[1] in (
-            reproduce_report.YES, reproduce_report.PARTLY, reproduce_report.NO,
+        assert reproduce_verdicts.judge_memory(name)({"memory": content})[1] in (
+            reproduce_verdicts.YES, reproduce_verdicts.PARTLY, reproduce_verdicts.NO,
         )  # fmt: skip
     llama = content["summary"]["llama"]
     assert llama["ours_to_lora"] < llama["ours_paper_dropout_to_lora"]
@@ -216,7 +216,7 @@ def test_a_case_that_does_not_fit_is_left_out(tmp_path, monkeypatch, capsys):
     assert "full" not in found["total_mib"]["2 x 8"]
     assert list(found["saving_percent_by_setting"]) == list(found["predicted_percent_by_setting"]) == ["2 x 8"]
     assert found["saving_percent"]["reference"] == pytest.approx(100 / 6)
-    assert reproduce_report.judge_memory("llama")({"memory": content})[1] == reproduce_report.PARTLY
+    assert reproduce_verdicts.judge_memory("llama")({"memory": content})[1] == reproduce_verdicts.PARTLY
     assert "llama 2 x 16 reference: out_of_memory 1" in capsys.readouterr().out
     # the next call tries again what did not fit, and nothing else
     large[0] = False
@@ -237,8 +237,8 @@ def test_the_claim_itself_does_not_fit(fits, tmp_path, monkeypatch, capsys):
     assert found["saving_percent"] == {}
     assert list(found["saving_percent_by_setting"]) == ["2 x 16"]
     assert set(found["saved_mib"]) == {"predicted"}
-    assert reproduce_report.judge_memory("llama")({"memory": content})[1] == reproduce_report.OPEN
-    assert reproduce_report.judge_memory("vl_bart")({"memory": content})[1] != reproduce_report.OPEN
+    assert reproduce_verdicts.judge_memory("llama")({"memory": content})[1] == reproduce_verdicts.OPEN
+    assert reproduce_verdicts.judge_memory("vl_bart")({"memory": content})[1] != reproduce_verdicts.OPEN
     assert (tmp_path / "memory_laptop_dry.png").stat().st_size > 10000
 
 
