@@ -3,224 +3,36 @@
 import copy
 import io
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from layer_fixtures import (
+    DTYPES,
+    FLOOR,
+    KINDS,
+    MERGEABLE,
+    One,
+    Truth,
+    adapted,
+    base_of,
+    check,
+    dense_base,
+    distance,
+    dora,
+    example,
+    expected_warning,
+    found_gradients,
+    map_with,
+    perturb,
+    seeded,
+)
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from dora_peft import DoraConfig, linear, reference
-
-KINDS = {
-    "linear": lambda: nn.Linear(12, 10),
-    "linear-no-bias": lambda: nn.Linear(12, 10, bias=False),
-    "Conv1D": lambda: Conv1D(10, 12),
-    "embedding": lambda: nn.Embedding(12, 10),
-    "embedding-padding": lambda: nn.Embedding(12, 10, padding_idx=3),
-    "embedding-scaled": lambda: Gemma3TextScaledWordEmbedding(12, 10, 0, embed_scale=10**0.5),
-    "conv1d": lambda: nn.Conv1d(4, 6, 3, padding=1),
-    "conv2d": lambda: nn.Conv2d(4, 6, (3, 2), stride=2, padding=1),
-    "conv2d-no-bias": lambda: nn.Conv2d(4, 6, 3, bias=False),
-    "conv2d-pointwise": lambda: nn.Conv2d(4, 6, 1),
-    "conv2d-dilated": lambda: nn.Conv2d(4, 6, 2, dilation=2),
-    "conv3d": lambda: nn.Conv3d(4, 6, 2),
-    "conv1d-grouped": lambda: nn.Conv1d(4, 6, 3, groups=2),
-    "conv2d-grouped": lambda: nn.Conv2d(4, 6, 3, groups=2, padding="same"),
-    "conv2d-depthwise": lambda: nn.Conv2d(4, 8, 3, groups=4),
-    "conv3d-grouped": lambda: nn.Conv3d(4, 6, 2, groups=2),
-}
-MERGEABLE = [kind for kind in KINDS if "grouped" not in kind and "depthwise" not in kind]
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-# what a result may be off beyond twice the naive path's own error, relative to its norm
-FLOOR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-
-
-def expected_warning(layer):
-    """PEFT's layers say of a grouped convolution that it cannot be merged."""
-    if getattr(layer, "groups", 1) > 1:
-        return pytest.warns(UserWarning, match="groups > 1")
-    return nullcontext()
-
-
-class One(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def adapted(kind, dtype=torch.float32, *, bias=True, **options):
-    """A model of one layer of this kind with a DoRA adapter whose A, B and m are all away from their initial values."""
-    torch.manual_seed(0)
-    layer = KINDS[kind]() if isinstance(kind, str) else kind
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.normal_()
-    config = DoraConfig(**{"r": 4, "lora_alpha": 3, "target_modules": ["layer"], **options})
-    with expected_warning(layer):
-        model = get_peft_model(One(layer.to(dtype)), config)
-    perturb(model.base_model.model.layer, "default")
-    return model
-
-
-@torch.no_grad()
-def perturb(layer, adapter, seed=0):
-    generator = seeded(seed)
-    lora_A, lora_B = layer.factor_parameters(adapter)
-    magnitude = layer.lora_magnitude_vector[adapter].weight
-    lora_A.copy_(torch.randn(lora_A.shape, generator=generator) / lora_A[0].numel() ** 0.5)
-    if not layer.magnitude_only[adapter]:
-        lora_B.copy_(torch.randn(lora_B.shape, generator=generator))
-    else:
-        lora_A.zero_()
-    magnitude.mul_(torch.rand(magnitude.shape, generator=generator) + 0.5)
-
-
-def dora(model):
-    return model.base_model.model.layer
-
-
-def base_of(model):
-    return dora(model).get_base_layer()
-
-
-def example(model, *, batch=3, grad=True):
-    """An input of the layer's kind, in the dtype of its weight."""
-    base, generator = base_of(model), seeded(1)
-    if isinstance(base, nn.Embedding):
-        return torch.randint(0, base.num_embeddings, (batch, 5), generator=generator)
-    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        shape = (batch, base.in_channels, *[6] * len(base.kernel_size))
-    else:
-        shape = (batch, 5, 12)
-    return torch.randn(shape, generator=generator).to(base.weight.dtype).requires_grad_(grad)
-
-
-# ---- the truth
-
-
-def block_diagonal(B, groups):
-    """B [out, r / groups] over the ranks of its own group only: [out, r]."""
-    per_group = B.shape[0] // groups
-    blocks = [B[g * per_group : (g + 1) * per_group] for g in range(groups)]
-    return torch.cat(
-        [torch.cat([torch.zeros_like(b) if i != g else b for i in range(groups)], dim=1) for g, b in enumerate(blocks)]
-    )
-
-
-def dense_base(base, weight):
-    """W0 as a [out, in] matrix; a grouped kernel over all input channels."""
-    if isinstance(base, (nn.Embedding, Conv1D)):
-        return weight.T
-    if getattr(base, "groups", 1) == 1:
-        return weight.flatten(1)
-    out, per_group = weight.shape[:2]
-    dense = weight.new_zeros(out, base.in_channels, *weight.shape[2:])
-    for j in range(out):
-        first = j // (out // base.groups) * per_group
-        dense[j, first : first + per_group] = weight[j]
-    return dense.flatten(1)
-
-
-def map_with(base, x, matrix, bias):
-    """What the base layer computes, with another matrix."""
-    if isinstance(base, nn.Embedding):
-        out = F.embedding(x, matrix.T)
-        return out * base.embed_scale.to(out.dtype) if hasattr(base, "embed_scale") else out
-    if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(base.kernel_size)]
-        kernel = matrix.view(base.out_channels, base.in_channels, *base.kernel_size)
-        return conv(x, kernel, bias, base.stride, base.padding, base.dilation)
-    return F.linear(x, matrix, bias)
-
-
-def constant_column(A, padding_idx):
-    """A whose lookup gives the padding row no gradient, as nn.Embedding's does; its norm still depends on it."""
-    if padding_idx is None:
-        return A
-    column = torch.arange(A.shape[1]) == padding_idx
-    return torch.where(column, A.detach(), A)
-
-
-class Truth:
-    """A layer's output and gradients through the dense reference, every operation in `dtype`."""
-
-    def __init__(self, model, x, *, dtype=torch.float64, detach=True, tied=None, adapters=("default",)):
-        layer, base = dora(model), base_of(model)
-
-        def leaf(tensor):
-            return tensor.detach().to(dtype).clone().requires_grad_()
-
-        self.x = leaf(x) if x.is_floating_point() else x
-        matrix = original = dense_base(base, layer.original_weight().detach().to(dtype))
-        bias = getattr(base, "bias", None)
-        bias = None if bias is None else bias.detach().to(dtype)
-        self.parameters = {}
-        for adapter in adapters:
-            stored = (*layer.factor_parameters(adapter), layer.lora_magnitude_vector[adapter].weight)
-            A, B, m = self.parameters[adapter] = tuple(leaf(tensor) for tensor in stored)
-            A, B, s = A.flatten(1), B.flatten(1), layer.scaling[adapter]
-            if getattr(base, "groups", 1) > 1:
-                B = block_diagonal(B, base.groups)
-            norm = reference.weight_norm(original, A, B, s)
-            c = reference.scale(m.flatten(), norm.detach() if detach else norm, tied)
-            matrix = c[:, None] * (matrix + s * B @ constant_column(A, getattr(base, "padding_idx", None)))
-        self.matrix = matrix
-        self.y = map_with(base, self.x, matrix, bias)
-
-    def gradients(self, probe):
-        """By name, of the sum of y * probe."""
-        leaves = {"x": self.x} if self.x.is_floating_point() else {}
-        for adapter, tensors in self.parameters.items():
-            leaves |= {f"{adapter}.{name}": tensor for name, tensor in zip("ABm", tensors, strict=True)}
-        found = torch.autograd.grad(self.y, list(leaves.values()), probe.to(self.y.dtype), allow_unused=True)
-        return {name: grad for name, grad in zip(leaves, found, strict=True) if grad is not None}
-
-
-def found_gradients(model, x, y, probe, adapters=("default",)):
-    layer = dora(model)
-    leaves = {"x": x} if x.requires_grad else {}
-    for adapter in adapters:
-        stored = (*layer.factor_parameters(adapter), layer.lora_magnitude_vector[adapter].weight)
-        leaves |= {f"{adapter}.{name}": p for name, p in zip("ABm", stored, strict=True) if p.requires_grad}
-    grads = torch.autograd.grad(y, list(leaves.values()), probe)
-    return dict(zip(leaves, grads, strict=True))
-
-
-def distance(found, expected):
-    return ((found.double() - expected).norm() / expected.norm()).item()
-
-
-def check(model, x, *, adapters=("default",), detach=True, tied=None, forward=None):
-    """Forward and all gradients against the reference in float64, allowing what the reference itself errs in the
-    layer's dtype."""
-    y = (forward or model)(x)
-    dtype = base_of(model).weight.dtype
-    assert y.dtype == dtype
-    probe = torch.randn(y.shape, generator=seeded(2)).to(dtype)
-    options = {"adapters": adapters, "detach": detach, "tied": tied}
-    truth, naive = Truth(model, x, **options), Truth(model, x, dtype=dtype, **options)
-    allowed = 2 * distance(naive.y, truth.y) + FLOOR[dtype]
-    assert distance(y, truth.y) <= allowed
-    found = found_gradients(model, x, y, probe, adapters)
-    expected, naive_gradients = (t.gradients(probe) for t in (truth, naive))
-    assert found.keys() <= expected.keys()
-    for name, grad in found.items():
-        allowed = 2 * distance(naive_gradients[name], expected[name]) + FLOOR[dtype]
-        assert distance(grad, expected[name]) <= allowed, name
-    return found
-
 
 # ---- forward and gradients
 
@@ -275,39 +87,6 @@ def test_inputs_of_any_shape(shape):
     y.sum().backward()
     assert x.grad.shape == shape
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("batch", [0, 1])
-@pytest.mark.parametrize("kind", ["embedding", "embedding-scaled", "conv1d", "conv2d", "conv2d-grouped", "conv3d"])
-def test_small_batches(kind, batch):
-    model = adapted(kind)
-    x = example(model, batch=batch)
-    y = model(x)
-    assert y.shape == base_of(model)(x).shape
-    y.sum().backward()
-    if batch:
-        torch.testing.assert_close(y.double(), Truth(model, x).y, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["conv1d", "conv2d", "conv3d", "conv2d-grouped"])
-def test_convolutions_without_a_batch_dimension(kind):
-    model = adapted(kind)
-    x = example(model, batch=1)
-    torch.testing.assert_close(model(x[0]), model(x)[0])
-
-
-@pytest.mark.parametrize("mode", ["zeros", "reflect"])
-def test_padding_modes(mode):
-    model = adapted(nn.Conv2d(4, 6, 3, padding=1, padding_mode=mode))
-    x = example(model)
-    base, layer = base_of(model), dora(model)
-    lora_A, lora_B = layer.factor_parameters("default")
-    change = layer.scaling["default"] * (lora_B.flatten(1) @ lora_A.flatten(1)).view_as(base.weight)
-    m = layer.lora_magnitude_vector["default"].weight
-    c = m / (base.weight + change).flatten(1).norm(dim=1).view_as(m)
-    b = base.bias.view(-1, 1, 1)
-    # the base pads in its own way, the low-rank branch with zeros, as PEFT's does
-    torch.testing.assert_close(model(x), c * (base(x) - b + F.conv2d(x, change, padding=1)) + b)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "Conv1D"])
@@ -466,36 +245,6 @@ def test_dropout_modes(mode, detach, bias):
     torch.testing.assert_close(model(x), Truth(model, x).y)
 
 
-@pytest.mark.parametrize("mode", ["branch", "paper"])
-def test_an_embedding_has_no_dropout(mode):
-    model = adapted("embedding", torch.float64, lora_dropout=0.5, dropout_mode=mode)
-    check(model, example(model))
-
-
-@pytest.mark.parametrize("mode", ["branch", "paper"])
-def test_dropout_of_a_convolution(mode):
-    model = adapted("conv2d", torch.float64, lora_dropout=0.5, dropout_mode=mode)
-    layer, base, x = dora(model), base_of(model), example(model)
-    truth = Truth(model, x)
-    lora_A, lora_B = layer.factor_parameters("default")
-    change = layer.scaling["default"] * (lora_B.flatten(1) @ lora_A.flatten(1))
-    c = truth.matrix.norm(dim=1) / (base.weight.flatten(1) + change).norm(dim=1)
-
-    def conv(x, matrix):
-        return F.conv2d(x, matrix.view_as(base.weight), None, base.stride, base.padding)
-
-    c, b = c.view(-1, 1, 1), base.bias.view(-1, 1, 1)
-    torch.manual_seed(5)
-    found = model(x)
-    torch.manual_seed(5)
-    dropped = F.dropout(x, 0.5)
-    if mode == "branch":
-        expected = c * (conv(x, base.weight) + conv(dropped, change)) + b
-    else:
-        expected = conv(x, base.weight) + (c - 1) * conv(dropped, base.weight) + c * conv(dropped, change) + b
-    torch.testing.assert_close(found, expected)
-
-
 def test_paper_dropout_is_refused_for_several_active_adapters():
     model = adapted("linear", lora_dropout=0.5, dropout_mode="paper")
     model.add_adapter("other", DoraConfig(target_modules=["layer"]))
@@ -652,17 +401,6 @@ def test_merging(kind, dtype):
     assert torch.equal(before, content)
 
 
-@pytest.mark.parametrize("kind", ["conv2d", "conv2d-pointwise"])
-def test_merging_a_channels_last_convolution(kind):
-    model = adapted(kind, torch.float64).to(memory_format=torch.channels_last)
-    x = example(model)
-    expected = Truth(model, x)
-    torch.testing.assert_close(model(x), expected.y)
-    model.merge_adapter()
-    torch.testing.assert_close(base_of(model).weight.flatten(1), expected.matrix)
-    torch.testing.assert_close(model(x), expected.y)
-
-
 def test_unmerging_follows_a_move_in_between():
     model = adapted("linear")
     content = base_of(model).weight.detach().clone()
@@ -680,24 +418,6 @@ def test_merging_with_the_original_offloaded():
     torch.testing.assert_close(model(x), expected)
     model.unmerge_adapter()
     assert torch.equal(base_of(model).weight, content)
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in MERGEABLE])
-def test_grouped_convolutions_are_not_merged(kind):
-    model = adapted(kind)
-    before = base_of(model).weight.clone()
-    with pytest.raises(NotImplementedError, match=r"module 'layer'.*groups"):
-        model.merge_adapter()
-    assert torch.equal(base_of(model).weight, before)
-    assert not dora(model).merged
-    with pytest.raises(NotImplementedError, match=r"module 'layer'.*groups"):
-        dora(model).get_delta_weight("default")
-
-
-def test_convolutions_that_pad_otherwise_are_not_merged():
-    model = adapted(nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"))
-    with pytest.raises(NotImplementedError, match=r"module 'layer'.*'reflect'"):
-        model.merge_adapter()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -999,19 +719,6 @@ def test_a_rank_beyond_the_layer_is_refused_by_name(r):
 def test_a_rank_that_is_not_a_positive_integer_is_refused(rank):
     with pytest.raises(ValueError, match="positive integer"):
         adapted("linear", rank_pattern={"layer": rank})
-
-
-def test_a_rank_that_the_groups_do_not_divide_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"groups=2 and rank 3.*module 'layer'"):
-        get_peft_model(One(KINDS["conv2d-grouped"]()), DoraConfig(r=3, target_modules=["layer"]))
-
-
-@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "loftq"])
-@pytest.mark.parametrize("kind", ["embedding", "conv2d"])
-def test_initialisations_of_linear_layers_are_refused_by_name_elsewhere(kind, init):
-    options = {"loftq_config": {"loftq_bits": 4}} if init == "loftq" else {}
-    with pytest.raises(ValueError, match=rf"init_lora_weights='{init}'.*'layer'"):
-        adapted(kind, init_lora_weights=init, **options)
 
 
 def test_a_refused_layer_is_left_as_it_was():
