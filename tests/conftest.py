@@ -14,6 +14,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+pytest.register_assert_rewrite("layer_fixtures")  # its assertions show their values, as those of tests do
+
 if not torch.cuda.is_available():
     # Before the first import of Triton: without a GPU its kernels run in its interpreter, on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
