@@ -14,8 +14,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
-pytest.register_assert_rewrite("layer_fixtures")  # its assertions show their values, as those of tests do
-
 if not torch.cuda.is_available():
     # Before the first import of Triton: without a GPU its kernels run in its interpreter, on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -25,6 +23,7 @@ from transformers import set_seed
 import dora_peft
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+pytest.register_assert_rewrite("layer_fixtures")  # its assertions show their values, as those of tests do
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; several threads each would only wait for one another.
