@@ -214,6 +214,18 @@ def staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def leave_process_group(trainer: Trainer) -> None:
+    """Close the group of processes, if there is one: with an open one a process may abort as it ends.
+
+    The wrapper of DistributedDataParallel has to go first. If it is the group's last owner, then it waits for gloo's
+    threads while it holds the interpreter's lock, for which one of them may be waiting in turn, to free a tensor
+    (torch 2.13; pytorch/pytorch#56297). The group's own Python object waits without the lock.
+    """
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()  # drops its references too and collects the garbage
+    trainer.accelerator.end_training()
+
+
 def draw_loss(log_history: Sequence[dict[str, Any]], title: str) -> bytes:
     """The training and evaluation losses over the optimizer steps, as a PNG."""
     from matplotlib.figure import Figure
@@ -282,8 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = next((entry for entry in history if "eval_loss" in entry and entry["step"] == last_step), {})
     if eval_dataset is not None and not metrics:
         metrics = trainer.evaluate()
-    # A process that ends with its group open may abort: gloo's threads are still at work.
-    trainer.accelerator.end_training()
+    leave_process_group(trainer)
     if not is_main:
         return
 
