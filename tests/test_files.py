@@ -95,7 +95,7 @@ def test_written_files_are_readable_as_ordinary_ones(tmp_path):
 
 def test_two_writers_of_one_directory_do_not_meet(tmp_path):
     """Each has a staging directory of its own; the result is one of the two files, whole."""
-    barrier = threading.Barrier(2)
+    barrier = threading.Barrier(2, timeout=60)
 
     def write(text):
         with staged_directory(str(tmp_path)) as staging:
