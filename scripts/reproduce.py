@@ -17,9 +17,9 @@ By default accuracy and detach train one task at rank 2 with one learning rate. 
 whose rates were chosen for each method and rank, of eight hours of one core, and one of the cost of detaching. More
 seeds narrow the intervals, and go on from the runs that are there:
 
-    python scripts/reproduce.py accuracy --tasks spelling cities --ranks 2 4 8 16 32 --num_rates 3
-    python scripts/reproduce.py detach   --tasks spelling cities --ranks 8 --num_rates 3
-    python scripts/reproduce.py accuracy --tasks spelling cities --ranks 2 4 8 16 32 --num_rates 3 --seeds 0 1 2 3 4
+    python scripts/reproduce.py accuracy --tasks spelling cities --ranks 2 4 8 16 32 --num_rates 5
+    python scripts/reproduce.py detach   --tasks spelling cities --ranks 8 --num_rates 5
+    python scripts/reproduce.py accuracy --tasks spelling cities --ranks 2 4 8 16 32 --num_rates 5 --seeds 0 1 2 3 4
 
 Prerequisites: `pip install -e .[scripts]`, and for accuracy, detach and pattern at laptop size
 `python scripts/prepare_smollm2.py && python scripts/prepare_cmudict.py && python scripts/prepare_cities.py`, for

@@ -45,7 +45,7 @@ TASKS = {
 }
 # Of the adapters, around what was best for rank 8; a tenth of it in full fine-tuning. In the order in which a smaller
 # grid takes them.
-RATES = {"spelling": (4e-3, 2e-3, 8e-3), "cities": (2e-3, 4e-3, 1e-3)}
+RATES = {"spelling": (4e-3, 2e-3, 8e-3, 1e-3, 1.6e-2), "cities": (2e-3, 4e-3, 1e-3, 5e-4, 8e-3)}
 FINALISTS = 2  # rates that are tried with every seed
 MEMORY_LENGTH = 28  # tokens of a record, for the memory beside the cost of detaching
 METHODS: dict[str, dict[str, Any]] = {

@@ -259,8 +259,8 @@ def test_runs_of_other_data_are_refused(data, tmp_path):
 
 def test_more_rates_than_there_are(data, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        call("accuracy", data, tmp_path, "--num_rates", "4")
-    assert "at most 3 rates" in capsys.readouterr().err
+        call("accuracy", data, tmp_path, "--num_rates", "6")
+    assert "at most 5 rates" in capsys.readouterr().err
 
 
 def test_an_answer_counts_where_generation_would_write_it(data):
