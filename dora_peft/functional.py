@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 # Where v^2 is below this fraction of ||W0||^2 + s^2 ||BA||^2 the factored sum cancels: in fp32 its error grows to 1e-6
 # at 10 % and 1e-5 at 1 %. Such rows are computed densely, a few at a time.
 CANCELLATION = 0.25
+# Rows of W0 + s B A that the norm makes at a time on a CPU: larger temporaries fall out of its cache, and the system
+# has to give their memory anew each time; smaller ones cost more to start than they save.
+NORM_BLOCK_BYTES = 4 * 2**20
 
 
 def norm(weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -35,19 +38,19 @@ def norm(weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_B: Tenso
         return kernels.norm(stored, base_squared, lora_A, lora_B, scaling)
     if not weight.has_blocks or weight.device.type != "cpu":
         return norm_squared(weight, base_squared, lora_A, lora_B, scaling).clamp_(min=0).sqrt_()
-    out = torch.empty_like(base_squared)
-    for start in range(0, weight.out_features, weight.dense_rows):
-        stop = min(start + weight.dense_rows, weight.out_features)
-        torch.linalg.vector_norm(direction(weight, lora_A, lora_B, scaling, start, stop), dim=1, out=out[start:stop])
+    step = max(1, min(weight.dense_rows, NORM_BLOCK_BYTES // (weight.in_features * weight.dtype.itemsize)))
+    out, scaled_B = torch.empty_like(base_squared), lora_B * scaling
+    composed = torch.empty(min(step, weight.out_features), weight.in_features, dtype=weight.dtype)
+    for start in range(0, weight.out_features, step):
+        stop = min(start + step, weight.out_features)
+        rows = torch.addmm(weight.block(start, stop), scaled_B[start:stop], lora_A, out=composed[: stop - start])
+        torch.linalg.vector_norm(rows, dim=1, out=out[start:stop])
     return out
 
 
-def direction(
-    weight: BaseWeight, lora_A: Tensor, lora_B: Tensor, scaling: float, start: int = 0, stop: int | None = None
-) -> Tensor:
-    """Rows start:stop of V = W0 + s B A, [stop - start, in]; all where `stop` is None."""
-    stop = weight.out_features if stop is None else stop
-    return compose_weight(weight.block(start, stop), lora_A, lora_B[start:stop], scaling)
+def direction(weight: BaseWeight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """V = W0 + s B A [out, in]."""
+    return compose_weight(weight.block(0, weight.out_features), lora_A, lora_B, scaling)
 
 
 def norm_squared(weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

@@ -52,6 +52,17 @@ def test_factored_norm_equals_the_dense_one(shape, r, dtype):
     assert worst(factored_norm(weight, A, B), true_norm(weight, A, B)) < RELATIVE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("block_rows", [0.5, 1, 8, 32, 33, 100])  # as many as fit, of 33
+def test_norm_from_blocks_of_rows_equals_the_dense_one(block_rows, dtype, monkeypatch):
+    torch.manual_seed(0)
+    weight = torch.randn(33, 57).to(dtype)
+    A, B = factors(33, 57, 3, torch.float64 if dtype == torch.float64 else torch.float32)
+    w = seam(weight)
+    monkeypatch.setattr(functional, "NORM_BLOCK_BYTES", int(block_rows * 57 * w.dtype.itemsize))
+    assert worst(functional.norm(w, w.row_norms_squared(), A, B, S), true_norm(weight, A, B)) < RELATIVE[dtype]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("remainder", [0.3, 0.1, 1e-2, 1e-3])  # v / sqrt(||W0||^2 + s^2 ||BA||^2)
 def test_factored_norm_of_cancelling_rows(dtype, remainder):
