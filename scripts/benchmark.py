@@ -61,6 +61,7 @@ MAIN = "--contenders dora,frozen,lora_floor"
 PLAN = (
     f"step --model llama-512 --rank 16,128 --dropout 0,0.05 {MAIN},dora:reference",
     f"step --model smollm2-135m --layers 3 --rank 16,128 --dropout 0,0.05 {MAIN}",
+    f"step --model smollm2-135m --layers 3 --batch 16 --seq-len 14 --tag short {MAIN}",
     f"step --model llama-1024 --layers 2 --batch 2 --rank 16,128 --dropout 0,0.05 {MAIN}",
     f"step --model llama-3.2-1b --layers 1 --batch 1 --rank 16 --dropout 0,0.05 {MAIN}",
     f"step --model llama-512 --batch 1 --accumulation 4 --checkpointing none,non-reentrant --tag accumulation {MAIN}",
