@@ -14,7 +14,7 @@
 without `--force`.
 
 By default accuracy and detach train one task at rank 2 with one learning rate. What is stored there is a larger grid,
-whose rates were chosen for each method and rank, of twelve hours of one core, and one of the cost of detaching. More
+whose rates were chosen for each method and rank, of eleven hours of one core, and one of the cost of detaching. More
 seeds narrow the intervals, and go on from the runs that are there:
 
     python scripts/reproduce.py accuracy --tasks spelling cities --ranks 2 4 8 16 32 --num_rates 5
