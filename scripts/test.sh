@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole check, on the CPU: lint, format, types and tests, in an environment that it makes in .venv.
 #
-#     bash scripts/test.sh              # everything, as CI runs it; under 10 minutes on 2 cores
+#     bash scripts/test.sh              # everything, as CI runs it; 10 to 20 minutes on 2 cores
 #     bash scripts/test.sh -k merge     # arguments go to pytest
 #
 # Needs Python 3.10 to 3.13 and access to a package index. Expected result: pytest's summary line last, exit status 0.
