@@ -39,12 +39,13 @@ def norm(weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_B: Tenso
     if not weight.has_blocks or weight.device.type != "cpu":
         return norm_squared(weight, base_squared, lora_A, lora_B, scaling).clamp_(min=0).sqrt_()
     step = max(1, min(weight.dense_rows, NORM_BLOCK_BYTES // (weight.in_features * weight.dtype.itemsize)))
-    out, scaled_B = torch.empty_like(base_squared), lora_B * scaling
-    composed = torch.empty(min(step, weight.out_features), weight.in_features, dtype=weight.dtype)
+    out = torch.empty_like(base_squared)
+    buffer = torch.empty(min(step, weight.out_features), weight.in_features, dtype=weight.dtype)
     for start in range(0, weight.out_features, step):
         stop = min(start + step, weight.out_features)
-        rows = torch.addmm(weight.block(start, stop), scaled_B[start:stop], lora_A, out=composed[: stop - start])
-        torch.linalg.vector_norm(rows, dim=1, out=out[start:stop])
+        rows = weight.block(start, stop)
+        composed = compose_weight(rows, lora_A, lora_B[start:stop], scaling, out=buffer[: stop - start])
+        torch.linalg.vector_norm(composed, dim=1, out=out[start:stop])
     return out
 
 

@@ -318,11 +318,11 @@ def composes(rows: Tensor, weight: Tensor) -> bool:
     )
 
 
-def compose_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """V = W0 + s B A [out, in] in W0's dtype and layout."""
+def compose_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
+    """V = W0 + s B A [out, in] in W0's dtype and layout; into `out`, where given, for a contiguous W0."""
     lora_A, scaled_B = lora_A.to(weight.dtype), lora_B.to(weight.dtype) * scaling
     if weight.is_contiguous():
-        return torch.addmm(weight, scaled_B, lora_A)
+        return torch.addmm(weight, scaled_B, lora_A, out=out)
     return torch.addmm(weight.T, lora_A.T, scaled_B.T).T
 
 

@@ -59,8 +59,13 @@ def test_norm_from_blocks_of_rows_equals_the_dense_one(block_rows, dtype, monkey
     weight = torch.randn(33, 57).to(dtype)
     A, B = factors(33, 57, 3, torch.float64 if dtype == torch.float64 else torch.float32)
     w = seam(weight)
+    base_squared, asked, block = w.row_norms_squared(), [], type(w).block
     monkeypatch.setattr(functional, "NORM_BLOCK_BYTES", int(block_rows * 57 * w.dtype.itemsize))
-    assert worst(functional.norm(w, w.row_norms_squared(), A, B, S), true_norm(weight, A, B)) < RELATIVE[dtype]
+    monkeypatch.setattr(type(w), "block", lambda self, low, high: (asked.append(high - low), block(self, low, high))[1])
+    found = functional.norm(w, base_squared, A, B, S)
+    assert sum(asked) == 33
+    assert max(asked) == min(33, max(1, int(block_rows)))
+    assert worst(found, true_norm(weight, A, B)) < RELATIVE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
