@@ -24,12 +24,11 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
-import peft
 import peft.helpers
 import peft.utils.save_and_load
 from peft import PeftConfig, PeftModel
@@ -68,8 +67,7 @@ def add_peft_type(name: str = "DORA") -> None:
     if name in PeftType.__members__:
         return
     member = str.__new__(PeftType, name)
-    member._name_ = name
-    member._value_ = name
+    member._name_ = member._value_ = name
     member.__objclass__ = PeftType  # type: ignore[attr-defined]
     member._sort_order_ = len(PeftType._member_names_)  # type: ignore[attr-defined]
     PeftType._member_names_.append(name)
@@ -260,13 +258,17 @@ def _patch_model(layer_cls: type) -> None:
             from .model import Undo
 
             undo = Undo(model, kwargs.get("adapter_name", "default"))
-            try:
-                return original(cls, model, *args, **kwargs)
-            except Exception:
+
+            def roll_back() -> None:
                 if not undo.layers and any(isinstance(m, layer_cls) for m in model.modules()):
                     undo()
                     model.__dict__.pop("peft_config", None)
-                raise
+
+            with ExitStack() as rollback:
+                rollback.callback(roll_back)
+                loaded = original(cls, model, *args, **kwargs)
+                rollback.pop_all()
+            return loaded
 
         return from_pretrained
 

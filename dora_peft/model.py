@@ -299,16 +299,14 @@ class DoraModel(BaseTuner):
         config.target_modules, config.magnitude_only_modules = "|".join(map(re.escape, parts)), None
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = config.layer_replication = None
         config.init_lora_weights, config.inference_mode = False, True
-        self.peft_config[adapter_name] = config
-        undo = Undo(self.model, adapter_name)
-        try:
+        with ExitStack() as rollback:
+            rollback.callback(self.peft_config.pop, adapter_name)
+            rollback.callback(Undo(self.model, adapter_name))
+            self.peft_config[adapter_name] = config
             self.inject_adapter(self.model, adapter_name)
             for name, present in parts.items():
                 _combine_layer(self.model.get_submodule(name), adapter_name, present, ranks[name])
-        except Exception:
-            undo()
-            del self.peft_config[adapter_name]
-            raise
+            rollback.pop_all()
 
     def hotswap_adapter(self, path: str, adapter_name: str = "default", torch_device: str | None = None) -> None:
         """Replace an adapter's tensors and scalings by those of another checkpoint, in place.
@@ -330,9 +328,11 @@ class DoraModel(BaseTuner):
             raise ValueError(
                 f"Cannot hot-swap adapter '{adapter_name}' while it is merged. Call unmerge_adapter() first."
             )
-        undo = Undo(self.model, adapter_name)
-        before = [(layer, layer.lora_alpha[adapter_name], layer.scaling[adapter_name]) for layer in layers.values()]
-        try:
+        with ExitStack() as rollback:
+            rollback.callback(Undo(self.model, adapter_name))
+            for layer in layers.values():
+                for numbers in (layer.lora_alpha, layer.scaling):
+                    rollback.callback(numbers.__setitem__, adapter_name, numbers[adapter_name])
             for name, layer in layers.items():  # the conversion of grouped convolutions depends on the new scaling
                 pattern = get_pattern_key(list(config.alpha_pattern), name)
                 layer.lora_alpha[adapter_name] = config.alpha_pattern.get(pattern, config.lora_alpha)
@@ -351,11 +351,7 @@ class DoraModel(BaseTuner):
                     f"shapes, found a difference in {', '.join(different[:3])}{' ...' * (len(different) > 3)}. Load it "
                     "under another name."
                 )
-        except Exception:
-            for layer, lora_alpha, scaling in before:
-                layer.lora_alpha[adapter_name], layer.scaling[adapter_name] = lora_alpha, scaling
-            undo()
-            raise
+            rollback.pop_all()
         with torch.no_grad():
             for key, parameter in current.items():
                 parameter.copy_(tensors[key])

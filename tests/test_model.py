@@ -708,6 +708,36 @@ def test_hotswap_replaces_tensors_scaling_and_outputs(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("within", "change"),
+    [
+        ("dora_peft.model._combine_layer", lambda model, _: model.add_weighted_adapter(["default"], [2.0], "sum")),
+        ("dora_peft.model.from_checkpoint", lambda model, folder: model.hotswap_adapter(str(folder))),
+        ("peft.peft_model.load_peft_weights", PeftModel.from_pretrained),
+    ],
+    ids=["weighted sum", "hotswap", "load"],
+)
+def test_an_interrupted_change_leaves_the_model_as_it_was(within, change, tmp_path, monkeypatch):
+    """Ctrl-C in the middle, which is no Exception."""
+    saved_second(tmp_path, lora_alpha=9)
+    model = mlp() if change == PeftModel.from_pretrained else train(get_peft_model(mlp(), config()))
+    before, modules, adapters = (
+        output(model),
+        [type(m) for m in model.modules()],
+        list(getattr(model, "peft_config", ())),
+    )
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(within, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        change(model, tmp_path)
+    same(output(model), before)
+    assert [type(m) for m in model.modules()] == modules
+    assert list(getattr(model, "peft_config", ())) == adapters
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"r": 4}, "same tensors of the same shapes"),
