@@ -14,7 +14,8 @@ from .choice import implementation
 from .config import DoraConfig
 from .layer import DoraLayer
 from .model import DoraModel
-from .norm import checking, refresh
+from .norms import checking, refresh
+from .ops.kept_output import on_overwritten_output
 from .optim import param_groups
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "accelerate_use_dora",
     "checking",
     "implementation",
+    "on_overwritten_output",
     "param_groups",
     "refresh",
 ]

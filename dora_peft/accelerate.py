@@ -16,16 +16,17 @@ from peft.tuners import lora
 from peft.tuners.lora import variants
 from torch import Tensor, nn
 
-from . import choice
-from . import norm as _norm
+from . import choice, norms
 from .base_weight import unpack_for_training
 from .kinds import Embedding, Linear, _ConvNd
 from .layer import DoraLayer
+from .ops.kept_output import Outputs, Report
 
 _DROPOUT_MODES = ("peft", "branch")
 _state: str | None = None  # the dropout mode while on
 _originals: list[tuple[Any, str, Any]] = []
 _warned: set[str] = set()
+_report = Report()
 
 
 class accelerate_use_dora:
@@ -78,7 +79,7 @@ def _switch(mode: str | None) -> None:
         while _originals:
             owner, name, original = _originals.pop()
             setattr(owner, name, original)
-        _norm.views.clear()
+        norms.views.clear()
         _warned.clear()
 
 
@@ -102,17 +103,17 @@ def _forward(original: Any) -> Any:
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs or torch.compiler.is_compiling() or _obstacle(self) is not None:
             return original(self, x, *args, **kwargs)
-        view = _norm.views.get(self)
+        view = norms.views.get(self)
         if view is None:
-            view = _norm.views[self] = _VIEWS[_kind(self)](self)
+            view = norms.views[self] = _VIEWS[_kind(self)](self)
         adapter = self.active_adapters[0]
         if self.training:
             unpack_for_training(self.get_base_layer())
         shortcut = view._shortcut
         if shortcut is not None and shortcut.is_open(view):
-            return shortcut(x)
+            return shortcut(x, view)
         if view._drops_base(adapter) or choice.by_autograd():
-            return view.adapt(adapter, x, self.base_layer(x))
+            return view.adapt_plainly([adapter], x)
         return view.adapt_fast(adapter, x)
 
     return forward
@@ -194,21 +195,32 @@ class _View:
     as_matrices: Any = DoraLayer.as_matrices
     magnitude = DoraLayer.magnitude
     scale = DoraLayer.scale
+    base_weight_of = DoraLayer.base_weight_of
+    _tied = DoraLayer._tied
     _dense_norm = DoraLayer._dense_norm
+    _wide_matrix = DoraLayer._wide_matrix
+    _as_matrix: Any = DoraLayer._as_matrix
     _drops_base: Any = DoraLayer._drops_base
     _dropped: Any = DoraLayer._dropped
     adapt: Any = DoraLayer.adapt
+    adapt_plainly: Any = DoraLayer.adapt_plainly
     adapt_fast: Any = DoraLayer.adapt_fast
+    _base_product: Any = DoraLayer._base_product
+    _pinned_product: Any = DoraLayer._pinned_product
+    _dense_weight: Any = DoraLayer._dense_weight
+    _multiplies: Any = DoraLayer._multiplies
+    _oriented: Any = DoraLayer._oriented
+    _multiply: Any = DoraLayer._multiply
     _bias = DoraLayer._bias
     _per_channel: Any = DoraLayer._per_channel
 
     def __init__(self, module: Any) -> None:
         self.module = weakref.ref(module)  # the table of views must not keep the layer alive
-        self._norms: dict[str, _norm.Norm] = {}
-        self._base_norm = _norm.BaseNorm()
-        self._seam = self._shortcut = None
+        self._norms: dict[str, norms.Norm] = {}
+        self._base_norm = self._seam = self._shortcut = None
         self.name = f"{type(module).__name__}({', '.join(map(str, module.base_layer.weight.shape))})"
-        _norm.watch(self)
+        self._outputs = Outputs(self.name, _report)
+        self.number = norms.register(self)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module(), name)
@@ -220,7 +232,10 @@ class _View:
 
 class _LinearView(_View):
     adapt_fast = Linear.adapt_fast
-    _dense_weight = Linear._dense_weight
+    _multiplies = Linear._multiplies
+    _oriented = Linear._oriented
+    _multiply = Linear._multiply
+    _as_matrix = Linear._as_matrix
     _low_rank = Linear._low_rank
 
 
@@ -228,11 +243,15 @@ class _EmbeddingView(_View):
     factor_parameters = Embedding.factor_parameters
     _drops_base = Embedding._drops_base
     _dropped = Embedding._dropped
+    _as_matrix = Embedding._as_matrix
     _low_rank = Embedding._low_rank
 
 
 class _ConvView(_View):
     as_matrices = _ConvNd.as_matrices
+    _multiplies = _ConvNd._multiplies
+    _multiply = _ConvNd._multiply
+    _as_matrix = _ConvNd._as_matrix
     _low_rank = _ConvNd._low_rank
     _per_channel = _ConvNd._per_channel
 

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional
-from . import norm as _norm
+from . import functional, norms
 
 MAGNITUDE = "lora_magnitude_vector"
 # The norm of a row that is 0 in W0 and in the adapter. Its square must not underflow in fp32.
@@ -64,7 +63,7 @@ def _readable_by_peft(
     if known is not None and known.settled and known.tied is None and not grouped:
         return {}  # also keeps a sharded model, whose state dict was gathered, from being asked for its norm
     m_key = f"{prefix}{MAGNITUDE}{infix}.weight"
-    norm: Any = _norm.weight_norm(layer, adapter)
+    norm: Any = norms.weight_norm(layer, adapter)
     changed = {}
     magnitude = tensors[m_key].detach().clone()
     if norm.tied is not None:
@@ -134,7 +133,7 @@ def from_checkpoint(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) 
             "checkpoint, or load a plain LoRA adapter with peft.LoraConfig."
         )
     for name, layer in _layers(model, adapter):
-        layer._norms[adapter] = _norm.Norm()  # tied rows are read off the loaded tensors at the next use
+        layer._norms[adapter] = norms.Norm()  # tied rows are read off the loaded tensors at the next use
         if getattr(layer.get_base_layer(), "groups", 1) > 1:
             for prefix in (f"{name}.", f"base_model.model.{name}."):
                 if f"{prefix}{MAGNITUDE}.weight" in out:
@@ -153,7 +152,7 @@ def _undo_grouped(layer: Any, adapter: str, prefix: str, tensors: dict[str, Tens
 
 @torch.no_grad()
 def _grouped_norm(layer: Any, adapter: str, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    weight, base = layer.base_weight(), _norm.base_squared(layer)
+    weight, base = layer.base_weight(), norms.base_squared(layer)
     matrix_A, matrix_B = layer.as_matrices(lora_A, lora_B)
     squared = functional.norm_squared(weight, base, matrix_A.to(base), matrix_B.to(base), float(layer.scaling[adapter]))
     return squared.clamp_(min=0).sqrt_()
@@ -166,7 +165,7 @@ def _peft_grouped_norm(layer: Any, adapter: str, lora_A: Tensor | None = None, l
     if lora_A is None or lora_B is None:
         lora_A, lora_B = layer.factor_parameters(adapter)
     kernel = layer.original_weight()
-    norm_dtype = _norm.base_squared(layer).dtype
+    norm_dtype = norms.base_squared(layer).dtype
     r = lora_A.shape[0]
     change = lora_B.detach().to(kernel.device, norm_dtype).reshape(-1, r) @ lora_A.detach().to(
         kernel.device, norm_dtype

@@ -75,13 +75,38 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def tracing() -> bool:
+    """Whether operations are recorded, to be run later on other values: torch.export, torch.jit.trace, make_fx.
+
+    What is recorded has to compute v from A, B and W0: a value that was looked up would be a constant there.
+    """
+    if torch.compiler.is_compiling():
+        return _is_exporting()
+    if torch.jit.is_tracing():
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 and _is_recorded()
+
+
+def _is_exporting() -> bool:
+    ask = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
+    return ask() if ask is not None else torch.compiler._is_exporting_flag
+
+
+def _is_recorded() -> bool:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    return any(isinstance(m, (ProxyTorchDispatchMode, FakeTensorMode)) for m in _get_current_dispatch_mode_stack())
+
+
 def by_autograd() -> bool:
     """Whether to compute by plain differentiable operations instead of autograd functions of our own.
 
     torch.compile derives the backward pass itself, and chooses better what to keep; torch.func transforms cannot pass
-    through an autograd function that saves its output.
+    through an autograd function that saves its output; a recording must not depend on what was looked up.
     """
-    return _implementation == "reference" or torch.compiler.is_compiling() or transforming()
+    return _implementation == "reference" or torch.compiler.is_compiling() or transforming() or tracing()
 
 
 def uses_kernels(device: torch.device, *dtypes: torch.dtype) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .choice import norm_kernels
-from .linear import compose_weight, saved_tensor_hooks_active
+from .linear import compose_weight
+from .ops.kept_output import KeptOutput, Outputs
 
 if TYPE_CHECKING:
     from .base_weight import BaseWeight
@@ -138,7 +139,7 @@ def attach_norm_gradient(norm: Tensor, matrix: Tensor, lora_A: Tensor, lora_B: T
     """
     A, B = lora_A.to(norm.dtype), lora_B.to(norm.dtype)
     cross = (F.linear(matrix.to(norm.dtype), A) * B).sum(1)
-    varying = 2 * scaling * cross + scaling**2 * (F.linear(B, A @ A.T) * B).sum(1)  # v^2 - ||W0||^2
+    varying = 2 * scaling * cross + scaling * scaling * (F.linear(B, A @ A.T) * B).sum(1)  # v^2 - ||W0||^2
     return norm + (varying - varying.detach()) / (2 * norm)
 
 
@@ -148,82 +149,102 @@ def scale(magnitude: Tensor, norm: Tensor, tied: Tensor | None) -> Tensor:
     return c if tied is None else torch.where(tied, torch.ones_like(c), c)
 
 
-def compose(z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
-    """c * (z - b) + b in the dtype of z, where z already contains b. c and b broadcast against z.
+def compose(z: Tensor, c: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """c * z + b in `dtype`, for z without b. c and b broadcast against z.
 
     c stays in fp32 over a bf16 z: rounding it would cost more than a whole run changes it.
     """
     y = z * c
     if bias is not None:
-        y = y + (1 - c) * bias
-    return y.to(z.dtype)
+        y = y + bias
+    return y.to(dtype)
 
 
 class _Compose(torch.autograd.Function):
-    """y = c * (z - b) + b, keeping y, which the next operation often keeps anyway, instead of z. With g = dL/dy:
+    """y = c * z + b, keeping y, which the next operation often keeps anyway, instead of z. With g = dL/dy:
 
-        dz = c * g          dc = sum g (y - b) / c
+        dz = c * g          db = sum g          dc = sum g (y - b) / c
 
-    Where y does not tell z (c = 0, the bias drowns it, y was changed in place), z is computed again.
+    If y does not tell z (c = 0, the bias drowns it, somebody wrote over it), z is computed again.
     """
 
     @staticmethod
-    def forward(ctx, z, c, bias, recompute, *needed):
-        y = compose(z, c, bias)
-        saved = [c, bias, *needed]
-        # see linear._Linear for the alias
-        ctx.alias, ctx.version, ctx.through_hooks = y.detach(), y._version, saved_tensor_hooks_active()
-        if ctx.through_hooks:
-            ctx.alias.data = y.new_empty(0)
-            saved.append(y)
-        ctx.save_for_backward(*saved)
-        ctx.recompute, ctx.dtype = recompute, z.dtype
+    def forward(ctx, z, c, bias, dtype, recompute, outputs, *needed):
+        y = compose(z, c, bias, dtype)
+        ctx.kept, saved = None, []
+        if ctx.needs_input_grad[1]:
+            ctx.kept, saved = KeptOutput.of(y, outputs)
+        ctx.save_for_backward(c, bias, *saved, *needed)
+        ctx.recompute, ctx.dtype, ctx.count = recompute, z.dtype, len(saved)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        c, bias, *needed = ctx.saved_tensors
-        y = needed.pop() if ctx.through_hooks else ctx.alias
-        if ctx.alias is None or ctx.alias._version != ctx.version:
-            y = None
-        if not ctx.through_hooks:
-            ctx.alias = None
+        c, bias, *rest = ctx.saved_tensors
         need_z, need_c, need_bias = ctx.needs_input_grad[:3]
         d_z = d_c = d_bias = None
         with torch.autocast(grad.device.type, enabled=False):
             if need_z:
                 d_z = (grad * c).to(ctx.dtype)
             if need_c:
+                y, _ = ctx.kept.read(rest[: ctx.count], grad)
                 lossy = bias is not None and grad.dtype in (torch.float16, torch.bfloat16)
                 if y is None or lossy or bool((c.abs() < 1e-30).any()):
-                    with torch.no_grad():
-                        z = ctx.recompute(*needed)
-                    z = z.to(c.dtype) if bias is None else z.to(c.dtype) - bias
+                    z = ctx.recompute(*rest[ctx.count :]).to(c.dtype)
                     d_c = (grad * z).sum_to_size(c.shape)
                 else:
                     change = y.to(c.dtype) if bias is None else y.to(c.dtype) - bias
                     d_c = (grad * change).sum_to_size(c.shape) / c
             if need_bias:
-                d_bias = ((1 - c) * grad).sum_to_size(bias.shape)
-        return d_z, d_c, d_bias, None, *(None for _ in ctx.needs_input_grad[4:])
+                d_bias = grad.sum_to_size(bias.shape).to(bias.dtype)
+        return d_z, d_c, d_bias, None, None, None, *(None for _ in ctx.needs_input_grad[6:])
 
 
 def compose_keeping_output(
-    z: Tensor, c: Tensor, bias: Tensor | None, recompute: Callable[..., Tensor], *needed: Tensor
+    z: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    recompute: Callable[..., Tensor],
+    outputs: Outputs,
+    *needed: Tensor,
 ) -> Tensor:
     """`compose` with less kept for the backward pass.
 
     Args:
-        recompute: Gives z from `needed` again, in the rare cases where y does not tell it.
+        recompute: Gives z from `needed` again, in the rare cases where y does not tell it; it sets autocast and grad
+            mode itself, see `as_now`.
+        outputs: What is known about the layer's outputs, kept between calls.
     """
-    return _Compose.apply(z, c, bias, recompute, *needed)
+    return _Compose.apply(z, c, bias, dtype, recompute, outputs, *needed)
 
 
-def compose_paper(base_out: Tensor, dropped_base: Tensor, low_rank: Tensor | None, c: Tensor) -> Tensor:
-    """base_out + (c - 1) * (drop(x) W0^T) + c * low_rank: dropout mode "paper", with a second base product."""
-    y = base_out + (c - 1) * dropped_base
-    return (y if low_rank is None else y + c * low_rank).to(base_out.dtype)
+def as_now(function: Callable[..., Tensor], device_type: str) -> Callable[..., Tensor]:
+    """`function` of tensors, to be called in a backward pass: under the autocast and grad mode of this moment.
+
+    What a base layer computes may depend on both, and on whether its input needs a gradient.
+    """
+    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    grad_mode = torch.is_grad_enabled()
+
+    def again(*tensors: Tensor) -> Tensor:
+        with torch.autocast(device_type, dtype, enabled), torch.set_grad_enabled(grad_mode):
+            return function(*tensors).detach()
+
+    return again
+
+
+def compose_paper(
+    z: Tensor, dropped_z: Tensor, low_rank: Tensor | None, c: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """z + (c - 1) * dropped_z + c * low_rank + b: dropout mode "paper", with a second base product.
+
+    z = x W0^T and dropped_z = drop(x) W0^T, both without b.
+    """
+    y = z + (c - 1) * dropped_z
+    y = y if low_rank is None else y + c * low_rank
+    return (y if bias is None else y + bias).to(dtype)
 
 
 def linear_branch(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

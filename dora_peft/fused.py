@@ -75,6 +75,7 @@ def gradients(
     needed: tuple[bool, ...],
     stored: Any,
     d_magnitude: Callable[[Tensor | None], Tensor],
+    gone: Tensor | None = None,
 ) -> Gradients:
     """Gradients of x [N, in], base_out, bias, A, B and c; None for those that are not `needed`, in this order.
 
@@ -84,6 +85,7 @@ def gradients(
         stored: W0 for `kernels.magnitude_gradient`, None where it is neither dense nor 4-bit.
         d_magnitude: Computes the gradient of c from sum_n g (y - b), None where y is, without kernels: where y is gone,
             or the base weight is no dense tensor.
+        gone: A number [1] on the device that is not 0 if somebody wrote over y, see `kept_output.KeptOutput.read`.
     """
     need_x, need_base, need_bias, need_A, need_B, need_c = needed
     dtype = rows.dtype
@@ -93,9 +95,10 @@ def gradients(
     dx = d_bias = d_A = d_B = d_c = None
     if need_c:
         if sums is None or y is None or stored is None:
-            d_c = d_magnitude(None if sums is None else sums.sum(0))
+            overwritten = gone is not None and bool(gone)  # waits for the host, as all of this road does
+            d_c = d_magnitude(None if sums is None or overwritten else sums.sum(0))
         else:
-            d_c = kernels.magnitude_gradient(sums, g, y, rows, stored, u, _rowwise(lora_B), c, bias, k)  # [out]
+            d_c = kernels.magnitude_gradient(sums, g, y, rows, stored, u, _rowwise(lora_B), c, bias, k, gone)  # [out]
     if need_B:
         d_B = scaled.new_empty(lora_B.shape).addmm_(scaled.T, u, beta=0, alpha=k)  # [out, r]
     if need_A or need_x:

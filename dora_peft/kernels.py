@@ -201,10 +201,10 @@ def _transposed_product(
 
 @triton.jit
 def _magnitude_gradient(
-    sums, g, y, x, weight, absmax, code, u, lora_B, c, bias, out, stripes, length, width, features, rank, k,
+    sums, g, y, x, weight, absmax, code, u, lora_B, c, bias, gone, out, stripes, length, width, features, rank, k,
     tiny, drowned, g_row, g_column, y_row, x_row, x_column, w_row, w_column, blocksize, u_row, b_row,
     HAS_BIAS: tl.constexpr, FOUR_BIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr,
-    PRECISION: tl.constexpr, SAMPLE: tl.constexpr,
+    PRECISION: tl.constexpr, SAMPLE: tl.constexpr, CHECKED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -223,6 +223,8 @@ def _magnitude_gradient(
         below = sampled & (tl.abs(sample - offset[None, :]) < drowned * tl.abs(offset)[None, :])
         seen = tl.minimum(tl.cdiv(length, step), SAMPLE)
         lost = lost | (2 * tl.sum(below.to(tl.int32), 0) > seen - (seen % 2 == 0).to(tl.int32))
+    if CHECKED:
+        lost = lost | (tl.load(gone) != 0)
     lost = lost & in_columns
     result = total / tl.where(lost, 1.0, scale)
     if tl.max(lost.to(tl.int32), 0) > 0:
@@ -312,6 +314,7 @@ def magnitude_gradient(
     c: Tensor,
     bias: Tensor | None,
     k: float,
+    gone: Tensor | None = None,
 ) -> Tensor:
     """dc_j = sum_n g_nj z_nj [out] with z = (y - b) / c where y tells z, and z = x W0^T + k u B^T elsewhere.
 
@@ -320,17 +323,18 @@ def magnitude_gradient(
         g, y: [N, out].
         x: [N, in], u [N, r], lora_B [out, r].
         stored: W0 as a matrix [out, in] of any strides, or as `base_weight.FourBit`.
+        gone: A number [1]; y tells nothing if it is not 0.
     """
     out = torch.empty_like(c)
     length, width = g.shape
     block = 32
     weight, absmax, code, *layout, options = stored_arguments(stored, c)
     _magnitude_gradient[(triton.cdiv(width, block),)](
-        sums, g, y, x, weight, absmax, code, u, lora_B, c, c if bias is None else bias, out,
-        len(sums), length, width, x.shape[1], u.shape[1], k,
+        sums, g, y, x, weight, absmax, code, u, lora_B, c, c if bias is None else bias, c if gone is None else gone,
+        out, len(sums), length, width, x.shape[1], u.shape[1], k,
         _TINY.get(y.dtype, 1e-30), _DROWNED.get(y.dtype, 1e-3),
         *g.stride(), y.stride(0), *x.stride(), *layout, u.stride(0), lora_B.stride(0),
-        HAS_BIAS=bias is not None, PRECISION=precision(x.dtype), SAMPLE=_SAMPLE, **options,
+        HAS_BIAS=bias is not None, PRECISION=precision(x.dtype), SAMPLE=_SAMPLE, CHECKED=gone is not None, **options,
         ROWS=64, COLUMNS=block, BLOCK=64, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out

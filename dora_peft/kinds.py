@@ -10,10 +10,10 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import choice, functional, linear
-from . import norm as _norm
+from . import choice, functional, linear, norms
 from .config import DoraConfig
-from .layer import DoraLayer
+from .layer import DoraLayer, changed_too_early
+from .ops.content import same_bits
 
 
 class Shortcut:
@@ -23,50 +23,38 @@ class Shortcut:
     long as the products.
     """
 
-    def __init__(self, layer: Any, adapter: str, weight: Tensor) -> None:
-        self.norm = layer._norms[adapter]
-        self.folded = self.norm.folded
-        self.scaling, self.adapter, self.active = layer.scaling[adapter], adapter, layer._active_adapter
-        self.base = layer.base_layer
-        self.weight, self.bias = weight, self.base.bias
-        lora_A, lora_B = layer.factor_parameters(adapter)
-        self.lora_A = lora_A.detach().to(weight.dtype)
-        modules = layer._modules
-        owners = {
-            modules["lora_A"]._modules[adapter]: lora_A,
-            modules["lora_B"]._modules[adapter]: lora_B,
-            modules["lora_magnitude_vector"]._modules[adapter]: layer.magnitude(adapter),
-            self.base: self.base.weight,
-        }
-        self.seen = [(module._parameters, tensor, _norm.content(tensor)) for module, tensor in owners.items()]
+    def __init__(self, layer: Any, adapter: str, weight: Tensor, kept: norms.Folded) -> None:
+        self.adapter, self.kept, self.active = adapter, kept, layer._active_adapter
+        self.base, self.norm = layer.base_layer, layer._norms[adapter]
+        self.stored, self.weight, self.bias = self.base.weight, weight, self.base.bias
 
     def is_open(self, layer: Any) -> bool:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or layer.training or layer._disable_adapters:
+        """Whether calling this computes what the layer would."""
+        if torch.is_grad_enabled() or layer.training or layer._disable_adapters or choice.by_autograd():
             return False
-        base = self.base
+        base, kept, adapter = self.base, self.kept, self.adapter
         if (
             layer._modules["base_layer"] is not base
             or layer._active_adapter != self.active
             or layer.merged_adapters
-            or layer.scaling[self.adapter] != self.scaling
-            or self.folded is None
-            or self.norm.folded is not self.folded
-            or layer._norms.get(self.adapter) is not self.norm
+            or layer._norms.get(adapter) is not self.norm
+            or self.norm.folded is not kept
             or base._forward_hooks
             or base._forward_pre_hooks
             or "forward" in base.__dict__
-            or base.bias is not self.bias
-            or choice.by_autograd()
-            or _norm.is_checking()
+            or base._parameters.get("weight") is not self.stored
+            or base._parameters.get("bias") is not self.bias
+            or norms.is_checking()
         ):
             return False
-        for parameters, tensor, content in self.seen:
-            if parameters.get("weight") is not tensor or _norm.content(tensor) != content:
-                return False
-        return True
+        lora_A, lora_B = layer.factor_parameters(adapter)
+        fits = kept.known.fits(lora_A, lora_B, layer.scaling[adapter], self.stored)
+        return fits and same_bits(layer.magnitude(adapter), kept.magnitude)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return linear.linear_eval(x, self.lora_A, *self.folded[:2], weight=self.weight, bias=self.bias)
+    def __call__(self, x: Tensor, layer: Any) -> Tensor:
+        kept = self.kept
+        lora_A = layer.factor_parameters(self.adapter)[0] if kept.lora_A is None else kept.lora_A
+        return linear.linear_eval(x, lora_A, kept.lora_B, kept.c, weight=self.weight, bias=self.bias)
 
 
 class BaseProduct:
@@ -74,19 +62,29 @@ class BaseProduct:
 
     def __init__(self, layer: Linear, bias: Tensor | None, args: Any, kwargs: Any) -> None:
         self.layer, self.bias, self.args, self.kwargs = layer, bias, args, kwargs
+        self.weight = layer.original_weight()
 
     def __call__(self, x: Tensor, index: Tensor | None) -> Tensor:
         """x W0^T without b, [..., len(index)] for these rows of W0, [..., out] where None."""
-        weight = self.layer.base_weight()
+        weight = self._seam()
         if index is not None and weight.has_rows:
             return F.linear(x, weight.rows(index).to(x.dtype))
-        with torch.no_grad():
-            out = self.layer.base_layer(x, *self.args, **self.kwargs)
-        out = out if self.bias is None else out - self.bias
+        # as in the forward pass: some libraries compute otherwise if no gradient is needed, and repack their weight
+        with torch.enable_grad():
+            out = self.layer.base_layer(x.detach().requires_grad_(x.requires_grad), *self.args, **self.kwargs).detach()
+        if self.bias is not None:
+            wide = torch.promote_types(out.dtype, torch.float32)
+            out = out.to(wide) - self.bias.to(wide)
         return out if index is None else out[..., index]
 
     def stored(self) -> Any:
-        return self.layer.base_weight().stored()
+        return self._seam().stored()
+
+    def _seam(self) -> Any:
+        current = self.layer.original_weight()
+        if current is not self.weight and not (isinstance(current, Tensor) and current.is_meta):
+            raise changed_too_early(self.layer.name)
+        return self.layer.base_weight()
 
 
 class Linear(DoraLayer, nn.Module):
@@ -104,19 +102,20 @@ class Linear(DoraLayer, nn.Module):
         bias = self._bias()
         base_out = None if weight is not None else self.base_layer(x, *args, **kwargs)
         if not self.training and not torch.is_grad_enabled():
-            folded_B, c = _norm.folded(self, adapter)
-            self._shortcut = None if weight is None else Shortcut(self, adapter, weight)
-            return linear.linear_eval(x, lora_A, folded_B, c, weight=weight, bias=bias, base_out=base_out)
+            kept = norms.folded(self, adapter)
+            self._shortcut = None if weight is None else Shortcut(self, adapter, weight, kept)
+            cast_A = lora_A if kept.lora_A is None else kept.lora_A
+            return linear.linear_eval(x, cast_A, kept.lora_B, kept.c, weight=weight, bias=bias, base_out=base_out)
 
-        direction = None
+        known = direction = None
         if weight is not None and not p and linear.composes(x, weight):
-            direction = _norm.direction(self, adapter)
+            known, direction = norms.composed(self, adapter)
 
         return linear.linear(
             x,
             lora_A,
             lora_B,
-            self.scale(adapter, differentiable=True),
+            self.scale(adapter, differentiable=True, known=known),
             self.scaling[adapter],
             weight=weight,
             bias=bias,
@@ -124,6 +123,7 @@ class Linear(DoraLayer, nn.Module):
             base_product=None if base_out is None else BaseProduct(self, bias, args, kwargs),
             dropout_p=p,
             direction=direction,
+            outputs=self._outputs,
         )
 
     def adapt_compiled(self, adapter: str, x: Tensor) -> Tensor | None:
@@ -138,24 +138,27 @@ class Linear(DoraLayer, nn.Module):
         factors = self.factor_parameters(adapter)
         return linear.linear_operator(x, weight, self._bias(), *factors, c, self.scaling[adapter], p)
 
-    def _dense_weight(self) -> Tensor | None:
-        """W0 [out, in] where the base layer does nothing but multiply by it, so that our own product may stand for its
-        forward: no subclass with a forward of its own, no hooks (offloading), no tensor subclass, nothing trained."""
-        base: Any = self.base_layer
-        forward = type(base).forward
-        if forward is not nn.Linear.forward and forward is not Conv1D.forward:
-            return None
-        if "forward" in base.__dict__ or base._forward_hooks or base._forward_pre_hooks:
-            return None
-        if base._backward_hooks or base._backward_pre_hooks:
-            return None
-        weight = base.weight
-        if type(weight) not in (Tensor, nn.Parameter) or weight.requires_grad or not weight.is_floating_point():
-            return None
-        return weight.T if forward is Conv1D.forward else weight
+    def _multiplies(self, forward: Any) -> bool:
+        return forward is nn.Linear.forward or forward is Conv1D.forward
 
-    def _low_rank(self, adapter: str, x: Tensor, lora_A: Tensor | None = None, lora_B: Tensor | None = None) -> Tensor:
-        return functional.linear_branch(x, *self.factor_parameters(adapter), self.scaling[adapter])
+    def _oriented(self, weight: Tensor) -> Tensor:
+        """W0 [out, in]."""
+        return weight.T if type(self.base_layer).forward is Conv1D.forward else weight
+
+    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def _low_rank(
+        self,
+        adapter: str,
+        x: Tensor,
+        lora_A: Tensor | None = None,
+        lora_B: Tensor | None = None,
+        scaling: float | None = None,
+    ) -> Tensor:
+        if lora_A is None or lora_B is None:
+            lora_A, lora_B = self.factor_parameters(adapter)
+        return functional.linear_branch(x, lora_A, lora_B, self.scaling[adapter] if scaling is None else scaling)
 
     def _as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T if self.fan_in_fan_out else weight
@@ -178,7 +181,14 @@ class Embedding(DoraLayer, nn.Module):
     def _drops_base(self, adapter: str) -> bool:
         return False
 
-    def _low_rank(self, adapter: str, x: Tensor, lora_A: Tensor | None = None, lora_B: Tensor | None = None) -> Tensor:
+    def _low_rank(
+        self,
+        adapter: str,
+        x: Tensor,
+        lora_A: Tensor | None = None,
+        lora_B: Tensor | None = None,
+        scaling: float | None = None,
+    ) -> Tensor:
         base = self.get_base_layer()
         if lora_A is None or lora_B is None:
             lora_A, lora_B = self.factor_parameters(adapter)
@@ -186,7 +196,7 @@ class Embedding(DoraLayer, nn.Module):
             x,
             lora_A,
             lora_B,
-            self.scaling[adapter],
+            self.scaling[adapter] if scaling is None else scaling,
             embed_scale=self._get_embed_scale(),
             padding_idx=base.padding_idx,
             scale_grad_by_freq=base.scale_grad_by_freq,
@@ -223,10 +233,24 @@ class _ConvNd(DoraLayer):
             lora_B = torch.block_diag(*lora_B.unflatten(0, (groups, -1)))
         return lora_A, lora_B
 
-    def _low_rank(self, adapter: str, x: Tensor, lora_A: Tensor | None = None, lora_B: Tensor | None = None) -> Tensor:
+    def _low_rank(
+        self,
+        adapter: str,
+        x: Tensor,
+        lora_A: Tensor | None = None,
+        lora_B: Tensor | None = None,
+        scaling: float | None = None,
+    ) -> Tensor:
         if lora_A is None or lora_B is None:
             lora_A, lora_B = self.factor_parameters(adapter)
-        return functional.conv_branch(x, lora_A, lora_B, self.scaling[adapter], self.get_base_layer())
+        scaling = self.scaling[adapter] if scaling is None else scaling
+        return functional.conv_branch(x, lora_A, lora_B, scaling, self.get_base_layer())
+
+    def _multiplies(self, forward: Any) -> bool:
+        return forward is nn.Conv1d.forward or forward is nn.Conv2d.forward or forward is nn.Conv3d.forward
+
+    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.get_base_layer()._conv_forward(x, weight, None)
 
     def _per_channel(self, vector: Tensor) -> Tensor:
         return vector.view(-1, *(1 for _ in self.get_base_layer().kernel_size))  # batched and unbatched input alike

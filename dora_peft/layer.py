@@ -1,5 +1,5 @@
 """What all adapted layers share: state and life cycle. The formulas are in linear.py, functional.py and merging.py, the
-refresh of the norm is in norm.py, the kinds of layers in kinds.py.
+refresh of the norm is in norms/, the kinds of layers in kinds.py.
 
 Tensors carry PEFT's own names (`lora_A`, `lora_B`, `lora_magnitude_vector`, `lora_embedding_A`, `lora_embedding_B`), so
 that checkpoints interchange with PEFT's `use_dora`. The initial factors come from PEFT's own LoRA layers.
@@ -18,10 +18,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import choice, functional, merging, reference
-from . import norm as _norm
+from . import choice, functional, merging, norms, reference
 from .base_weight import BaseWeight, base_weight, unpack_for_training
 from .config import DoraConfig
+from .ops.kept_output import Outputs, version
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 # Base layers that wrap nothing and hold their weight in `weight`.
@@ -99,35 +99,29 @@ class DoraLayer(BaseTunerLayer):
         features: tuple[Any, Any] = _get_in_out_features(self.get_base_layer())
         self.in_features, self.out_features = features
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
-        self._norms: dict[str, _norm.Norm] = {}
-        self._base_norm = _norm.BaseNorm()
+        self._norms: dict[str, norms.Norm] = {}
+        self._base_norm: norms.BaseNorm | None = None
+        self._outputs = Outputs(name)
+        self.number = norms.register(self)
         self._seam: tuple[Any, Any, BaseWeight] | None = None
         self._shortcut: Any = None
         # the unmerged weight parameter while adapters are merged; in a tuple, so that it is not registered
         self._original: tuple[nn.Parameter] | None = None
         self._active_adapter = adapter_name
-        _norm.watch(self)
-        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[attr-defined]
         self.update_layer(adapter_name, config=config, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_seam": None, "_shortcut": None}  # a copy makes its own
+        return {**self.__dict__, "_seam": None, "_shortcut": None, "_base_norm": None}  # a copy makes its own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
-        _norm.watch(self)  # copied or unpickled
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)  # type: ignore[misc]
-        _norm.refresh_layer(self)
-        return self
+        self.number = norms.register(self)  # copied or unpickled
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
         # each replica computes on a device, and in a thread, of its own
-        replica._norms = {name: _norm.Norm(tied=n.tied, settled=n.settled) for name, n in self._norms.items()}
-        replica._base_norm = _norm.BaseNorm()
-        replica._seam = replica._shortcut = None
+        replica._norms = {name: norms.Norm(tied=n.tied, settled=n.settled) for name, n in self._norms.items()}
+        replica._base_norm = replica._seam = replica._shortcut = None
         return replica
 
     def train(self, mode: bool = True) -> Any:
@@ -136,8 +130,6 @@ class DoraLayer(BaseTunerLayer):
             for norm in self._norms.values():
                 norm.folded = None  # what evaluation keeps beside A and B
             self._shortcut = None
-        else:
-            _norm.refresh_stale(self)  # before the model is exported
         return self
 
     # ---- the base weight
@@ -168,9 +160,14 @@ class DoraLayer(BaseTunerLayer):
             return base_weight(layer, self.name, original)
         weight = layer.weight
         address = (weight.data_ptr(), weight.dtype, weight.device)
-        if self._seam is None or self._seam[0] is not weight or self._seam[1] != address:
-            self._seam = (weight, address, base_weight(layer, self.name))
-        return self._seam[2]
+        seam = self._seam  # read once: another thread may replace it
+        if seam is None or seam[0] is not weight or seam[1] != address:
+            seam = self._seam = (weight, address, base_weight(layer, self.name))
+        return seam[2]
+
+    def base_weight_of(self, weight: Tensor) -> BaseWeight:
+        """The seam to another weight in the place of the base layer's."""
+        return base_weight(self.get_base_layer(), self.name, weight)
 
     # ---- creation
 
@@ -205,7 +202,7 @@ class DoraLayer(BaseTunerLayer):
             self.lora_magnitude_vector[adapter_name] = Magnitude(torch.empty(shape, dtype=weight.dtype, device="meta"))
             self._norms.pop(adapter_name, None)
         else:
-            value = _norm.initial(self, adapter_name)
+            value = norms.initial(self, adapter_name)
             self.lora_magnitude_vector[adapter_name] = Magnitude(value.reshape(shape).clone())
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -260,39 +257,70 @@ class DoraLayer(BaseTunerLayer):
     def as_matrices(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
         return lora_A, lora_B
 
-    def scale(self, adapter: str, *, differentiable: bool = False) -> Tensor:
-        """c = m / v, [out]; with the norm's gradient where `differentiable` and the adapter's config ask for it."""
-        transforming = choice.transforming()
-        norm = self._norms[adapter] if transforming else _norm.weight_norm(self, adapter)
-        value: Any = norm.value
-        if not self.magnitude_only[adapter]:
-            lora_A, lora_B = self.factors(adapter)
-            trained = differentiable and not self.detach_norm[adapter] and torch.is_grad_enabled()
-            if choice.use_reference() or transforming:
-                # a transform's A and B are not the parameters that `value` belongs to
-                value = self._dense_norm(adapter)
-                value = value if trained else value.detach()
-            elif trained and torch.compiler.is_compiling():
+    def scale(self, adapter: str, *, differentiable: bool = False, known: norms.Snapshot | None = None) -> Tensor:
+        """c = m / v, [out]; with the norm's gradient if `differentiable` and the adapter's config ask for it.
+
+        `known` is the adapter's norm, if the caller has just asked for it.
+        """
+        trained = differentiable and not self.detach_norm[adapter] and torch.is_grad_enabled()
+        if choice.use_reference() or choice.transforming() or choice.tracing():
+            # v by plain operations: a transform's A and B are no parameters, and a recording has to hold for others
+            value = self._dense_norm(adapter)
+            value, tied = value if trained else value.detach(), self._tied(adapter)
+        elif torch.compiler.is_compiling():
+            value, tied = norms.traced(self, adapter)
+            if trained and not self.magnitude_only[adapter]:
                 value = functional.attach_norm_gradient(
-                    value, self._dense_matrix(), lora_A, lora_B, self.scaling[adapter]
+                    value, self._dense_matrix(), *self.factors(adapter), self.scaling[adapter]
                 )
-            elif trained and (lora_A.requires_grad or lora_B.requires_grad):
-                value = functional.weight_norm(
-                    self.base_weight(), _norm.base_squared(self), lora_A, lora_B, self.scaling[adapter], value
-                )
-        return functional.scale(self.magnitude(adapter).view(-1), value, norm.tied)
+        else:
+            known = norms.weight_norm(self, adapter) if known is None else known
+            value, tied = known.value, known.tied
+            if trained and not self.magnitude_only[adapter]:
+                lora_A, lora_B = self.factors(adapter)
+                if lora_A.requires_grad or lora_B.requires_grad:
+                    value = functional.weight_norm(
+                        self.base_weight(), norms.base_squared(self), lora_A, lora_B, self.scaling[adapter], value
+                    )
+        return functional.scale(self.magnitude(adapter).view(-1), value, tied)
+
+    def _tied(self, adapter: str) -> Tensor | None:
+        """The rows whose magnitude follows their norm [out, bool]."""
+        norm = self._norms.get(adapter)
+        if norm is None or not norm.settled:
+            if choice.transforming() or choice.tracing():
+                return None  # no value can be looked at
+            norm = norms.settle(self, adapter)
+        return norm.tied
 
     def _dense_norm(self, adapter: str) -> Tensor:
         """v [out] from the dense W0 + s B A, computed at every call, as in the reference."""
-        weight = self.base_weight()
+        matrix = self._wide_matrix()
+        floor = functional.floor(matrix.detach().square().sum(1))
+        if self.magnitude_only[adapter]:
+            return torch.maximum(torch.linalg.vector_norm(matrix, dim=1), floor)
+        lora_A, lora_B = (factor.to(matrix.dtype) for factor in self.factors(adapter))
+        norm = reference.weight_norm(matrix, lora_A, lora_B, self.scaling[adapter])
+        return torch.maximum(norm, floor)
+
+    def _wide_matrix(self) -> Tensor:
+        """W0 [out, in] in the dtype that norms are computed in."""
+        stored, grouped = self.original_weight(), getattr(self.get_base_layer(), "groups", 1) > 1
+        recorded = choice.tracing()  # the tensors of a recording are of other classes
+        if isinstance(stored, Tensor) and (recorded or type(stored) in (Tensor, nn.Parameter)):
+            if stored.is_floating_point() and not grouped:
+                matrix = self._as_matrix(stored.detach())
+                return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+            weight = self.base_weight_of(stored)
+        else:
+            weight = self.base_weight()
         if not weight.has_rows:
             raise RuntimeError(
-                f"The reference implementation and torch.func need a dense weight, which module '{self.name}' "
-                f"({type(self.get_base_layer()).__name__}) cannot give. Use implementation('auto')."
+                "The reference implementation, torch.func and recordings (torch.export, torch.jit.trace) need a dense "
+                f"weight, which module '{self.name}' ({type(self.get_base_layer()).__name__}) cannot give. Use "
+                "implementation('auto')."
             )
-        lora_A, lora_B = (factor.to(weight.dtype) for factor in self.factors(adapter))
-        norm = reference.weight_norm(weight.dense(), lora_A, lora_B, self.scaling[adapter])
-        return torch.maximum(norm, functional.floor(_norm.base_squared(self)))
+        return weight.dense()
 
     def _dense_matrix(self) -> Tensor:
         """W0 [out, in] as a view of the base layer's weight."""
@@ -318,7 +346,7 @@ class DoraLayer(BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         shortcut = self._shortcut
         if shortcut is not None and not args and not kwargs and shortcut.is_open(self):
-            return shortcut(x)
+            return shortcut(x, self)
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:
@@ -338,10 +366,7 @@ class DoraLayer(BaseTunerLayer):
             compiled = self.adapt_compiled(adapters[0], x)
             if compiled is not None:
                 return compiled
-        out = self.base_layer(x, *args, **kwargs)
-        for adapter in adapters:
-            out = self.adapt(adapter, x, out)
-        return out
+        return self.adapt_plainly(adapters, x, *args, **kwargs)
 
     def _drops_base(self, adapter: str) -> bool:
         """Whether the paper's dropout is at work, which needs a second base product and its own intermediate."""
@@ -349,40 +374,122 @@ class DoraLayer(BaseTunerLayer):
             return False
         return isinstance(self.lora_dropout[adapter], nn.Dropout)
 
-    def adapt(self, adapter: str, x: Tensor, out: Tensor) -> Tensor:
-        """The output with one adapter composed on top of `out`: c * (out - b + s B A x) + b, by plain operations."""
+    def adapt_plainly(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of the layer with adapters composed in this order, by plain operations."""
+        z, dtype = self._base_product(x, *args, **kwargs)
+        for adapter in adapters:
+            z = self.adapt(adapter, x, z, self._bias() if adapter == adapters[-1] else None, dtype)
+        return z
+
+    def adapt(self, adapter: str, x: Tensor, z: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """c * (z + s B A x) + b in `dtype`, for z without b: a rounded output with b may have lost what m needs."""
         c = self._per_channel(self.scale(adapter, differentiable=True))
-        bias = self._bias()
         dropped = self._dropped(adapter, x)
-        low_rank = None if self.magnitude_only[adapter] else self._low_rank(adapter, dropped).to(out.dtype)
+        low_rank = None if self.magnitude_only[adapter] else self._low_rank(adapter, dropped).to(z.dtype)
         if self._drops_base(adapter):
-            base = self.base_layer(dropped)
-            return functional.compose_paper(out, base if bias is None else base - bias, low_rank, c)
-        return functional.compose(out if low_rank is None else out + low_rank, c, bias)
+            return functional.compose_paper(z, self._base_product(dropped)[0], low_rank, c, bias, dtype)
+        return functional.compose(z if low_rank is None else z + low_rank, c, bias, dtype)
 
     def adapt_fast(self, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output of the layer with one adapter, keeping less for the backward pass than `adapt` does."""
-        bias = self._bias()
         if not torch.is_grad_enabled():
-            return self.adapt(adapter, x, self.base_layer(x, *args, **kwargs))
+            return self.adapt_plainly([adapter], x, *args, **kwargs)
         c = self._per_channel(self.scale(adapter, differentiable=True))
-        if self.magnitude_only[adapter]:
-            out = self.base_layer(x, *args, **kwargs)
-            return functional.compose_keeping_output(out, c, bias, lambda x: self.base_layer(x, *args, **kwargs), x)
+        product, scaling = self._pinned_product(args, kwargs), self.scaling[adapter]
+        needed = [x]
+        if not self.magnitude_only[adapter]:
+            needed += [self._dropped(adapter, x), *self.factor_parameters(adapter)]
 
-        def before_scaling(x: Tensor, dropped: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-            out = self.base_layer(x, *args, **kwargs)
-            return out + self._low_rank(adapter, dropped, lora_A, lora_B).to(out.dtype)
+        def before_scaling(x: Tensor, *branch: Tensor) -> Tensor:
+            z, _ = product(x)
+            if not branch:
+                return z
+            dropped, lora_A, lora_B = branch
+            return z + self._low_rank(adapter, dropped, lora_A, lora_B, scaling).to(z.dtype)
 
-        needed = (x, self._dropped(adapter, x), *self.factor_parameters(adapter))
-        return functional.compose_keeping_output(before_scaling(*needed), c, bias, before_scaling, *needed)
+        z, dtype = product(x)
+        if not self.magnitude_only[adapter]:
+            z = z + self._low_rank(adapter, needed[1]).to(z.dtype)
+        again = functional.as_now(before_scaling, x.device.type)
+        return functional.compose_keeping_output(z, c, self._bias(), dtype, again, self._outputs, *needed)
+
+    def _base_product(self, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, torch.dtype]:
+        """x W0^T without b, in the shape of the output, and the dtype of the output.
+
+        Where the base layer gives it with b only, b is subtracted in fp32, which cannot bring back what was rounded.
+        """
+        weight = None if args or kwargs else self._dense_weight()
+        if weight is not None:
+            z = self._multiply(x, weight)
+            return z, z.dtype
+        out, bias = self.base_layer(x, *args, **kwargs), self._bias()
+        if bias is None:
+            return out, out.dtype
+        wide = torch.promote_types(out.dtype, torch.float32)
+        return out.to(wide) - bias.to(wide), out.dtype
+
+    def _pinned_product(self, args: Any, kwargs: Any) -> Callable[[Tensor], tuple[Tensor, torch.dtype]]:
+        """`_base_product` of x by the base weight of this moment: a backward pass may come after it was exchanged."""
+        weight = None if args or kwargs else self._dense_weight()
+        if weight is not None:
+            before = version(weight)
+
+            def multiply(x: Tensor) -> tuple[Tensor, torch.dtype]:
+                if version(weight) != before:
+                    raise changed_too_early(self.name)
+                z = self._multiply(x, weight)
+                return z, z.dtype
+
+            return multiply
+        stored = getattr(self.get_base_layer(), "weight", None)
+
+        def call(x: Tensor) -> tuple[Tensor, torch.dtype]:
+            current = getattr(self.get_base_layer(), "weight", None)
+            offloaded = isinstance(current, Tensor) and current.is_meta
+            if current is not stored and not offloaded and isinstance(current, nn.Parameter):
+                raise changed_too_early(self.name)
+            return self._base_product(x, *args, **kwargs)
+
+        return call
+
+    def _dense_weight(self) -> Tensor | None:
+        """W0 if the base layer does nothing but multiply by it, so that `_multiply` may stand for its forward: no
+        subclass with a forward of its own, no hooks (offloading), no tensor subclass, nothing trained."""
+        base: Any = self.base_layer
+        if not self._multiplies(type(base).forward) or "forward" in base.__dict__:
+            return None
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+            return None
+        weight = base._parameters.get("weight")
+        if type(weight) not in (Tensor, nn.Parameter) or weight.requires_grad or not weight.is_floating_point():
+            return None
+        return self._oriented(weight)
+
+    def _multiplies(self, forward: Any) -> bool:
+        """Whether `_multiply` computes what this forward method of a base layer does, but for b."""
+        return False
+
+    def _oriented(self, weight: Tensor) -> Tensor:
+        """The base layer's weight as `_multiply` takes it."""
+        return weight
+
+    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x W0^T without b, differentiable."""
+        raise NotImplementedError
 
     def adapt_compiled(self, adapter: str, x: Tensor) -> Tensor | None:
         """The output of the layer by an operator for torch.compile, None where plain operations serve as well."""
         return None
 
-    def _low_rank(self, adapter: str, x: Tensor, lora_A: Tensor | None = None, lora_B: Tensor | None = None) -> Tensor:
-        """s B A x, in the shape of the layer's output; with the adapter's own factors where None."""
+    def _low_rank(
+        self,
+        adapter: str,
+        x: Tensor,
+        lora_A: Tensor | None = None,
+        lora_B: Tensor | None = None,
+        scaling: float | None = None,
+    ) -> Tensor:
+        """s B A x, in the shape of the layer's output; with the adapter's own factors and s where None."""
         raise NotImplementedError
 
     def _dropped(self, adapter: str, x: Tensor) -> Tensor:
@@ -408,13 +515,14 @@ class DoraLayer(BaseTunerLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        out = self.base_layer(x, *args, **kwargs)
+        z, dtype = self._base_product(x, *args, **kwargs)
         for adapter in sorted(set(adapter_names)):
             if adapter not in self.lora_magnitude_vector:  # "__base__" among them
                 continue
-            index = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=out.device)
-            out = out.index_copy(0, index, self.adapt(adapter, x[index.to(x.device)], out[index]))
-        return out
+            index = torch.tensor([i for i, name in enumerate(adapter_names) if name == adapter], device=z.device)
+            z = z.index_copy(0, index, self.adapt(adapter, x[index.to(x.device)], z[index], None, z.dtype))
+        bias = self._bias()
+        return (z if bias is None else z + bias).to(dtype)
 
     # ---- merging
 
@@ -546,14 +654,12 @@ class DoraLayer(BaseTunerLayer):
         if adapter in self.scaling:
             root = math.sqrt(self.r[adapter]) if self.use_rslora[adapter] else self.r[adapter]
             self.scaling[adapter] = scale * self.lora_alpha[adapter] / root
-            _norm.refresh_layer(self)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters by `scale`; the norm follows."""
         for adapter in self.active_adapters:
             if adapter in self.scaling:
                 self.scaling[adapter] *= scale
-        _norm.refresh_layer(self)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters by `scale`, or reset it if None."""
@@ -563,7 +669,6 @@ class DoraLayer(BaseTunerLayer):
                     self.set_scale(adapter, 1.0)
                 else:
                     self.scaling[adapter] /= scale
-        _norm.refresh_layer(self)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return self.base_weight().has_rows and self._mergeable()
@@ -572,5 +677,8 @@ class DoraLayer(BaseTunerLayer):
         return "dora." + super().__repr__()
 
 
-def _after_load(layer: Any, _incompatible_keys: Any) -> None:
-    _norm.refresh_layer(layer)
+def changed_too_early(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"The base weight of module '{name}' was changed between the forward and the backward pass that needs it. "
+        "Change base weights before the forward pass, or after backward."
+    )

@@ -12,9 +12,9 @@ backward pass are
     y    the layer's *output*, which the next operation often keeps anyway, instead of an intermediate
     u    [N, r], and where there is dropout one byte an element of x, on a GPU its seed alone
 
-The price of keeping y: where it no longer determines what the magnitude's gradient needs, that is computed again from
-x. This happens for rows with c = 0, for rows whose bias drowns the rest in rounding, and where the next operation
-changed y in place (`relu_`), which a version counter tells.
+The price of keeping y: if it no longer determines what the magnitude's gradient needs, that is computed again from x.
+This happens for rows with c = 0, for rows whose bias drowns the rest in rounding, and if somebody wrote over y, which
+ops/kept_output.py tells by its content.
 
 Everything runs in the base's compute dtype: the small A and B are cast, x and W0 never are (but by autocast). c, b and
 all sums over tokens are fp32 (fp64 for an fp64 base).
@@ -33,6 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from . import choice
 from .base_weight import BLOCK_BYTES
+from .ops.kept_output import KeptOutput, Outputs, version
 
 # Tokens that the element-wise passes take at once on a CPU: their temporaries stay in the cache, and a fresh
 # [N, out] allocation, whose page faults cost more than its arithmetic, is not made for every layer. With fewer the
@@ -41,6 +42,7 @@ CHUNK = 1024
 LANES = 2**18  # elements that a sum over tokens runs in side by side: half of a core's cache
 COMPOSED_BYTES = BLOCK_BYTES  # the most that c (W0 + s B A) may take
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
+_NO_GRADIENTS = (None,) * 8  # of _Linear's arguments after c
 
 
 def linear(
@@ -56,6 +58,7 @@ def linear(
     base_product: Callable[[Tensor, Tensor | None], Tensor] | None = None,
     dropout_p: float = 0.0,
     direction: Tensor | None = None,
+    outputs: Outputs | None = None,
 ) -> Tensor:
     """y = c * (x W0^T + s drop(x) A^T B^T) + b; in one line `c * (x @ W0.T + s * drop(x) @ A.T @ B.T) + b`.
 
@@ -74,23 +77,22 @@ def linear(
         dropout_p: Probability to drop an element of x before A.
         direction: W0 + s B A [out, in] in x's dtype, where the caller has just computed it and needs it no more: it is
             overwritten.
+        outputs: What is known about the layer's outputs, kept between calls.
 
     Returns:
         [..., out] in x's dtype, under autocast in autocast's. Differentiable once, with respect to x, base_out, bias,
         lora_A, lora_B and c.
     """
     dtype = x.dtype if base_out is None else base_out.dtype
+    outputs = Outputs() if outputs is None else outputs
+    base = (x, base_out, bias, lora_A, lora_B, c, weight, base_product, scaling, dropout_p)
     if not torch.is_autocast_enabled(x.device.type):
-        return _Linear.apply(
-            x, base_out, bias, lora_A, lora_B, c, weight, base_product, scaling, dropout_p, dtype, None, direction
-        )
+        return _Linear.apply(*base, dtype, None, direction, outputs)
     lowered = torch.get_autocast_dtype(x.device.type)
     if base_out is None and dtype is not torch.float64:
         dtype = lowered
     with torch.autocast(x.device.type, enabled=False):
-        return _Linear.apply(
-            x, base_out, bias, lora_A, lora_B, c, weight, base_product, scaling, dropout_p, dtype, lowered, None
-        )
+        return _Linear.apply(*base, dtype, lowered, None, outputs)
 
 
 def linear_eval(
@@ -163,6 +165,7 @@ class _Linear(torch.autograd.Function):
         dtype,
         autocast_dtype,
         direction,
+        outputs,
     ):
         rows = _rows(x).to(dtype)  # [N, in]
         mask, k = None, scaling
@@ -172,8 +175,10 @@ class _Linear(torch.autograd.Function):
                 ctx.seed = ctx.fused.dropout_kernels.draw_seed(rows.device)  # the mask is drawn from it
             base_rows = None if weight is not None else _rows(base_out)
             y, u, k = ctx.fused.forward(rows, base_rows, weight, bias, lora_A, lora_B, c, scaling, ctx.seed, dropout_p)
-            y = _shaped_like(x, y)
-            return _Linear.keep(ctx, y, x, u, None, bias, lora_A, lora_B, c, weight, base_product, k, autocast_dtype)
+            return _Linear.keep(
+                ctx, _shaped_like(x, y), x, u, None, bias, lora_A, lora_B, c,
+                weight, base_product, k, autocast_dtype, outputs,
+            )  # fmt: skip
         if dropout_p > 0:
             mask, kept = dropout_mask(rows.shape, dropout_p, rows.device)
             k = scaling / kept if kept else 0.0
@@ -188,30 +193,27 @@ class _Linear(torch.autograd.Function):
         else:
             z = multiply(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
             y = compose(z, u, fold(lora_B, c, k), c, bias, out=z)
-        y = _shaped_like(x, y)
-        return _Linear.keep(ctx, y, x, u, mask, bias, lora_A, lora_B, c, weight, base_product, k, autocast_dtype)
+        return _Linear.keep(
+            ctx, _shaped_like(x, y), x, u, mask, bias, lora_A, lora_B, c,
+            weight, base_product, k, autocast_dtype, outputs,
+        )  # fmt: skip
 
     @staticmethod
-    def keep(ctx, y, x, u, mask, bias, lora_A, lora_B, c, weight, base_product, k, autocast_dtype):
+    def keep(ctx, y, x, u, mask, bias, lora_A, lora_B, c, weight, base_product, k, autocast_dtype, outputs):
         """Keep what the backward pass needs, and return y."""
-        # An alias, since y on its own graph node would be a reference cycle. Under checkpointing and offloading y has
-        # to go through their hooks, which switch off torch's own check for changes in place; there the alias keeps
-        # y's version counter and lets go of its storage.
-        ctx.alias, ctx.version, ctx.through_hooks = y.detach(), _version(y), saved_tensor_hooks_active()
-        if ctx.through_hooks:
-            ctx.alias.data = y.new_empty(0)
-            ctx.save_for_backward(x, u, mask, bias, lora_A, lora_B, c, y)
-        else:
-            ctx.save_for_backward(x, u, mask, bias, lora_A, lora_B, c)
+        ctx.kept, saved = None, []
+        if ctx.needs_input_grad[5]:
+            ctx.kept, saved = KeptOutput.of(y, outputs, on_device=ctx.fused is not None)
+        ctx.save_for_backward(x, u, mask, bias, lora_A, lora_B, c, *saved)
         # not among the saved tensors: offloading would move W0 with them
-        ctx.weight, ctx.weight_version = weight, _version(weight)
+        ctx.weight, ctx.weight_version = weight, version(weight)
         ctx.base_product, ctx.k, ctx.dtype, ctx.autocast_dtype = base_product, k, y.dtype, autocast_dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        if _version(ctx.weight) != ctx.weight_version:
+        if version(ctx.weight) != ctx.weight_version:
             raise RuntimeError(
                 "A base weight was changed in place between the forward and the backward pass that needs it "
                 f"(shape {list(ctx.weight.shape)}). Change base weights before the forward pass, or after backward."
@@ -223,12 +225,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx, grad):
-        x, u, mask, bias, lora_A, lora_B, c, *saved_y = ctx.saved_tensors
+        x, u, mask, bias, lora_A, lora_B, c, *kept = ctx.saved_tensors
         need_x, need_base, need_bias, need_A, need_B, need_c = ctx.needs_input_grad[:6]
-        k, dtype, alias = ctx.k, ctx.dtype, ctx.alias
-        y = None if alias is None or _version(alias) != ctx.version else _rows(saved_y[0] if saved_y else alias)
-        if not ctx.through_hooks:
-            ctx.alias = None  # lets go of y as the saved tensors are; a second pass over the graph computes it again
+        k, dtype = ctx.k, ctx.dtype
+        y, gone = (None, None) if ctx.kept is None else ctx.kept.read(kept, grad)
+        y = None if y is None else _rows(y)
         g = _rows(grad)  # [N, out]
         rows = _rows(x).to(dtype)  # [N, in]
         weight = None if ctx.weight is None else ctx.weight.to(dtype)  # [out, in]
@@ -238,10 +239,8 @@ class _Linear(torch.autograd.Function):
             """x W0^T + s u B^T at columns `index`, at all where None."""
             if weight is not None:
                 z = F.linear(rows, weight if index is None else weight[index])
-            elif ctx.autocast_dtype is None:
-                z = _rows(ctx.base_product(x, index))
             else:
-                with torch.autocast(x.device.type, ctx.autocast_dtype):
+                with torch.autocast(x.device.type, ctx.autocast_dtype, enabled=ctx.autocast_dtype is not None):
                     z = _rows(ctx.base_product(x, index))
             B = lora_B if index is None else lora_B[index]
             return torch.addmm(z.to(c.dtype), u.to(c.dtype), B.to(c.dtype).T, alpha=k)
@@ -256,11 +255,11 @@ class _Linear(torch.autograd.Function):
                 stored = ctx.base_product.stored()
             needed = ctx.needs_input_grad[:6]
             dx, d_base, *others = ctx.fused.gradients(
-                g, rows, u, y, weight, bias, lora_A, lora_B, c, k, ctx.seed, ctx.p, needed, stored, d_magnitude
+                g, rows, u, y, weight, bias, lora_A, lora_B, c, k, ctx.seed, ctx.p, needed, stored, d_magnitude, gone
             )
             dx = None if dx is None else dx.view(x.shape)
             d_base = None if d_base is None else d_base.view(grad.shape)
-            return dx, d_base, *others, None, None, None, None, None, None, None
+            return dx, d_base, *others, *_NO_GRADIENTS
         in_weight = need_x and weight is not None and composes(g, weight)
         dx, d_base, sums = scale_and_sum(
             g, c, y if need_c else None, bias, weight if need_x and not in_weight else None, keep_scaled=need_base
@@ -295,7 +294,7 @@ class _Linear(torch.autograd.Function):
             if weight is None:  # the rest comes through base_out
                 d_bias = (1 - c) * d_bias
         d_base = None if d_base is None else d_base.view(grad.shape)
-        return dx, d_base, d_bias, d_A, d_B, d_c, None, None, None, None, None, None, None
+        return dx, d_base, d_bias, d_A, d_B, d_c, *_NO_GRADIENTS
 
 
 def composes(rows: Tensor, weight: Tensor) -> bool:
@@ -368,10 +367,6 @@ def _rows(x: Tensor) -> Tensor:
 def _shaped_like(x: Tensor, y: Tensor) -> Tensor:
     """y [N, out] as [..., out]. Not a view: the output of an autograd function could not be changed in place then."""
     return y if x.dim() == 2 else torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
-
-
-def _version(tensor: Tensor | None) -> int | None:
-    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 def fold(lora_B: Tensor, c: Tensor, scaling: float) -> Tensor:
@@ -520,10 +515,3 @@ def dropout_mask(shape: torch.Size, p: float, device: torch.device) -> tuple[Ten
         return torch.zeros(shape, dtype=torch.bool), 0.0
     numbers = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:count]
     return (numbers >= dropped - 2**15).view(shape), 1 - dropped / 2**16
-
-
-def saved_tensor_hooks_active() -> bool:
-    """Whether tensors that are saved for backward pass through hooks: non-reentrant checkpointing, offloading."""
-    # No public name tells; without this one the hooks are assumed, which is safe: torch then checks versions itself.
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(True) is not None

@@ -23,8 +23,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
-from . import merging
-from . import norm as _norm
+from . import merging, norms
 from .checkpoint import from_checkpoint, to_checkpoint
 from .config import DoraConfig
 from .kinds import layer_class
@@ -491,7 +490,7 @@ def _combine_layer(layer: Any, adapter_name: str, present: list[tuple[str, float
     # truncation gives fewer than `rank` rows where the layer is smaller than that
     new_A.flatten(1)[: lora_A.shape[0]].copy_(lora_A)
     new_B.flatten(1)[:, : lora_B.shape[1]].copy_(lora_B)
-    layer._norms[adapter_name] = _norm.Norm(settled=True)
+    layer._norms[adapter_name] = norms.Norm(settled=True)
     magnitude = layer.magnitude(adapter_name)
-    norm: Any = _norm.weight_norm(layer, adapter_name)
+    norm: Any = norms.weight_norm(layer, adapter_name)
     magnitude.view(-1).copy_(k * norm.value)

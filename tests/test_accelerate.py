@@ -14,7 +14,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import dora_peft
-from dora_peft import accelerate, norm
+from dora_peft import accelerate, norms
+from dora_peft.norms import state
 
 LAYERS = {
     "linear": lambda: nn.Linear(12, 10),
@@ -114,9 +115,8 @@ def test_trains_as_peft_does(taken):
 @pytest.mark.cached_norms
 def test_refreshes_once_a_step(monkeypatch):
     model, x, calls = peft_model(), example("linear"), []
-    original = dora_peft.norm._update
-    monkeypatch.setattr(dora_peft.norm, "_update", lambda *a: (calls.append(1), original(*a))[1])
-    monkeypatch.setattr(dora_peft.norm, "_lazy", True)
+    original = state._refresh
+    monkeypatch.setattr(state, "_refresh", lambda *a: (calls.append(1), original(*a))[1])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     with dora_peft.accelerate_use_dora():
         for _ in range(3):
@@ -149,7 +149,7 @@ def test_undo_and_nesting():
     outer.undo()
     outer.undo()
     assert lora.Linear.forward is before
-    assert not len(norm.views)
+    assert not len(norms.views)
 
 
 def test_unknown_dropout_mode():

@@ -190,19 +190,19 @@ def test_compose(dtype, bias):
     torch.manual_seed(0)
     z, c = torch.randn(3, 4, 6, dtype=dtype), torch.rand(6, dtype=dtype) + 0.5
     b = torch.randn(6, dtype=dtype) if bias else torch.zeros(6, dtype=dtype)
-    torch.testing.assert_close(functional.compose(z, c, b if bias else None), c * (z - b) + b)
+    torch.testing.assert_close(functional.compose(z, c, b if bias else None, dtype), c * z + b)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("offset", [0.0, 30.0])
 def test_compose_in_low_precision(dtype, offset):
     torch.manual_seed(0)
-    z = (torch.randn(200, 64) + offset).to(dtype)
+    z = torch.randn(200, 64).to(dtype)
     b = (torch.randn(64) + offset).to(dtype)
     c = 1 + 0.05 * torch.randn(64)
-    truth = c * (z.float() - b.float()) + b.float()
-    naive = c.to(dtype) * (z - b) + b
-    found = functional.compose(z, c, b)
+    truth = c * z.float() + b.float()
+    naive = c.to(dtype) * z + b
+    found = functional.compose(z, c, b, dtype)
     assert found.dtype == dtype
     error, naive_error = ((y.float() - truth).abs().mean() for y in (found, naive))
     rounding = (truth.to(dtype).float() - truth).abs().mean()
@@ -215,8 +215,11 @@ def test_compose_paper():
     base, dropped, low_rank = torch.randn(3, 5, 6).unbind(0)
     c = torch.rand(6)
     expected = base + (c - 1) * dropped + c * low_rank
-    torch.testing.assert_close(functional.compose_paper(base, dropped, low_rank, c), expected)
-    assert functional.compose_paper(base.bfloat16(), dropped.bfloat16(), low_rank.bfloat16(), c).dtype == torch.bfloat16
+    torch.testing.assert_close(functional.compose_paper(base, dropped, low_rank, c, None, torch.float32), expected)
+    found = functional.compose_paper(base, dropped, None, c, c, torch.float32)
+    torch.testing.assert_close(found, base + (c - 1) * dropped + c)
+    half = [t.bfloat16() for t in (base, dropped, low_rank)]
+    assert functional.compose_paper(*half, c, c, torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_linear_branch():

@@ -470,7 +470,7 @@ def test_replicas_of_data_parallel_compute_apart():
     for y, correct in zip(found, expected, strict=True):
         torch.testing.assert_close(y, correct)
     norms = [one._norms["default"] for one in (layer, *replicas)]
-    assert len({norm.value.data_ptr() for norm in norms}) == 3
+    assert len({norm.known.value.data_ptr() for norm in norms}) == 3
     sum(y.sum() for y in found).backward()
     assert layer.lora_magnitude_vector["default"].weight.grad is not None
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dora_peft import choice, reference
 from dora_peft import linear as subject
+from dora_peft.ops import kept_output
 
 S = 0.7
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -794,7 +795,8 @@ def test_no_reference_cycle_keeps_the_output(form, context, when):
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16])
 @pytest.mark.parametrize("n", [5, subject.CHUNK + 1])
 def test_what_is_kept_for_backward(n, dtype, form, surroundings, dropout_p):
-    """y and u, and for dropout a byte an element of x, by kernels nothing: no copy of x, nothing of W0's size."""
+    """y and u, some of y's elements again, and for dropout a byte an element of x, by kernels nothing: no copy of x,
+    nothing of W0's size."""
     problem = Problem(n, width=33, out=29, dtype=dtype)
     x, A, B, c, bias = problem.parts()
     with torch.autocast("cpu", dtype=BF16, enabled=surroundings == "autocast"):
@@ -806,7 +808,9 @@ def test_what_is_kept_for_backward(n, dtype, form, surroundings, dropout_p):
     mask = [] if by_kernels(dtype) else [n * 33] * (dropout_p > 0)  # drawn anew from its seed
     if by_kernels(dtype):
         gc.collect()  # Triton's interpreter leaves reference cycles
-    expected = [n * 29 * y.itemsize, n * 3 * y.itemsize, *mask]
+    sample = [part.numel() * y.itemsize for part in kept_output._parts(y, 0, 0)]
+    assert sum(sample) <= (2048 + 1024) * y.itemsize
+    expected = [n * 29 * y.itemsize, n * 3 * y.itemsize, *sample, *mask]
     given = (x, A, B, c, bias, problem.weight, base_out)
     assert made.alive(*given) == sorted(expected)
     assert made.alive(*given, y) == sorted(expected[1:])
@@ -815,7 +819,8 @@ def test_what_is_kept_for_backward(n, dtype, form, surroundings, dropout_p):
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 @pytest.mark.parametrize("form", FORMS)
 def test_what_goes_through_hooks(form, dropout_p):
-    """The same: x, the parameters and c as they are given, not copies; y; u; mask. W0 stays where it is."""
+    """The same: x, the parameters and c as they are given, not copies; y, its sample and where that is from; u; mask.
+    W0 stays where it is."""
     problem = Problem(2, 5, width=33, out=29, dtype=BF16, factors=FP32)
     x, A, B, c, bias = problem.parts()
     base_out = F.linear(x, problem.weight, bias).detach()
@@ -827,7 +832,8 @@ def test_what_goes_through_hooks(form, dropout_p):
     assert sorted(t.data_ptr() for t in packed if t.data_ptr() in given) == sorted(given)
     made = [(tuple(t.shape), t.dtype) for t in packed if t.data_ptr() not in given]
     masks = 0 if by_kernels(BF16) else dropout_p > 0
-    assert sorted(made, key=str) == sorted([((10, 3), BF16), *[((10, 33), torch.bool)] * masks], key=str)
+    sample = [((10, 29), BF16), ((9,), BF16), ((2,), torch.int64)]
+    assert sorted(made, key=str) == sorted([((10, 3), BF16), *sample, *[((10, 33), torch.bool)] * masks], key=str)
 
 
 @pytest.mark.parametrize("context", [nullcontext, identity_hooks])
@@ -1224,13 +1230,13 @@ def test_magnitude_gradient_asks_for_the_lost_rows_only():
 
 def test_saved_tensor_hooks_are_noticed():
     seen = []
-    assert not subject.saved_tensor_hooks_active()
+    assert not kept_output.saved_tensor_hooks_active()
     for context in (save_on_cpu, identity_hooks):
         with context():
-            assert subject.saved_tensor_hooks_active()
-        assert not subject.saved_tensor_hooks_active()
+            assert kept_output.saved_tensor_hooks_active()
+        assert not kept_output.saved_tensor_hooks_active()
     x = torch.ones(2, requires_grad=True)
-    checkpoint(lambda x: (seen.append(subject.saved_tensor_hooks_active()), x * x)[1], x, use_reentrant=False)
+    checkpoint(lambda x: (seen.append(kept_output.saved_tensor_hooks_active()), x * x)[1], x, use_reentrant=False)
     assert seen == [True]
 
 
@@ -1239,7 +1245,7 @@ def test_saved_tensor_hooks_are_noticed():
 def test_a_torch_that_does_not_tell_of_hooks(context, form, monkeypatch):
     """Hooks are assumed then. Results are the same, and a change that no hook hides raises torch's own error."""
     monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
-    assert subject.saved_tensor_hooks_active()
+    assert kept_output.saved_tensor_hooks_active()
     problem = Problem(2, 3)
     with context():
         y = problem.y(form)

@@ -1,0 +1,1 @@
+"""What is computed: functions on tensors, which know no modules."""

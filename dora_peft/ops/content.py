@@ -1,0 +1,189 @@
+"""Whether a tensor still holds what it held, told by its bits.
+
+Identity, address and version counter do not tell: averaging helpers, trainers and optimizers write through `.data`, raw
+pointers and copies, and a freed address is used again. So the small factors are compared with a copy, bit for bit, and
+the large frozen weight by a sample of its elements; another tensor with the same sample is told by a digest of all of
+its bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import weakref
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Elements of a frozen weight that are compared at every forward pass, evenly spaced from a fixed odd place on; a weight
+# of at most WHOLE elements is compared in full.
+SAMPLE, WHOLE = 64, 4096
+_BLOCK = 2**16  # words of a weight that the digest takes at once: its temporaries stay in the cache
+_MASK = 2**64 - 1
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _find_memcmp() -> Any:
+    """C's memcmp: 1.1 us for two tensors of 32 KiB, where torch.equal takes 6."""
+    try:
+        function = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).memcmp
+    except (OSError, AttributeError):
+        return None
+    function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int
+    return function
+
+
+_memcmp = _find_memcmp()
+
+
+def copy_bits(tensor: Tensor) -> Tensor:
+    """A contiguous copy to compare with later, outside of every graph."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def same_bits(tensor: Tensor, copy: Tensor) -> bool:
+    """Whether `tensor` holds the bits of `copy`, a contiguous tensor. Waits for the device where that is no CPU."""
+    if tensor.dtype is not copy.dtype or tensor.shape != copy.shape or tensor.device != copy.device:
+        return False
+    if _memcmp is not None and tensor.is_cpu and type(tensor) in _PLAIN and tensor.is_contiguous():
+        return not _memcmp(tensor.data_ptr(), copy.data_ptr(), copy.nbytes)
+    with torch.no_grad():
+        return torch.equal(_integers(tensor.detach()), _integers(copy))
+
+
+def _integers(tensor: Tensor) -> Tensor:
+    """The bits of each element: equal for equal NaN, different for 0 and -0."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return tensor
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(kinds[tensor.dtype.itemsize]) if tensor.dtype.itemsize in kinds else torch.view_as_real(tensor)
+
+
+class Fingerprint:
+    """What a frozen weight was when its norm was computed.
+
+    For the same tensor its version counter and the sample have to be unchanged; for another one, or at another address,
+    as sharding and offloading give at every forward pass, the sample, and for another tensor the digest.
+
+    Args:
+        weight: The weight as stored: any dtype, packed as well. A tensor without storage of its own, or a module that
+            keeps its weight in parts, is known by identity and version alone.
+    """
+
+    def __init__(self, weight: Any) -> None:
+        self.same = _reference(weight)
+        self.version = _version(weight)
+        self.sample = _sample(weight)
+        self.digest = None if self.sample is None else digest(_plain(weight))
+        self.count: int = 0 if self.sample is None else weight.numel()
+        self.step = 1 if self.sample is None else _step(weight)
+
+    def fits(self, weight: Any) -> bool:
+        """Whether `weight` is what this was made from, as far as the sample sees. One that is elsewhere (meta) is."""
+        if getattr(weight, "is_meta", False):
+            return True  # offloaded: its hook brings the same content in
+        if self.same() is not weight:
+            return self.sample is not None and self._same_sample(weight) and self._adopt(weight)
+        if self.sample is None:
+            return _version(weight) == self.version
+        if self.version is None or self.version != weight._version:
+            return self.version is None and weight.is_inference() and self._same_sample(weight)
+        if type(weight) not in _PLAIN or weight.numel() != self.count or not weight.is_contiguous():
+            return self._same_sample(weight)
+        step, sample = self.step, self.sample
+        if weight.dtype is not sample.dtype or weight.device != sample.device:
+            return False
+        if step == 1 and _memcmp is not None and sample.is_cpu:
+            return not _memcmp(weight.data_ptr(), sample.data_ptr(), sample.nbytes)
+        found = weight.as_strided((len(sample),), (step,), weight.storage_offset() + _start(step))
+        return torch.equal(found, sample)
+
+    def _same_sample(self, weight: Any) -> bool:
+        found, sample = _sample(weight), self.sample
+        if found is None or sample is None or found.dtype is not sample.dtype or found.device != sample.device:
+            return False
+        return torch.equal(found, sample)
+
+    def _adopt(self, weight: Tensor) -> bool:
+        """Whether another tensor has the same content; it is the one to be compared with from now on."""
+        if self.digest != digest(_plain(weight)):
+            return False
+        self.same, self.version = _reference(weight), _version(weight)
+        return True
+
+
+def _reference(weight: Any) -> Any:
+    """Does not keep the weight alive: an offloaded one goes after its forward pass."""
+    try:
+        return weakref.ref(weight)
+    except TypeError:
+        return lambda: None
+
+
+def _version(weight: Any) -> Any:
+    return None if not isinstance(weight, Tensor) or weight.is_inference() else weight._version
+
+
+def _plain(weight: Tensor) -> Tensor:
+    """The tensor itself, of a parameter class such as bitsandbytes' as well."""
+    return weight.detach() if type(weight) in _PLAIN else weight.as_subclass(Tensor).detach()
+
+
+def _sample(weight: Any) -> Tensor | None:
+    """A copy of some elements of `weight`; None where it has no storage of its own."""
+    if not isinstance(weight, Tensor) or weight.is_meta or not weight.numel():
+        return None
+    if type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return None
+    step = _step(weight)
+    return _plain(weight).reshape(-1)[_start(step) :: step][: SAMPLE if step > 1 else WHOLE].clone()
+
+
+def _step(weight: Tensor) -> int:
+    return 1 if weight.numel() <= WHOLE else weight.numel() // SAMPLE
+
+
+def _start(step: int) -> int:
+    """An odd place in each stretch of `step` elements: not the first columns of a matrix alone."""
+    return 0 if step < 2 else (step // 3) | 1
+
+
+def digest(tensor: Tensor) -> int:
+    """64 bits that tell the content of `tensor`: other values, other signs, other places of the same values.
+
+    Each word of 64 bits is mixed before it is weighted: with plain or odd-weighted sums alone two changes of the
+    highest bit would cancel modulo 2^64. The shift is an arithmetic one: a flipped sign reaches every lower bit.
+    """
+    with torch.no_grad():
+        words = _words(tensor.detach())
+        weights, parts = _weights(tensor.device), []
+        for start in range(0, words.numel(), _BLOCK):
+            block = words[start : start + _BLOCK]
+            mixed = (block >> 32).bitwise_xor_(block).mul_(-7046029254386353131)
+            mixed.bitwise_xor_(mixed >> 29).mul_(weights[: len(mixed)])
+            parts.append(mixed.sum())
+        total = words.numel()
+        for part in torch.stack(parts).tolist() if parts else []:  # at once: a device is waited for only here
+            total = ((total ^ part) * 0x9E3779B97F4A7C15 + 1) & _MASK
+            total ^= total >> 31
+    return total
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """The bytes of `tensor` as int64 [words], filled up with zeros."""
+    flat = tensor.contiguous().view(-1) if tensor.dim() else tensor.reshape(1)
+    data = flat.view(torch.uint8)
+    if data.numel() % 8:
+        data = torch.cat([data, data.new_zeros(8 - data.numel() % 8)])
+    elif data.storage_offset() % 8:
+        data = data.clone()
+    return data.view(torch.int64)
+
+
+@lru_cache(maxsize=8)
+def _weights(device: torch.device) -> Tensor:
+    """Odd random numbers [_BLOCK], the same in every process."""
+    generator = torch.Generator().manual_seed(2402)
+    return torch.randint(-(2**63), 2**63 - 1, (_BLOCK,), generator=generator).bitwise_or_(1).to(device)
