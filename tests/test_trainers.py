@@ -1,5 +1,6 @@
-"""transformers' Trainer and TRL's SFTTrainer train, save and resume a DoRA adapter."""
+"""transformers' Trainer and TRL's SFTTrainer and DPOTrainer train, save and resume a DoRA adapter."""
 
+import math
 import warnings
 
 import pytest
@@ -150,3 +151,38 @@ def test_sft_trainer_takes_the_config(tmp_path):
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "saved")
     assert type(loaded.peft_config["default"]) is DoraConfig
     torch.testing.assert_close(logits(loaded), logits(trainer.model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.cached_norms  # the checking mode would find a stale one by itself
+@pytest.mark.parametrize("spread", [False, True], ids=["one-device", "two-devices"])
+@pytest.mark.parametrize("precompute", [False, True], ids=["while-training", "precomputed"])
+def test_dpo_trainer_starts_at_the_trained_adapter(tmp_path, precompute, spread):
+    """It copies the trained adapter to a frozen one through `.data`: the first loss is that of equal policies, ln 2."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    config = dora()
+    config.lora_dropout = 0.0
+    model = get_peft_model(llama(), config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "magnitude" in name:
+                p.mul_(0.8 + 0.4 * torch.rand(p.shape, generator=generator))
+            elif "lora_" in name:
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    if spread:
+        # as `device_map="auto"` leaves it; the trainer then moves nothing, and `.to()` refreshes no norm
+        model.get_base_model().hf_device_map = {"model": 0, "lm_head": 1}
+    policy = logits(model)
+    pairs = {"prompt": "the cat", "chosen": "sat on a mat", "rejected": "ran on a dog"}
+    data = datasets.Dataset.from_list([pairs] * 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL's remarks on the tokenizer and on its own defaults
+        args = trl.DPOConfig(**arguments(tmp_path, max_steps=3), bf16=False, precompute_ref_log_probs=precompute)
+        trainer = trl.DPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer())
+        trainer.train()
+    found = losses(trainer)
+    assert abs(found[0] - math.log(2)) < 1e-5
+    assert found[2] < found[1] < found[0]
+    model.set_adapter("ref")
+    torch.testing.assert_close(logits(model), policy, rtol=1e-5, atol=1e-5)
