@@ -82,9 +82,7 @@ def tracing() -> bool:
     """
     if torch.compiler.is_compiling():
         return _is_exporting()
-    if torch.jit.is_tracing():
-        return True
-    return torch._C._len_torch_dispatch_stack() > 0 and _is_recorded()
+    return torch._C._get_tracing_state() is not None or (torch._C._len_torch_dispatch_stack() > 0 and _is_recorded())
 
 
 def _is_exporting() -> bool:
@@ -106,7 +104,9 @@ def by_autograd() -> bool:
     torch.compile derives the backward pass itself, and chooses better what to keep; torch.func transforms cannot pass
     through an autograd function that saves its output; a recording must not depend on what was looked up.
     """
-    return _implementation == "reference" or torch.compiler.is_compiling() or transforming() or tracing()
+    if _implementation == "reference" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch._C._get_tracing_state() is not None or (torch._C._len_torch_dispatch_stack() > 0 and _is_recorded())
 
 
 def uses_kernels(device: torch.device, *dtypes: torch.dtype) -> bool:
@@ -132,6 +132,11 @@ def fused(tensor: Tensor, *others: Tensor) -> Any:
 def load_operators() -> None:
     """Register torch.ops.dora_peft.linear."""
     _module("fused")
+
+
+def kernels() -> Any:
+    """The module `kernels`, where Triton is known to be there."""
+    return _module("kernels")
 
 
 def norm_kernels(device: torch.device, dtype: torch.dtype) -> Any:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import dropout_kernels, kernels
 from .dropout_kernels import Seed
+from .ops import kept_output
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -140,14 +141,23 @@ def _linear(
     seed: Tensor | None,
     scaling: float,
     p: float,
-) -> tuple[Tensor, Tensor]:
+    places: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, u, and what tells whether y was overwritten before backward: see `kept_output.sample`."""
     y, u, _ = forward(x.reshape(-1, x.shape[-1]), None, weight, bias, lora_A, lora_B, c, scaling, seed, p)
-    return y.view(*x.shape[:-1], len(weight)), u
+    return y.view(*x.shape[:-1], len(weight)), u, *kept_output.sample(y, places)
 
 
 @_linear.register_fake
-def _(x, weight, bias, lora_A, lora_B, c, seed, scaling, p):
-    return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(math.prod(x.shape[:-1]), lora_A.shape[0])
+def _(x, weight, bias, lora_A, lora_B, c, seed, scaling, p, places):
+    length, width = math.prod(x.shape[:-1]), weight.shape[0]
+    rows, diagonal = kept_output.sample_sizes(length, width)
+    return (
+        x.new_empty(*x.shape[:-1], width),
+        x.new_empty(length, lora_A.shape[0]),
+        x.new_empty(rows * width),
+        x.new_empty(diagonal),
+    )
 
 
 @torch.library.custom_op("dora_peft::linear_backward", mutates_args=())
@@ -156,6 +166,8 @@ def _linear_backward(
     x: Tensor,
     u: Tensor,
     y: Tensor,
+    rows: Tensor,
+    diagonal: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     lora_A: Tensor,
@@ -164,6 +176,7 @@ def _linear_backward(
     seed: Tensor | None,
     scaling: float,
     p: float,
+    places: int,
     need_x: bool,
     need_bias: bool,
     need_A: bool,
@@ -171,10 +184,11 @@ def _linear_backward(
     need_c: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     kept = 1.0 if seed is None else dropout_kernels.threshold(p)[1]
+    gone = kept_output.differs(y, rows, diagonal, places)
     dx, _, d_bias, d_A, d_B, d_c = gradients(
         grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), u, y.reshape(-1, y.shape[-1]), weight, bias,
         lora_A, lora_B, c, scaling / kept if kept else 0.0, seed, p,
-        (need_x, False, need_bias, need_A, need_B, need_c), weight, _never,
+        (need_x, False, need_bias, need_A, need_B, need_c), weight, _never, gone,
     )  # fmt: skip
     none = c.new_empty(0)
     return (
@@ -191,7 +205,10 @@ def _never(_: Tensor | None) -> Tensor:
 
 
 @_linear_backward.register_fake
-def _(grad, x, u, y, weight, bias, lora_A, lora_B, c, seed, scaling, p, need_x, need_bias, need_A, need_B, need_c):
+def _(
+    grad, x, u, y, rows, diagonal, weight, bias, lora_A, lora_B, c, seed, scaling, p, places,
+    need_x, need_bias, need_A, need_B, need_c,
+):  # fmt: skip
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else c.new_empty(0),
         torch.empty_like(bias) if need_bias else c.new_empty(0),
@@ -202,21 +219,21 @@ def _(grad, x, u, y, weight, bias, lora_A, lora_B, c, seed, scaling, p, need_x, 
 
 
 def _keep(ctx, inputs, output):
-    x, weight, bias, lora_A, lora_B, c, seed, ctx.scaling, ctx.p = inputs
-    y, u = output
-    ctx.save_for_backward(x, u, y, weight, bias, lora_A, lora_B, c, seed)
-    ctx.mark_non_differentiable(u)
+    x, weight, bias, lora_A, lora_B, c, seed, ctx.scaling, ctx.p, ctx.places = inputs
+    y, u, rows, diagonal = output
+    ctx.save_for_backward(x, u, y, rows, diagonal, weight, bias, lora_A, lora_B, c, seed)
+    ctx.mark_non_differentiable(u, rows, diagonal)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad, _):
+def _backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 9
+        return (None,) * 10
     need_x, _, need_bias, need_A, need_B, need_c = ctx.needs_input_grad[:6]
     needed = (need_x, need_bias, need_A, need_B, need_c)
-    out = torch.ops.dora_peft.linear_backward(grad, *ctx.saved_tensors, ctx.scaling, ctx.p, *needed)
+    out = torch.ops.dora_peft.linear_backward(grad, *ctx.saved_tensors, ctx.scaling, ctx.p, ctx.places, *needed)
     dx, d_bias, d_A, d_B, d_c = (d if need else None for d, need in zip(out, needed, strict=True))
-    return dx, None, d_bias, d_A, d_B, d_c, None, None, None
+    return dx, None, d_bias, d_A, d_B, d_c, None, None, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_keep)

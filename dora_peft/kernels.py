@@ -252,7 +252,54 @@ def _magnitude_gradient(
     tl.store(out + columns, result, in_columns)
 
 
+@triton.jit(do_not_specialize=["offset", "start"])
+def _take_sample(y, rows, diagonal, offset, start, step, size, count, BLOCK: tl.constexpr):
+    """Copies `size` elements from `offset` on, and `count` elements from `start` on, `step` apart."""
+    lanes = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(rows + lanes, tl.load(y + offset + lanes, lanes < size), lanes < size)
+    places = start + lanes.to(tl.int64) * step
+    tl.store(diagonal + lanes, tl.load(y + places, lanes < count), lanes < count)
+
+
+@triton.jit(do_not_specialize=["offset", "start"])
+def _compare_sample(y, rows, diagonal, gone, offset, start, step, size, count, BLOCK: tl.constexpr):
+    """Sets gone[0] to 1 if y holds other bits there."""
+    lanes = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = lanes < size
+    differs = tl.load(y + offset + lanes, inside, other=0) != tl.load(rows + lanes, inside, other=0)
+    inside = lanes < count
+    places = start + lanes.to(tl.int64) * step
+    differs = differs | (tl.load(y + places, inside, other=0) != tl.load(diagonal + lanes, inside, other=0))
+    tl.atomic_max(gone, tl.max(differs.to(tl.int32), 0))
+
+
 # ---- launchers
+
+
+def take_sample(y: Tensor, offset: int, start: int, step: int, size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Elements of a contiguous y, copied: [size] from `offset` on, and [count] from `start` on, `step` apart."""
+    rows, diagonal = y.new_empty(size), y.new_empty(count)
+    if y.numel():
+        _take_sample[(triton.cdiv(max(size, count), 1024),)](
+            _bits(y), _bits(rows), _bits(diagonal), offset, start, step, size, count, BLOCK=1024, num_warps=4
+        )
+    return rows, diagonal
+
+
+def compare_sample(y: Tensor, rows: Tensor, diagonal: Tensor, offset: int, start: int, step: int) -> Tensor:
+    """A number [1], int32, that is not 0 if y holds other bits than `take_sample` copied."""
+    gone = torch.zeros(1, dtype=torch.int32, device=y.device)
+    if y.numel():
+        size, count = rows.numel(), diagonal.numel()
+        _compare_sample[(triton.cdiv(max(size, count), 1024),)](
+            _bits(y), _bits(rows), _bits(diagonal), gone, offset, start, step, size, count, BLOCK=1024, num_warps=4
+        )
+    return gone
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory as whole numbers: NaN is equal to itself there."""
+    return tensor.detach().view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
 
 
 def stored_arguments(stored: Any, unused: Tensor) -> tuple[Any, ...]:

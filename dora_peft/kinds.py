@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 from . import choice, functional, linear, norms
 from .config import DoraConfig
 from .layer import DoraLayer, changed_too_early
-from .ops.content import same_bits
 
 
 class Shortcut:
@@ -49,7 +48,7 @@ class Shortcut:
             return False
         lora_A, lora_B = layer.factor_parameters(adapter)
         fits = kept.known.fits(lora_A, lora_B, layer.scaling[adapter], self.stored)
-        return fits and same_bits(layer.magnitude(adapter), kept.magnitude)
+        return fits and kept.magnitude.fits(layer.magnitude(adapter))
 
     def __call__(self, x: Tensor, layer: Any) -> Tensor:
         kept = self.kept
@@ -101,14 +100,15 @@ class Linear(DoraLayer, nn.Module):
         lora_A, lora_B = self.factor_parameters(adapter)
         bias = self._bias()
         base_out = None if weight is not None else self.base_layer(x, *args, **kwargs)
-        if not self.training and not torch.is_grad_enabled():
-            kept = norms.folded(self, adapter)
-            self._shortcut = None if weight is None else Shortcut(self, adapter, weight, kept)
-            cast_A = lora_A if kept.lora_A is None else kept.lora_A
-            return linear.linear_eval(x, cast_A, kept.lora_B, kept.c, weight=weight, bias=bias, base_out=base_out)
-
         known = direction = None
-        if weight is not None and not p and linear.composes(x, weight):
+        if not self.training and not torch.is_grad_enabled():
+            known = norms.weight_norm(self, adapter)
+            if known.base is not None:  # on a device nothing is looked up, so there is nothing to fold beforehand
+                kept = norms.folded(self, adapter, known)
+                self._shortcut = None if weight is None else Shortcut(self, adapter, weight, kept)
+                cast_A = lora_A if kept.lora_A is None else kept.lora_A
+                return linear.linear_eval(x, cast_A, kept.lora_B, kept.c, weight=weight, bias=bias, base_out=base_out)
+        elif weight is not None and not p and linear.composes(x, weight):
             known, direction = norms.composed(self, adapter)
 
         return linear.linear(
@@ -136,7 +136,7 @@ class Linear(DoraLayer, nn.Module):
         p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
         c = self.scale(adapter, differentiable=True)
         factors = self.factor_parameters(adapter)
-        return linear.linear_operator(x, weight, self._bias(), *factors, c, self.scaling[adapter], p)
+        return linear.linear_operator(x, weight, self._bias(), *factors, c, self.scaling[adapter], p, self.number)
 
     def _multiplies(self, forward: Any) -> bool:
         return forward is nn.Linear.forward or forward is Conv1D.forward

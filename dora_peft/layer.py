@@ -46,6 +46,15 @@ class Magnitude(nn.Module):
         super().__setstate__(state)
         self.instances.add(self)  # copied or unpickled
 
+    @classmethod
+    def all(cls) -> list[Magnitude]:
+        """Every one there is."""
+        while True:
+            try:
+                return list(cls.instances)
+            except RuntimeError:  # another thread has just made or copied a model
+                continue
+
     def cast(self, dtype: torch.dtype) -> None:
         """Change the dtype, low precision included: on explicit request only."""
         self.weight = nn.Parameter(self.weight.detach().to(dtype), requires_grad=self.weight.requires_grad)
@@ -116,6 +125,13 @@ class DoraLayer(BaseTunerLayer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
         self.number = norms.register(self)  # copied or unpickled
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if self._base_norm is not None:
+            self._base_norm.weight.let_go()
+        for norm in self._norms.values():
+            norm.device = None
+        return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()  # type: ignore[misc]

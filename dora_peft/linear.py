@@ -132,14 +132,26 @@ def linear_eval(
 
 
 def linear_operator(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, c: Tensor, scaling: float, p: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    c: Tensor,
+    scaling: float,
+    p: float,
+    places: int,
 ) -> Tensor:
-    """`linear` for a dense weight, by the operator on Triton kernels that torch.compile takes as it is."""
+    """`linear` for a dense weight, by the operator on Triton kernels that torch.compile takes as it is.
+
+    Args:
+        places: Draws the places of y that tell whether it was overwritten.
+    """
     choice.load_operators()
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     seed = torch.randint(2**62, (1,), dtype=torch.int64, device=x.device) if p > 0 else None
-    return torch.ops.dora_peft.linear(x, weight, bias, lora_A, lora_B, c, seed, scaling, p)[0]
+    return torch.ops.dora_peft.linear(x, weight, bias, lora_A, lora_B, c, seed, scaling, p, places)[0]
 
 
 class _Linear(torch.autograd.Function):

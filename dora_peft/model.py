@@ -28,6 +28,7 @@ from .checkpoint import from_checkpoint, to_checkpoint
 from .config import DoraConfig
 from .kinds import layer_class
 from .layer import DoraLayer
+from .ops.kept_output import Report
 
 # Modules whose weight these architectures use without calling the module, so that an adapter would never run
 # (peft.tuners.tuners_utils._check_lora_target_modules_mamba, which looks at PEFT's own types only).
@@ -71,6 +72,11 @@ class DoraModel(BaseTuner):
                     "target_modules='all-linear' takes every linear layer but the output layer."
                 ) from error
             raise
+        layers = [m for m in model.modules() if isinstance(m, DoraLayer)]
+        reports = [layer._outputs.report for layer in layers if layer._outputs.report is not None]
+        report = reports[0] if reports else Report()
+        for layer in layers:
+            layer._outputs.report = report  # one warning for the model
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and peft_config.magnitude_only_modules:

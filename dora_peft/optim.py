@@ -62,7 +62,7 @@ def _warn_about_decay(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         return
     _seen.add(optimizer)
     decayed = {id(p) for group in optimizer.param_groups if group.get("weight_decay") for p in group["params"]}
-    if decayed and any(id(m.weight) in decayed for m in Magnitude.instances):
+    if decayed and any(id(m.weight) in decayed for m in Magnitude.all()):
         warnings.warn(
             "The optimizer applies weight decay to DoRA magnitudes, which shrinks the adapted weights themselves. "
             "Build it from dora_peft.param_groups(model, weight_decay=...) to leave them out.",

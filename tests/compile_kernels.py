@@ -14,7 +14,8 @@ from triton.compiler import ASTSource
 
 from dora_peft import dropout_kernels, kernels, norm_kernels
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.int64: "i64"}
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+NAMES |= {torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}
 FP32, SEED = torch.float32, torch.int64
 FLOATS = ("scaling", "k", "tiny", "drowned")
 compiled = []
@@ -63,8 +64,10 @@ def compile_all(target, dtype, factors, ranks):
         compile_kernel(
             kernels._magnitude_gradient,
             target,
-            {"HAS_BIAS": True, **stored, "PRECISION": "ieee", "SAMPLE": 64, "ROWS": 64, "COLUMNS": 32, "BLOCK": 64},
+            {"HAS_BIAS": True, **stored, "PRECISION": "ieee", "SAMPLE": 64, "CHECKED": True, "ROWS": 64, "COLUMNS": 32,
+             "BLOCK": 64},
             **weight, sums=FP32, g=dtype, y=dtype, x=dtype, u=dtype, lora_B=factors, c=FP32, bias=dtype, out=FP32,
+            gone=torch.int32,
         )  # fmt: skip
         compile_kernel(
             norm_kernels._norm,
@@ -72,6 +75,28 @@ def compile_all(target, dtype, factors, ranks):
             {"CANCELS": 0.25, **stored, "PRECISION": "tf32x3", "RANKS": ranks, "ROWS": 64, "BLOCK": 64},
             **weight, lora_A=FP32, lora_B=FP32, product=FP32, base=FP32, out=FP32,
         )  # fmt: skip
+        compile_kernel(
+            norm_kernels._checked_norm,
+            target,
+            {
+                "CANCELS": 0.25, **stored, "PRECISION": "tf32x3", "RANKS": ranks, "ROWS": 64, "BLOCK": 64,
+                "EPSILON": 1e-7,
+            },
+            **weight, lora_A=FP32, lora_B=FP32, product=FP32, out=FP32, remembered=FP32, sums=torch.int64,
+            known=torch.int64,
+        )  # fmt: skip
+        bits = {2: torch.int16, 4: torch.int32}
+        compile_kernel(
+            norm_kernels._digest,
+            target,
+            {"BLOCK": 1024},
+            lora_A=bits[factors.itemsize], lora_B=bits[factors.itemsize], sums=torch.int64,
+            weight=torch.uint8 if four_bit else bits[dtype.itemsize],
+        )  # fmt: skip
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    sample = {"y": bits, "rows": bits, "diagonal": bits}
+    compile_kernel(kernels._take_sample, target, {"BLOCK": 1024}, **sample)
+    compile_kernel(kernels._compare_sample, target, {"BLOCK": 1024}, **sample, gone=torch.int32)
     for on_host in (False, True):
         seed, options = {} if on_host else {"seed": SEED}, {"ON_HOST": on_host, **small}
         compile_kernel(dropout_kernels._dropped_product, target, options, x=dtype, lora_A=factors, out=dtype, **seed)

@@ -1,7 +1,5 @@
 """torch.compile: one graph, the results of eager, and a norm that follows the optimizer without a new compilation."""
 
-import copy
-
 import pytest
 import torch
 from peft import get_peft_model

@@ -89,3 +89,63 @@ def test_four_bits(dtype, quant_type, nested):
     A, B = randn(3, 64, seed=2) / 8, randn(37, 3, seed=3)
     found = subject.norm(weight.stored(), weight.row_norms_squared(), A, B, S)
     assert error(found, weight.dense(), A, B) <= 1e-6
+
+
+# ---- the check on the device
+
+
+def checked(memory, weight, A, B, due=False, scaling=S):
+    """v as the kernels give it, and how often they computed it."""
+    found = subject.checked_norm(memory, weight, A.float(), B.float(), scaling, due, (A, B))
+    return found, int(memory.known[3])
+
+
+CHANGES = {
+    "A": lambda weight, A, B: A.mul_(1.5),
+    "one sign of A": lambda weight, A, B: A.view(-1)[:1].neg_(),
+    "two signs of B": lambda weight, A, B: B.view(-1)[:2].neg_(),
+    "signs far apart": lambda weight, A, B: B[:: len(B) - 1].neg_(),
+    "all signs of B": lambda weight, A, B: B.neg_(),
+    "two rows of B": lambda weight, A, B: B.copy_(B[[1, 0, *range(2, len(B))]]),
+    "two places of A": lambda weight, A, B: A.copy_(A[:, [1, 0, *range(2, A.shape[1])]]),
+    "W0": lambda weight, A, B: weight.mul_(2),
+    "signs of W0": lambda weight, A, B: weight.neg_(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("factors", [FP32, BF16])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_the_device_tells_whether_v_is_due(dtype, factors, change):
+    weight, A, B = problem((65, 130, 20), dtype)
+    A, B = A.to(factors), B.to(factors)
+    memory = subject.Memory(65, weight.device)
+    first, count = checked(memory, weight, A, B, due=True)
+    assert count == 1
+    assert error(first, weight, A, B) <= 1e-6
+    again, count = checked(memory, weight, A, B)
+    assert count == 1
+    assert torch.equal(again, first)
+    assert again.data_ptr() != first.data_ptr() != memory.remembered.data_ptr()  # a graph may hold either
+    kept = first.clone()
+    CHANGES[change](weight, A, B)
+    found, count = checked(memory, weight, A, B)
+    assert count == 2
+    assert error(found, weight, A, B) <= 1e-6
+    assert torch.equal(first, kept)
+    assert checked(memory, weight, A, B)[1] == 2
+    assert checked(memory, weight, A, B, due=True)[1] == 3
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_checked_norms_of_any_size(transposed, size):
+    weight, A, B = problem(size, FP32)
+    stored = weight.T.contiguous().T if transposed else weight
+    memory = subject.Memory(size[0], weight.device)
+    found, _ = checked(memory, stored, A, B, due=True)
+    assert error(found, weight, A, B) <= 1e-6
+    weight.zero_()
+    stored.zero_()
+    B.zero_()
+    assert (checked(memory, stored, A, B)[0] == torch.tensor(1e-30)).all()  # floored

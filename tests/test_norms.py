@@ -268,6 +268,7 @@ def checkpointed(model, kind):
 
 @pytest.mark.cached_norms
 @pytest.mark.parametrize("kind", ["none", "reentrant", "non-reentrant"])
+@pytest.mark.implementation("torch")
 def test_one_refresh_per_adapter_and_optimizer_step(kind, model, counted):
     forward = checkpointed(model, kind)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -285,6 +286,7 @@ def test_one_refresh_per_adapter_and_optimizer_step(kind, model, counted):
 
 
 @pytest.mark.cached_norms
+@pytest.mark.implementation("torch")
 def test_one_refresh_per_adapter_and_step_with_the_full_gradient(model, counted):
     for module in (up(model), model.base_model.model.down):
         module.detach_norm["default"] = False
@@ -297,6 +299,7 @@ def test_one_refresh_per_adapter_and_step_with_the_full_gradient(model, counted)
 
 @pytest.mark.cached_norms
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.implementation("torch")
 def test_evaluation_does_not_refresh(mode, model, counted):
     model.eval()
     with mode():
@@ -308,6 +311,7 @@ def test_evaluation_does_not_refresh(mode, model, counted):
 
 
 @pytest.mark.cached_norms
+@pytest.mark.implementation("torch")
 def test_training_and_evaluation_share_the_norm(model, counted):
     model(torch.randn(2, 6))
     counted.clear()
@@ -322,6 +326,7 @@ def test_training_and_evaluation_share_the_norm(model, counted):
 
 
 @pytest.mark.cached_norms
+@pytest.mark.implementation("torch")
 def test_merging_does_not_refresh(model, counted):
     model(torch.randn(2, 6))
     counted.clear()
@@ -332,6 +337,7 @@ def test_merging_does_not_refresh(model, counted):
     assert not counted
 
 
+@pytest.mark.implementation("torch")
 def test_the_base_weight_is_read_once(model, monkeypatch):
     """||W0||^2 is kept over optimizer steps, until W0 changes."""
     calls = []
@@ -347,6 +353,26 @@ def test_the_base_weight_is_read_once(model, monkeypatch):
     train_step(model, optimizer)
     train_step(model, optimizer)
     assert len(calls) == 1
+
+
+@pytest.mark.cached_norms
+@pytest.mark.implementation("triton")
+@pytest.mark.parametrize("kind", ["none", "reentrant", "non-reentrant"])
+def test_a_device_refreshes_once_per_optimizer_step(kind, model):
+    """Counted by the device itself: the host does not know."""
+    forward = checkpointed(model, kind)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        for _ in range(3):
+            forward(torch.randn(2, 6, requires_grad=True)).sum().backward()
+        model.eval()
+        with torch.no_grad():
+            model(torch.randn(2, 6))
+        model.train()
+        assert int(up(model)._norms["default"].device.memory.known[3]) == step + 1
+        optimizer.step()
+    torch.testing.assert_close(used(up(model)), true(up(model)))
 
 
 # ---- what the check cannot see
@@ -375,6 +401,7 @@ def write_one_element(model):
 
 
 @pytest.mark.cached_norms
+@pytest.mark.implementation("torch")
 def test_refresh_after_a_write_to_a_part_of_the_base_through_data(wide):
     before = used(up(wide))
     write_one_element(wide)
@@ -492,6 +519,7 @@ def test_rows_are_tied_again_after_loading_where_magnitude_and_norm_agree():
 
 
 @pytest.mark.cached_norms
+@pytest.mark.implementation("torch")
 def test_a_step_on_magnitudes_alone_refreshes_nothing(model, counted):
     for name, p in model.named_parameters():
         p.requires_grad_("magnitude" in name)
@@ -526,6 +554,7 @@ def test_long_inputs_refresh_from_the_composed_weight(model, monkeypatch):
 
 
 @pytest.mark.cached_norms
+@pytest.mark.implementation("torch")
 def test_evaluation_keeps_little_and_training_drops_it(model):
     model.eval()
     layer = up(model)
@@ -555,6 +584,7 @@ def edit_bias(model):
 
 @pytest.mark.cached_norms
 @pytest.mark.parametrize("change", [*CHANGES, edit_magnitude, replace_bias, edit_bias], ids=lambda c: c.__name__)
+@pytest.mark.implementation("torch")
 def test_evaluation_follows(change, model):
     model.eval()
     layer, x = up(model), torch.randn(2, 6)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import functional, linear
-from ..ops.content import copy_bits, same_bits
-from .state import Snapshot, is_checking, weight_norm
+from ..ops.content import Bits
+from .state import Snapshot, is_checking
 
 
 @dataclass(frozen=True)
@@ -22,22 +22,25 @@ class Folded:
         c: m / v [out].
         lora_A: A [r, in] in the base's compute dtype, None where A has it already.
         known: What v, A, B and s these belong to.
-        magnitude: A copy of m to compare with.
+        magnitude: What m held.
     """
 
     lora_B: Tensor
     c: Tensor
     lora_A: Tensor | None
     known: Snapshot
-    magnitude: Tensor
+    magnitude: Bits
 
     def fits(self, known: Snapshot, magnitude: Tensor) -> bool:
-        return self.known is known and same_bits(magnitude, self.magnitude)
+        return self.known is known and self.magnitude.fits(magnitude)
 
 
-def folded(layer: Any, adapter: str) -> Folded:
-    """What evaluation multiplies by; made again if A, B, m, s or W0 changed, and dropped by `train()`."""
-    known = weight_norm(layer, adapter)
+def folded(layer: Any, adapter: str, known: Snapshot) -> Folded:
+    """What evaluation multiplies by; made again if A, B, m, s or W0 changed, and dropped by `train()`.
+
+    Args:
+        known: The adapter's norm as `weight_norm` has just given it.
+    """
     norm, magnitude = layer._norms[adapter], layer.magnitude(adapter)
     kept = norm.folded
     if kept is not None and kept.fits(known, magnitude) and not is_checking():
@@ -45,11 +48,11 @@ def folded(layer: Any, adapter: str) -> Folded:
     lora_A, lora_B = layer.factor_parameters(adapter)
     dtype = _compute_dtype(layer, lora_B)
     with torch.inference_mode(False), torch.no_grad():
-        copy = copy_bits(magnitude)
-        c = functional.scale(copy.view(-1), known.value, known.tied)
+        held = Bits(magnitude)
+        c = functional.scale(held.copy.view(-1), known.value, known.tied)
         product = linear.fold(lora_B.detach(), c, layer.scaling[adapter]).to(dtype)
         cast_A = None if lora_A.dtype is dtype else lora_A.detach().to(dtype)
-    new = Folded(product, c, cast_A, known, copy)
+    new = Folded(product, c, cast_A, known, held)
     if not layer.training:  # amid training it would not be worth its memory
         norm.folded = new
     return new

@@ -28,7 +28,8 @@ _PLAIN = (Tensor, nn.Parameter)
 def _find_memcmp() -> Any:
     """C's memcmp: 1.1 us for two tensors of 32 KiB, where torch.equal takes 6."""
     try:
-        function = ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).memcmp
+        # PyDLL: to let go of Python's lock would take longer than to compare
+        function = ctypes.PyDLL("msvcrt" if sys.platform == "win32" else None).memcmp
     except (OSError, AttributeError):
         return None
     function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_int
@@ -38,13 +39,38 @@ def _find_memcmp() -> Any:
 _memcmp = _find_memcmp()
 
 
-def copy_bits(tensor: Tensor) -> Tensor:
-    """A contiguous copy to compare with later, outside of every graph."""
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
+class Bits:
+    """A copy of a tensor's content, outside of every graph, to compare with later.
+
+    Attributes:
+        copy: The contiguous copy.
+    """
+
+    __slots__ = ("by_address", "copy", "dtype", "pointer", "shape", "size")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.copy = copy = tensor.detach().clone(memory_format=torch.contiguous_format)
+        self.shape, self.dtype = copy.shape, copy.dtype
+        self.by_address = _memcmp is not None and copy.is_cpu and type(copy) in _PLAIN
+        self.pointer, self.size = (copy.data_ptr(), copy.nbytes) if self.by_address else (0, 0)
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether `tensor` holds the same bits. Waits for the device if that is no CPU."""
+        if self.by_address and tensor.is_cpu and type(tensor) in _PLAIN and tensor.is_contiguous():
+            return (
+                tensor.dtype is self.dtype
+                and tensor.shape == self.shape
+                and not _memcmp(tensor.data_ptr(), self.pointer, self.size)
+            )
+        copy = self.copy
+        if tensor.dtype is not self.dtype or tensor.shape != self.shape or tensor.device != copy.device:
+            return False
+        with torch.no_grad():
+            return torch.equal(_integers(tensor.detach()), _integers(copy))
 
 
 def same_bits(tensor: Tensor, copy: Tensor) -> bool:
-    """Whether `tensor` holds the bits of `copy`, a contiguous tensor. Waits for the device where that is no CPU."""
+    """Whether `tensor` holds the bits of `copy`, a contiguous tensor. Waits for the device if that is no CPU."""
     if tensor.dtype is not copy.dtype or tensor.shape != copy.shape or tensor.device != copy.device:
         return False
     if _memcmp is not None and tensor.is_cpu and type(tensor) in _PLAIN and tensor.is_contiguous():
@@ -77,28 +103,39 @@ class Fingerprint:
         self.version = _version(weight)
         self.sample = _sample(weight)
         self.digest = None if self.sample is None else digest(_plain(weight))
-        self.count: int = 0 if self.sample is None else weight.numel()
-        self.step = 1 if self.sample is None else _step(weight)
+        self.view: Tensor | None = None  # of the elements of `sample` in the weight itself, at `address`
+        self.address = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("A fingerprint belongs to one tensor and cannot be copied.")
 
     def fits(self, weight: Any) -> bool:
         """Whether `weight` is what this was made from, as far as the sample sees. One that is elsewhere (meta) is."""
+        if self.same() is weight:
+            if self.version is None or self.sample is None:
+                return _version(weight) == self.version and (self.sample is None or self._same_sample(weight))
+            if weight._version != self.version:
+                return False
+            if self.view is not None and weight.data_ptr() == self.address:
+                return torch.equal(self.view, self.sample)
+            return self._look_at(weight)
         if getattr(weight, "is_meta", False):
             return True  # offloaded: its hook brings the same content in
-        if self.same() is not weight:
-            return self.sample is not None and self._same_sample(weight) and self._adopt(weight)
-        if self.sample is None:
-            return _version(weight) == self.version
-        if self.version is None or self.version != weight._version:
-            return self.version is None and weight.is_inference() and self._same_sample(weight)
-        if type(weight) not in _PLAIN or weight.numel() != self.count or not weight.is_contiguous():
-            return self._same_sample(weight)
-        step, sample = self.step, self.sample
-        if weight.dtype is not sample.dtype or weight.device != sample.device:
+        return self.sample is not None and self._same_sample(weight) and self._adopt(weight)
+
+    def _look_at(self, weight: Any) -> bool:
+        """As `_same_sample`, and from now on through a view."""
+        if getattr(weight, "is_meta", False):
+            return True
+        if not self._same_sample(weight):
             return False
-        if step == 1 and _memcmp is not None and sample.is_cpu:
-            return not _memcmp(weight.data_ptr(), sample.data_ptr(), sample.nbytes)
-        found = weight.as_strided((len(sample),), (step,), weight.storage_offset() + _start(step))
-        return torch.equal(found, sample)
+        if weight.is_cpu and type(weight) in _PLAIN and weight.is_contiguous():
+            self.view, self.address = _elements(weight), weight.data_ptr()
+        return True
+
+    def let_go(self) -> None:
+        """Of the weight's memory: it is about to be moved or freed."""
+        self.view = None
 
     def _same_sample(self, weight: Any) -> bool:
         found, sample = _sample(weight), self.sample
@@ -137,8 +174,12 @@ def _sample(weight: Any) -> Tensor | None:
         return None
     if type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return None
+    return _elements(_plain(weight)).clone()
+
+
+def _elements(weight: Tensor) -> Tensor:
     step = _step(weight)
-    return _plain(weight).reshape(-1)[_start(step) :: step][: SAMPLE if step > 1 else WHOLE].clone()
+    return weight.detach().reshape(-1)[_start(step) :: step][: SAMPLE if step > 1 else WHOLE]
 
 
 def _step(weight: Tensor) -> int:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from .. import choice
 from .content import same_bits
 
 ACTIONS = ("recompute", "copy")
@@ -192,7 +193,7 @@ class KeptOutput:
             # NaN, which no sample matches: a checkpoint may give it to the graph of a pass that did keep y
             kept = y.new_full((), torch.nan).expand(y.shape)
         places = _places(y)
-        saved = [part.clone() for part in _parts(y, *places)]
+        saved = list(_copied(y, places)) if on_device else [part.clone() for part in _parts(y, *places)]
         # An alias, since y on its own graph node would be a reference cycle.
         self.alias = kept.detach()
         if self.through_hooks:
@@ -228,25 +229,59 @@ class KeptOutput:
         if (self.version is not None and version(alias) != self.version) or _share_memory(y, grad):
             self.outputs.notice()
             return None, None
-        found = _parts(y, *places)
         if self.on_device:
-            gone = (_differ(found[0], rows) | _differ(found[1], diagonal)).to(torch.int32).view(1)
+            gone = _compared(y, rows, diagonal, places)
             self.outputs.notice_later(gone)
             return y, gone
+        found = _parts(y, *places)
         if same_bits(found[0], rows) and same_bits(found[1].contiguous(), diagonal):
             return y, None
         self.outputs.notice()
         return None, None
 
 
-def _places(y: Tensor) -> tuple[int, int]:
+def sample(y: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows [k * out] and a diagonal [d] of y, copied by a kernel from the places that `seed` draws.
+
+    For compiled graphs, in which a random number would be a constant anyway.
+    """
+    return _copied(y, _places(y, random.Random(seed)))
+
+
+def differs(y: Tensor, rows: Tensor, diagonal: Tensor, seed: int) -> Tensor:
+    """A number [1] on the device that is not 0 if y does not hold there what `sample` copied."""
+    return _compared(y, rows, diagonal, _places(y, random.Random(seed)))
+
+
+def _copied(y: Tensor, places: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    (length, width), (first, start) = _size(y), places
+    count, elements = sample_sizes(length, width)
+    step = _diagonal(length, width)[0] if elements else 1
+    return choice.kernels().take_sample(y, first * width, start, step, count * width, elements)
+
+
+def _compared(y: Tensor, rows: Tensor, diagonal: Tensor, places: tuple[int, int]) -> Tensor:
+    (length, width), (first, start) = _size(y), places
+    if not y.is_contiguous() or not diagonal.numel():  # a stand-in; nothing
+        return torch.ones(1, dtype=torch.int32, device=y.device)
+    return choice.kernels().compare_sample(y, rows, diagonal, first * width, start, _diagonal(length, width)[0])
+
+
+def sample_sizes(length: int, width: int) -> tuple[int, int]:
+    """How many rows and how many elements of a diagonal are compared of an output [length, width]."""
+    if not length or not width:
+        return length, 0
+    return _row_count(length, width), _diagonal(length, width)[1]
+
+
+def _places(y: Tensor, generator: random.Random = _random) -> tuple[int, int]:
     """A random row to start from, and a random element."""
     length, width = _size(y)
     if not length or not width:
         return 0, 0
     step, count = _diagonal(length, width)
-    first = int(_random.random() * (length - _row_count(length, width) + 1))
-    return first, int(_random.random() * (length * width - (count - 1) * step))
+    first = int(generator.random() * (length - _row_count(length, width) + 1))
+    return first, int(generator.random() * (length * width - (count - 1) * step))
 
 
 def _parts(y: Tensor, first: int, start: int) -> tuple[Tensor, Tensor]:
@@ -275,15 +310,6 @@ def _diagonal(length: int, width: int) -> tuple[int, int]:
     """How far apart its elements are, one column further in each token, and how many they are."""
     step = max(1, length // _DIAGONAL) * width + 1
     return step, max(1, length * width // step)
-
-
-def _differ(found: Tensor, kept: Tensor) -> Tensor:
-    """Whether the bits differ, as a number on the device."""
-    if found.shape != kept.shape:
-        return torch.ones((), dtype=torch.bool, device=kept.device)
-    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    kind = kinds[kept.dtype.itemsize]
-    return (found.contiguous().view(kind) != kept.view(kind)).any()
 
 
 def _share_memory(y: Tensor, grad: Tensor) -> bool:

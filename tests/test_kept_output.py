@@ -1,0 +1,416 @@
+"""A kept output is used only if its content is what the layer wrote, whoever writes over it and by whatever means."""
+
+import random
+import warnings
+
+import pytest
+import torch
+from layer_fixtures import KINDS, Truth, adapted, base_of, distance, dora, example, found_gradients, seeded
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import dora_peft
+from dora_peft import DoraConfig
+from dora_peft.ops import kept_output
+from dora_peft.ops.kept_output import KeptOutput, Outputs
+
+pytestmark = pytest.mark.filterwarnings("ignore:Other code overwrites")
+
+
+def behind(tensor):
+    """The memory of a tensor, to be written as a kernel does: no version counter moves."""
+    return tensor.detach().numpy()
+
+
+class InForward(torch.autograd.Function):
+    """y -> 2 y, written over y in the forward pass, as Liger's RoPE does."""
+
+    @staticmethod
+    def forward(ctx, y):
+        behind(y)[...] *= 2
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+class SkippingFirstTokens(InForward):
+    """RoPE leaves the first token of each sequence as it is."""
+
+    @staticmethod
+    def forward(ctx, y):
+        behind(y)[:, 1:] *= 2
+        first = torch.ones(y.shape[1]).index_fill_(0, torch.arange(1, y.shape[1]), 2.0)
+        ctx.factor = first.view(-1, *[1] * (y.dim() - 2))
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return ctx.factor * g
+
+
+class SomeColumns(InForward):
+    """Partial rotary embeddings change some columns of all tokens."""
+
+    @staticmethod
+    def forward(ctx, y):
+        behind(y)[..., -1:] *= 2
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.cat([g[..., :-1], 2 * g[..., -1:]], -1)
+
+
+class InBackward(torch.autograd.Function):
+    """y -> y^2, whose gradient is written over y in the backward pass, as Liger's SwiGLU does."""
+
+    @staticmethod
+    def forward(ctx, y):
+        ctx.save_for_backward(y)
+        return y * y
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        behind(y)[...] = behind(2 * y * g)
+        return y
+
+
+class InBackwardElsewhere(InBackward):
+    """As `InBackward`, with the gradient in memory of its own and other numbers over y."""
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        gradient = 2 * y * g
+        behind(y)[...] = 7
+        return gradient
+
+
+CONSUMERS = {
+    "forward": (InForward.apply, lambda y: 2 * y),
+    "backward": (InBackward.apply, lambda y: y * y),
+    "backward elsewhere": (InBackwardElsewhere.apply, lambda y: y * y),
+}
+SURROUNDINGS = {
+    "plain": lambda f, x: f(x),
+    "checkpoint": lambda f, x: checkpoint(f, x, use_reentrant=False),
+    "reentrant": lambda f, x: checkpoint(f, x, use_reentrant=True),
+}
+
+
+def gradients(model, x, consumer, apply):
+    for leaf in (x, *model.parameters()):
+        leaf.grad = None
+    out = apply(lambda x: consumer(model(x)), x)
+    (out * torch.randn(out.shape, generator=seeded(2))).sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        assert distance(grad, expected[name].double()) <= 1e-5, name
+
+
+WITH_INPUT_GRADIENT = [kind for kind in KINDS if "embedding" not in kind]
+
+
+@pytest.mark.cached_norms
+@pytest.mark.parametrize("magnitude_only", [False, True])
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+@pytest.mark.parametrize("consumer", CONSUMERS)
+@pytest.mark.parametrize("kind", WITH_INPUT_GRADIENT)
+def test_a_raw_write_changes_no_gradient(kind, consumer, surroundings, magnitude_only):
+    """Not in the first backward pass, and not in later ones, whatever the layer does from then on."""
+    options = {"magnitude_only_modules": ["layer"]} if magnitude_only else {}
+    model = adapted(kind, **options)
+    x, (unseen, plain), apply = example(model), CONSUMERS[consumer], SURROUNDINGS[surroundings]
+    expected = gradients(model, x, plain, apply)
+    for action in (None, "recompute", "copy"):
+        with dora_peft.on_overwritten_output(action or "recompute"):
+            assert_equal(gradients(model, x, unseen, apply), expected)
+    # a checkpoint stops its second forward pass when it has what it needs, before this consumer
+    assert dora(model)._outputs.overwritten == ((consumer, surroundings) != ("forward", "checkpoint"))
+    assert_equal(gradients(model, x, plain, apply), expected)
+
+
+@pytest.mark.cached_norms
+@pytest.mark.parametrize("consumer", [SkippingFirstTokens, SomeColumns])
+@pytest.mark.parametrize("length", [2, 5, 300])
+def test_a_part_that_is_written_is_seen(consumer, length):
+    for seed in range(20):
+        model = adapted("linear")
+        x = torch.randn(2, length, 12, generator=seeded(seed))
+        first = torch.ones(length, 1).index_fill_(0, torch.arange(1, length), 2.0)
+        last = torch.tensor([1.0] * 9 + [2.0])
+        factor = first if consumer is SkippingFirstTokens else last
+        expected = gradients(model, x, lambda y, f=factor: y * f, SURROUNDINGS["plain"])
+        assert_equal(gradients(model, x, consumer.apply, SURROUNDINGS["plain"]), expected)
+
+
+def test_some_tokens_that_are_written_are_seen():
+    """In a large output, of which few rows are compared."""
+    for _ in range(20):
+        y, outputs = torch.randn(700, 900), Outputs("one")
+        kept, saved = KeptOutput.of(y, outputs)
+        assert sum(part.numel() for part in saved) < 3100
+        behind(y)[::2] = 3
+        assert kept.read(saved, torch.ones(())) == (None, None)
+        assert outputs.overwritten
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (1, 7), (3, 2, 5), (40, 3000), (5000, 3), (2049, 700)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hooks", [False, True])
+def test_an_untouched_output_is_kept(hooks, dtype, shape):
+    y, outputs = torch.randn(shape).to(dtype), Outputs("one")
+    for _ in range(5):
+        with saved_tensors_hooks(lambda t: t, lambda t: t) if hooks else warnings.catch_warnings():
+            kept, saved = KeptOutput.of(y, outputs)
+        found, gone = kept.read(saved, torch.ones(()))
+        assert gone is None
+        assert torch.equal(found, y)
+    assert not outputs.overwritten
+
+
+def test_where_the_sample_is_from_differs_each_time_and_is_no_ones_random_number():
+    y = torch.randn(400, 600)
+    torch_before, python_before = torch.get_rng_state(), random.getstate()
+    places = {KeptOutput.of(y, Outputs())[0].places for _ in range(20)}
+    assert len(places) > 10
+    assert torch.equal(torch.get_rng_state(), torch_before)
+    assert random.getstate() == python_before
+
+
+def signature(model, x):
+    packed = []
+
+    def pack(tensor):
+        packed.append((tuple(tensor.shape), tensor.dtype))
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return packed
+
+
+@pytest.mark.cached_norms
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "conv2d-grouped"])
+def test_what_is_saved_does_not_depend_on_what_was_learned(kind):
+    model = adapted(kind)
+    x, before = example(model), None
+    for overwritten in (False, True):
+        for action in kept_output.ACTIONS:
+            dora(model)._outputs.overwritten = overwritten
+            with dora_peft.on_overwritten_output(action):
+                found = signature(model, x)
+            assert before in (None, found)
+            before = found
+
+
+@pytest.mark.cached_norms
+@pytest.mark.parametrize("action", kept_output.ACTIONS)
+@pytest.mark.parametrize("consumer", CONSUMERS)
+def test_two_checkpointed_graphs_in_flight(consumer, action):
+    """The first backward pass learns what the second one's recomputation then knows."""
+    unseen, plain = CONSUMERS[consumer]
+
+    def run(apply, model):
+        x = example(model)
+        outs = [checkpoint(lambda x: apply(model(x)), x * k, use_reentrant=False) for k in (1.0, 2.0)]
+        for out in outs:
+            out.square().sum().backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    with dora_peft.on_overwritten_output(action):
+        assert_equal(run(unseen, adapted("linear")), run(plain, adapted("linear")))
+
+
+@pytest.mark.cached_norms
+def test_copies_and_recomputations_are_what_they_cost():
+    model, sizes = adapted("linear"), {}
+    dora(model)._outputs.overwritten = True
+    for action in kept_output.ACTIONS:
+        with dora_peft.on_overwritten_output(action):
+            kept = model(example(model)).grad_fn.kept
+        sizes[action] = kept.alias.untyped_storage().nbytes()
+    assert sizes == {"copy": 3 * 5 * 10 * 4, "recompute": 4}
+
+
+@pytest.mark.cached_norms
+def test_offloaded_outputs_are_those_of_the_forward_pass():
+    """A copy that a hook made before the write is right, and so are the gradients."""
+    model = adapted("linear")
+    x = example(model)
+    expected = gradients(model, x, lambda y: 2 * y, SURROUNDINGS["plain"])
+
+    def offloaded(function, x):
+        with save_on_cpu():
+            return function(x)
+
+    assert_equal(gradients(model, x, InForward.apply, offloaded), expected)
+
+
+def test_one_warning_per_model_names_the_modules():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
+    get_peft_model(base, DoraConfig(r=2, target_modules=["0", "1", "2"]))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            x = torch.randn(4, 6)
+            for layer in (base[0], base[2]):
+                x = InForward.apply(layer(x))
+            base[1](x).sum().backward()
+    (warning,) = [str(w.message) for w in caught if "overwrites" in str(w.message)]
+    assert ": 2, 0." in warning  # in the order of the backward pass
+    assert 'on_overwritten_output("copy")' in warning
+    assert "one product with the base weight" in warning
+
+
+@pytest.mark.cached_norms
+def test_layers_that_peft_built():
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(r=2, use_dora=True, target_modules=["0"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    x = torch.randn(4, 6, requires_grad=True)
+    expected = gradients(model, x, lambda y: y * y, SURROUNDINGS["plain"])
+    with dora_peft.accelerate_use_dora():
+        for _ in range(2):
+            assert_equal(gradients(model, x, InBackward.apply, SURROUNDINGS["plain"]), expected)
+
+
+def test_unknown_actions_are_refused():
+    with pytest.raises(ValueError, match="must be one of recompute, copy, found 'ignore'"):
+        dora_peft.on_overwritten_output("ignore")
+    with dora_peft.on_overwritten_output("copy"):
+        assert kept_output._action == "copy"
+    assert kept_output._action == "recompute"
+
+
+# ---- what backward computes again runs as the forward pass did
+
+
+@pytest.mark.cached_norms
+@pytest.mark.parametrize("magnitude_only", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "Conv1D", "conv1d", "conv2d", "conv2d-grouped"])
+def test_recomputation_under_autocast(kind, magnitude_only):
+    options = {"magnitude_only_modules": ["layer"]} if magnitude_only else {}
+    model = adapted(kind, **options)
+    for dtype in (torch.float32, torch.bfloat16):  # the latter as another layer gives it
+        x = example(model).detach().to(dtype).requires_grad_()
+        probe = None
+        results = []
+        for consumer in (torch.relu, torch.relu_):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = model(x)
+                out = consumer(y)
+            probe = torch.randn(out.shape, generator=seeded(3)).to(out.dtype) if probe is None else probe
+            out.backward(probe)
+            results.append(dora(model).lora_magnitude_vector["default"].weight.grad.clone())
+        assert distance(results[1], results[0].double()) <= 2**-6
+
+
+@pytest.mark.cached_norms
+@pytest.mark.parametrize("magnitude_only", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "Conv1D", "conv2d"])
+def test_a_base_weight_exchanged_before_backward(kind, magnitude_only):
+    """Its graph keeps the weight that it was made with, also where it computes the output again."""
+    options = {"magnitude_only_modules": ["layer"]} if magnitude_only else {}
+    model = adapted(kind, **options)
+    x, probe = example(model), None
+    results = []
+    for exchange in (False, True):
+        y = model(x)
+        probe = torch.randn(y.shape, generator=seeded(4)) if probe is None else probe
+        out = y.mul_(2.0)
+        if exchange:
+            base = base_of(model)
+            base.weight = nn.Parameter(torch.randn_like(base.weight), requires_grad=False)
+            dora(model).scaling["default"] *= -1
+        results.append(found_gradients(model, x, out, probe))
+    for name, grad in results[1].items():
+        assert distance(grad, results[0][name].double()) <= 1e-5, name
+
+
+@pytest.mark.cached_norms
+@pytest.mark.parametrize("kind", ["embedding", "embedding-scaled"])
+def test_a_table_exchanged_before_backward_is_named(kind):
+    model = adapted(kind)
+    y = model(example(model)).mul_(2.0)
+    base_of(model).weight = nn.Parameter(torch.randn(12, 10), requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"base weight of module 'layer' was changed between"):
+        y.sum().backward()
+
+
+# ---- where the bias drowns the output
+
+
+@pytest.mark.cached_norms
+@pytest.mark.parametrize("road", ["fast", "magnitude only", "two adapters", "compiled", "reference"])
+@pytest.mark.parametrize("kind", ["linear", "Conv1D", "conv1d", "conv2d"])
+def test_the_bias_does_not_drown_the_gradient_of_m(kind, road):
+    """|b| = 100 in bf16: a rounded output with b holds 2 of the 8 digits of the rest."""
+    options = {"magnitude_only_modules": ["layer"]} if road == "magnitude only" else {}
+    model = adapted(kind, torch.bfloat16, **options)
+    with torch.no_grad():
+        base_of(model).bias.normal_().mul_(100)
+    adapters = ("default",)
+    if road == "two adapters":
+        model.add_adapter("other", DoraConfig(r=2, target_modules=["layer"], init_lora_weights=False))
+        model.base_model.set_adapter(["default", "other"])
+        adapters = ("default", "other")
+    call = torch.compile(model, backend="aot_eager") if road == "compiled" else model
+    x = example(model, batch=16)
+    with dora_peft.implementation("reference" if road == "reference" else "auto"):
+        y = call(x)
+        probe = torch.randn(y.shape, generator=seeded(5)).to(y.dtype)
+        found = found_gradients(model, x, y, probe, adapters)
+    expected = Truth(model, x, adapters=adapters).gradients(probe)
+    for adapter in adapters:
+        assert distance(found[f"{adapter}.m"], expected[f"{adapter}.m"]) <= 0.02
+
+
+# ---- on a device
+
+
+class RefusesToWait(TorchDispatchMode):
+    """Fails where a GPU would have to be waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "_to_copy")
+        assert not any(name == f"aten::{word}" for word in waits[:4]), name
+        if name == "aten::_to_copy":
+            assert (kwargs or {}).get("device") is None, name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.cached_norms
+@pytest.mark.implementation("triton")
+@pytest.mark.parametrize("consumer", CONSUMERS)
+def test_kernels_decide_without_waiting_for_the_host(consumer):
+    """In the very backward pass, on the device; the host learns of it at a later forward pass."""
+    unseen, plain = CONSUMERS[consumer]
+    model = adapted("linear")
+    x = example(model)
+    expected = gradients(model, x, plain, SURROUNDINGS["plain"])
+    with RefusesToWait():
+        y = model(x)
+        out = unseen(y)
+        (out * torch.randn(out.shape, generator=seeded(2))).sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert_equal({name: grad - expected[name] for name, grad in found.items()}, expected)  # they accumulate
+    assert dora(model)._outputs.overwritten == (consumer == "backward")  # told by the gradient's address
+    model(x)
+    assert dora(model)._outputs.overwritten
