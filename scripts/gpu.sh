@@ -78,7 +78,12 @@ run_stage() {
     esac
 }
 
-fingerprint() { cat dora_peft/*.py tests/test_kernels.py tests/test_dropout_kernels.py tests/test_norm_kernels.py tests/test_fused.py | cksum | cut -d' ' -f1; }
+fingerprint() {
+    {
+        find dora_peft -name '*.py' | LC_ALL=C sort | xargs cat
+        cat tests/test_kernels.py tests/test_dropout_kernels.py tests/test_norm_kernels.py tests/test_fused.py
+    } | cksum | cut -d' ' -f1
+}
 
 is_done() {
     case $1 in
