@@ -24,7 +24,7 @@ class Shortcut:
 
     def __init__(self, layer: Any, adapter: str, weight: Tensor, kept: norms.Folded) -> None:
         self.adapter, self.kept, self.active = adapter, kept, layer._active_adapter
-        self.base, self.norm = layer.base_layer, layer._norms[adapter]
+        self.base = layer.base_layer
         self.stored, self.weight, self.bias = self.base.weight, weight, self.base.bias
 
     def is_open(self, layer: Any) -> bool:
@@ -35,13 +35,10 @@ class Shortcut:
         if (
             layer._modules["base_layer"] is not base
             or layer._active_adapter != self.active
-            or layer.merged_adapters
-            or layer._norms.get(adapter) is not self.norm
-            or self.norm.folded is not kept
             or base._forward_hooks
             or base._forward_pre_hooks
             or "forward" in base.__dict__
-            or base._parameters.get("weight") is not self.stored
+            or base._parameters.get("weight") is not self.stored  # exchanged, or merged
             or base._parameters.get("bias") is not self.bias
             or norms.is_checking()
         ):
