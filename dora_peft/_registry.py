@@ -371,7 +371,8 @@ def _patch_transformers() -> None:
 
 def _check_loaded(model: Any, adapter_name: str, arguments: dict[str, Any]) -> None:
     """What loading through PEFT checks and converts, after transformers has read the same file."""
-    from .checkpoint import MAGNITUDE, from_checkpoint
+    from .checkpoint import from_checkpoint, keys_of
+    from .ties import layers
 
     tensors = arguments["adapter_state_dict"]
     if tensors is None:
@@ -379,14 +380,14 @@ def _check_loaded(model: Any, adapter_name: str, arguments: dict[str, Any]) -> N
         hub = {k: options[k] for k in ("token", "revision", "subfolder", "cache_dir") if options.get(k) is not None}
         path = arguments["peft_model_id"]
         tensors = peft.utils.save_and_load.load_peft_weights(path, device="cpu", **hub)
-    converted = from_checkpoint(model, adapter_name, tensors)
-    for name, layer in model.named_modules():
-        if adapter_name not in getattr(layer, MAGNITUDE, {}):
-            continue
-        keys = [f"{prefix}{name}.{MAGNITUDE}.weight" for prefix in ("", "base_model.model.")]
-        value = next((converted[key] for key in keys if key in converted), None)
-        if value is not None:  # differs from what was read for grouped convolutions
-            layer.magnitude(adapter_name).data.copy_(value)
+    converted = from_checkpoint(model, adapter_name, tensors, model.peft_config[adapter_name])
+    for name, layer in layers(model, adapter_name):
+        parameters = (*layer.factor_parameters(adapter_name), layer.magnitude(adapter_name))
+        for parameter, key in zip(parameters, keys_of(f"{name}.", converted), strict=True):
+            value = converted.get(key)
+            # differs from what was read for grouped convolutions and where plain PEFT needed an entry
+            if value is not None and value.shape == parameter.shape:
+                parameter.data.copy_(value)
 
 
 # ---- 8. PEFT 0.20
@@ -407,7 +408,7 @@ def _patch_state_dict_functions() -> None:
                 suffix = ".bias" if config.bias == "all" else ".base_layer.bias"
                 tensors = model.state_dict() if state_dict is None else state_dict
                 out.update({k: v for k, v in tensors.items() if k.endswith(suffix)})
-            return to_checkpoint(model, adapter_name, out, config.magnitude_key, infix="")
+            return to_checkpoint(model, adapter_name, out, config, infix="")
 
         return get_peft_model_state_dict
 
@@ -415,8 +416,9 @@ def _patch_state_dict_functions() -> None:
         def set_peft_model_state_dict(
             model: Any, peft_model_state_dict: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
         ) -> Any:
-            if model.peft_config[adapter_name].peft_type == "DORA":
-                peft_model_state_dict = from_checkpoint(model, adapter_name, peft_model_state_dict)
+            config = model.peft_config[adapter_name]
+            if config.peft_type == "DORA":
+                peft_model_state_dict = from_checkpoint(model, adapter_name, peft_model_state_dict, config)
             return original(model, peft_model_state_dict, adapter_name, *args, **kwargs)
 
         return set_peft_model_state_dict

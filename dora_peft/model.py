@@ -337,9 +337,8 @@ class DoraModel(BaseTuner):
                 pattern = get_pattern_key(list(config.alpha_pattern), name)
                 layer.lora_alpha[adapter_name] = config.alpha_pattern.get(pattern, config.lora_alpha)
                 layer.set_scale(adapter_name, 1.0)
-            tensors = from_checkpoint(
-                self.model, adapter_name, save_and_load.load_peft_weights(path, device=torch_device)
-            )
+            tensors = save_and_load.load_peft_weights(path, device=torch_device)
+            tensors = from_checkpoint(self.model, adapter_name, tensors, config)
             tensors = self._remap_keys(self.model, adapter_name, tensors)
             current = {n: p for n, p in self.model.named_parameters() if _is_of(n, adapter_name)}
             different = sorted(set(current) ^ set(tensors)) or sorted(
@@ -367,13 +366,13 @@ class DoraModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        return to_checkpoint(model, adapter_name, tensors, config.magnitude_key)
+        return to_checkpoint(model, adapter_name, tensors, config)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        tensors = from_checkpoint(model, adapter_name, state_dict)
+        tensors = from_checkpoint(model, adapter_name, state_dict, config)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
 
     @staticmethod
@@ -491,7 +490,11 @@ def _combine_layer(layer: Any, adapter_name: str, present: list[tuple[str, float
     # truncation gives fewer than `rank` rows where the layer is smaller than that
     new_A.flatten(1)[: lora_A.shape[0]].copy_(lora_A)
     new_B.flatten(1)[:, : lora_B.shape[1]].copy_(lora_B)
-    layer._norms[adapter_name] = _norm.Norm(settled=True)
+    # a row that is tied in all parts has c = 1 in all, so in the sum too
+    masks = [norm.tied for norm in (_norm.weight_norm(layer, name) for name, _ in present)]
+    tied = None if any(mask is None for mask in masks) else torch.stack(masks).all(0)
+    tied = tied if tied is not None and bool(tied.any()) else None
+    layer._norms[adapter_name] = _norm.Norm(tied=tied, settled=True)
     magnitude = layer.magnitude(adapter_name)
     norm: Any = _norm.weight_norm(layer, adapter_name)
     magnitude.view(-1).copy_(k * norm.value)

@@ -1,0 +1,96 @@
+"""Tied rows: which rows of a layer have a magnitude that follows their norm (c = 1), and how that travels.
+
+A row whose norm is 0 at creation, a zero row of W0, is tied: it trains as plain LoRA instead of dividing by 0. Which
+rows are tied is a fact of the adapter, not of its values: after some steps nothing in A, B and m tells it reliably.
+So a folder says it, in its own entries of adapter_config.json, by module of the base model as ranges of rows:
+
+    tied_rows     c = 1 there
+    filled_rows   of these, the rows where v was still 0 and B got an entry for plain PEFT alone; loading takes it out
+
+Both are `{"model.layers.0.self_attn.o_proj": [[17, 19], [40, 41]], ...}` with only the modules that have such rows, and
+present although empty: a folder without them was written by PEFT or by an earlier version. There the loaded values
+are asked, before anything else can change them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import norm as _norm
+
+
+def guess(magnitude: Tensor, value: Tensor, stored: torch.dtype) -> Tensor:
+    """Which of the zero rows of W0 were tied when they were saved, bool [k]: those whose magnitude is their norm.
+
+    Args:
+        magnitude, value: m and v of zero rows, [k].
+        stored: The coarsest dtype among the saved m, A and B.
+    """
+    info = torch.finfo(stored)
+    # both are products of a few numbers rounded to that dtype; below its normal numbers it tells nothing apart
+    rtol, atol = max(1e-4, 4 * info.eps), info.smallest_normal if stored == torch.float16 else 0.0
+    return torch.isclose(magnitude.to(value), value, rtol=rtol, atol=atol)
+
+
+@torch.no_grad()
+def settle(layer: Any, adapter: str, tied: Tensor | bool | None, factors: Any, magnitude: Tensor) -> None:
+    """Tie the rows of an adapter that is being loaded, before anyone can change its tensors.
+
+    Args:
+        layer: The adapted layer.
+        tied: What the folder's record says, see `recorded`. False: found from the values.
+        factors: (A, B) to be loaded, as the layer stores them.
+        magnitude: m to be loaded.
+    """
+    if isinstance(tied, bool):
+        zero = zero_rows(layer)
+        if zero is None:  # W0 is still to come: read off the tensors at the next use
+            layer._norms[adapter] = _norm.Norm()
+            return
+        tied = _of_zero_rows(layer, adapter, zero, factors, magnitude) if bool(zero.any()) else None
+    layer._norms[adapter] = _norm.Norm(tied=tied, settled=True)
+
+
+def zero_rows(layer: Any) -> Tensor | None:
+    """Which rows of W0 are zero, bool [out]; None where W0 is not here (on the meta device, sharded)."""
+    weight = layer.base_weight()
+    if weight.device.type == "meta" or hasattr(layer.original_weight(), "device_mesh"):
+        return None
+    return _norm.base_squared(layer) == 0
+
+
+def _of_zero_rows(layer: Any, adapter: str, zero: Tensor, factors: Any, magnitude: Tensor) -> Tensor | None:
+    m = magnitude.detach().flatten().to(zero.device)
+    if layer.magnitude_only.get(adapter):
+        tied = zero  # m is never trained apart from v there; the factors in the file are for plain PEFT
+    else:
+        tensors = (magnitude, *factors)
+        stored = max((t.dtype for t in tensors), key=lambda dtype: torch.finfo(dtype).eps)
+        stored = torch.float16 if any(t.dtype == torch.float16 for t in tensors) else stored
+        tied = zero.clone()
+        tied[zero] = guess(m[zero], change_norm(layer, adapter, factors, zero), stored)
+    return tied if bool(tied.any()) else None
+
+
+@torch.no_grad()
+def change_norm(layer: Any, adapter: str, factors: Any, rows: Tensor) -> Tensor:
+    """||s B A|| of some rows, [k], in fp32 (fp64 for an fp64 base). `rows` is bool [out]."""
+    dtype = layer.base_weight().dtype
+    lora_A, lora_B = (factor.detach().to(rows.device, dtype) for factor in layer.as_matrices(*factors))
+    product = lora_B[rows] @ lora_A
+    # 1e-12 squared is near the end of fp32 for a wide row
+    largest = product.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny)
+    norm = torch.linalg.vector_norm(product / largest, dim=1) * largest[:, 0]
+    return norm * abs(float(layer.scaling[adapter]))
+
+
+def layers(model: nn.Module, adapter: str) -> list[tuple[str, Any]]:
+    """The DoRA layers of a model that have this adapter, by name."""
+    return [
+        (n, m)
+        for n, m in model.named_modules()
+        if adapter in getattr(m, "lora_magnitude_vector", {}) and hasattr(m, "_norms")
+    ]
