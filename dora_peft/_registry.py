@@ -242,6 +242,8 @@ def _patch_model(layer_cls: type) -> None:
             undo, known = Undo(self, adapter_name), adapter_name in self.peft_config
             token = _into_dora.set(True)
             try:
+                if known:
+                    _adopt_row_records(self.peft_config[adapter_name], model_id, kwargs)
                 return original(self, model_id, adapter_name, *args, **kwargs)
             except Exception as error:
                 if not known and adapter_name in self.peft_config:
@@ -324,6 +326,22 @@ def _patch_model(layer_cls: type) -> None:
     _patch(PeftModel, "add_adapter", add_adapter)
     for module in (peft.peft_model, peft.utils.save_and_load):
         _patch(module, "load_peft_weights", load_peft_weights)
+
+
+def _adopt_row_records(config: Any, model_id: Any, kwargs: dict[str, Any]) -> None:
+    """Read which rows are tied from a folder whose config is not read otherwise: its adapter exists already."""
+    from .config import MARKER, ROW_RECORDS
+
+    if config.tied_rows is not None and not os.path.isdir(str(model_id)):
+        return  # just read from the Hub together with the rest of the config
+    hub, _ = PeftModel._split_kwargs(dict(kwargs))
+    try:
+        entries = _read_config(PeftConfig, str(model_id), **hub)
+    except (OSError, ValueError):
+        entries = {}  # PEFT does without the file here
+    own = (entries.get("auto_mapping") or {}).get(MARKER) or {}
+    for name in ROW_RECORDS:
+        setattr(config, name, own.get(name))
 
 
 def _explained(error: Exception, model_id: Any) -> Exception:

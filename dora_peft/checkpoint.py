@@ -116,7 +116,8 @@ def _norms_of(layer: Any, adapter: str, factors: tuple[Tensor, Tensor], tied: Te
     norm[tied & zero] = ties.change_norm(layer, adapter, factors, tied & zero).to(norm)
     other = tied & ~zero  # the adapter was trained on another base, where they were zero
     if bool(other.any()):
-        norm[other] = _norm.weight_norm(layer, adapter).value.to(norm)[other]
+        value: Any = _norm.weight_norm(layer, adapter).value
+        norm[other] = value.to(norm)[other]
     return norm
 
 

@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import choice, functional, merging, reference
+from . import choice, functional, merging, reference, ties
 from . import norm as _norm
 from .base_weight import BaseWeight, base_weight, unpack_for_training
 from .config import DoraConfig
@@ -180,6 +180,7 @@ class DoraLayer(BaseTunerLayer):
         """Create an adapter on this layer: factors from PEFT's initialisation, m = ||W0 + s B A||."""
         weight = self.base_weight()  # raises for a base layer that cannot be adapted, before anything is created
         self._check_rank(r, weight)
+        zero = ties.rows_to_keep_zero(weight, config.init_lora_weights)
         initialised = self._peft_factors(adapter_name, r, lora_alpha, config, magnitude_only)
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
@@ -199,6 +200,9 @@ class DoraLayer(BaseTunerLayer):
             with torch.no_grad():
                 for factor in factors:
                     factor.zero_()
+
+        if zero is not None:
+            ties.keep_zero(self._as_matrix(self.get_base_layer().weight), factors[1], zero)
 
         shape = self._magnitude_shape(weight.out_features)
         if weight.device.type == "meta" or any(factor.is_meta for factor in factors):

@@ -29,6 +29,7 @@ from .checkpoint import from_checkpoint, to_checkpoint
 from .config import DoraConfig
 from .kinds import layer_class
 from .layer import DoraLayer
+from .row_ranges import bare, to_mask
 
 # Modules whose weight these architectures use without calling the module, so that an adapter would never run
 # (peft.tuners.tuners_utils._check_lora_target_modules_mamba, which looks at PEFT's own types only).
@@ -390,30 +391,31 @@ class DoraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """PiSSA and its kin moved s B0 A0 out of the base weight: W_res + s B A = W0 + s (B A - B0 A0), so the factors
         of the unmutated base are [A; A0] and [B, -B0], and the magnitude stays as it is."""
-        return _subtract_initial(output_state_dict, save_and_load.load_peft_weights(path, device="cpu"))
+        return _subtract_initial(output_state_dict, save_and_load.load_peft_weights(path, device="cpu"), peft_config)
 
     def subtract_mutated_init(
         self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None
     ) -> dict[str, Tensor]:
         """The same for PEFT 0.20, which loads the initial adapter beside the trained one."""
         initial = save_and_load.get_peft_model_state_dict(self, adapter_name=adapter_name)
-        return _subtract_initial(output_state_dict, {f"base_model.{key}": value for key, value in initial.items()})
+        initial = {f"base_model.{key}": value for key, value in initial.items()}
+        return _subtract_initial(output_state_dict, initial, self.peft_config[adapter_name])
 
 
-def _subtract_initial(trained: dict[str, Tensor], initial: dict[str, Tensor]) -> dict[str, Tensor]:
+def _subtract_initial(trained: dict[str, Tensor], initial: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     out = {}
     for key, tensor in trained.items():
-        if "lora_" not in key or "lora_magnitude_vector" in key:
-            out[key] = tensor
+        module = bare(key.rpartition(".lora_")[0])
+        if "lora_" not in key or "lora_magnitude_vector" in key or _exactly(module) in config.magnitude_only_ranks:
+            out[key] = tensor  # zero factors, up to entries for plain PEFT, whose rank is not doubled
             continue
         if key not in initial:
             raise ValueError(f"Expected the initial adapter to have the tensor '{key}', found {len(initial)} others.")
         start = initial[key].to(tensor)
-        partner = key.replace("_B", "_A") if "_B" in key else key.replace("_A", "_B")
-        if not any(t.any() for t in (tensor, start, trained[partner], initial[partner])):
-            out[key] = tensor  # a magnitude-only module's zero factors, whose rank is not doubled
-            continue
         is_A = "lora_A" in key or "lora_embedding_A" in key
+        tied = None if is_A else to_mask((config.tied_rows or {}).get(module, []), start.shape[0])
+        if tied is not None:  # only the entry for plain PEFT, which could cancel the one of the trained B
+            start = torch.where(tied.to(start.device).view(-1, *(1 for _ in start.shape[1:])), 0, start)
         out[key] = torch.cat([tensor, start if is_A else -start], dim=0 if is_A else 1)
     return out
 
@@ -491,8 +493,9 @@ def _combine_layer(layer: Any, adapter_name: str, present: list[tuple[str, float
     new_A.flatten(1)[: lora_A.shape[0]].copy_(lora_A)
     new_B.flatten(1)[:, : lora_B.shape[1]].copy_(lora_B)
     # a row that is tied in all parts has c = 1 in all, so in the sum too
-    masks = [norm.tied for norm in (_norm.weight_norm(layer, name) for name, _ in present)]
-    tied = None if any(mask is None for mask in masks) else torch.stack(masks).all(0)
+    masks = [_norm.weight_norm(layer, name).tied for name, _ in present]
+    known = [mask for mask in masks if mask is not None]
+    tied = torch.stack(known).all(0) if len(known) == len(masks) else None
     tied = tied if tied is not None and bool(tied.any()) else None
     layer._norms[adapter_name] = _norm.Norm(tied=tied, settled=True)
     magnitude = layer.magnitude(adapter_name)

@@ -20,6 +20,27 @@ import torch
 from torch import Tensor, nn
 
 from . import norm as _norm
+from .base_weight import BaseWeight, Dense
+
+
+def rows_to_keep_zero(weight: BaseWeight, init_lora_weights: bool | str) -> Tensor | None:
+    """The zero rows of W0, bool [out], where the initialisation would blur them; None where there are none.
+
+    PiSSA and its kin move s B A out of W0 and leave rounding noise in a zero row of both; an orthogonal B is not zero.
+    v is not exactly 0 then, though W0 + s B A is meant to be W0.
+    """
+    blurs = isinstance(init_lora_weights, str) and init_lora_weights != "gaussian"
+    if not blurs or type(weight) is not Dense or weight.device.type == "meta":
+        return None
+    zero = weight.row_norms_squared() == 0
+    return zero if bool(zero.any()) else None
+
+
+@torch.no_grad()
+def keep_zero(weight: Tensor, lora_B: Tensor, rows: Tensor) -> None:
+    """Clear these rows of W0 [out, in] and of B again, in place."""
+    weight.data[rows.to(weight.device)] = 0
+    lora_B.data[rows.to(lora_B.device)] = 0
 
 
 def guess(magnitude: Tensor, value: Tensor, stored: torch.dtype) -> Tensor:
@@ -30,8 +51,9 @@ def guess(magnitude: Tensor, value: Tensor, stored: torch.dtype) -> Tensor:
         stored: The coarsest dtype among the saved m, A and B.
     """
     info = torch.finfo(stored)
-    # both are products of a few numbers rounded to that dtype; below its normal numbers it tells nothing apart
-    rtol, atol = max(1e-4, 4 * info.eps), info.smallest_normal if stored == torch.float16 else 0.0
+    # both are products of a few numbers rounded to that dtype; below its normal numbers it tells nothing apart, and m
+    # of a grouped convolution comes from a floored v
+    rtol, atol = max(1e-4, 4 * info.eps), max(info.smallest_normal, 1e-29)
     return torch.isclose(magnitude.to(value), value, rtol=rtol, atol=atol)
 
 
