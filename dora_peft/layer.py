@@ -105,6 +105,8 @@ class DoraLayer(BaseTunerLayer):
         self._shortcut: Any = None
         # the unmerged weight parameter while adapters are merged; in a tuple, so that it is not registered
         self._original: tuple[nn.Parameter] | None = None
+        # where else the model uses the base module, without the adapter; found out by DoraModel
+        self.other_names: list[str] = []
         self._active_adapter = adapter_name
         _norm.watch(self)
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[attr-defined]
@@ -433,17 +435,17 @@ class DoraLayer(BaseTunerLayer):
             safe_merge: Refuse a result that is not finite, before the base layer is touched.
             adapter_names: The active ones if None.
             offload_original: Keep the original on the CPU until `unmerge` (dense base weights only).
+
+        Raises:
+            NotImplementedError: The weight cannot be written, see `check_mergeable`.
+            ValueError: With `safe_merge`, the merged weight is not finite. The base layer is as before in either case.
         """
         names = check_adapters_to_merge(self, adapter_names)
         names = [name for name in names if name in self.lora_magnitude_vector]
         if not names:
             return
+        self.check_mergeable()
         weight = self.base_weight()
-        if not weight.mergeable or not self._mergeable():
-            raise NotImplementedError(
-                f"Merging is not supported for module '{self.name}' ({type(self.get_base_layer()).__name__}): "
-                f"{self._merge_obstacle()} Use the adapter unmerged."
-            )
         rows = self._merged_rows(self.merged_adapters + names, weight)
         finite = True
 
@@ -470,6 +472,48 @@ class DoraLayer(BaseTunerLayer):
             self._original = (original,)
         self._set_weight(replacement)
         self.merged_adapters.extend(names)
+
+    def adapters_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        """Those of the given adapters, or of the active ones if None, that `merge` would write."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return [n for n in names if n in self.lora_magnitude_vector and n not in self.merged_adapters]
+
+    def check_mergeable(self, *, brought_in: bool = True) -> None:
+        """Nothing where a merged weight can be written and stays.
+
+        Args:
+            brought_in: Whether an offloaded weight should be here already.
+
+        Raises:
+            NotImplementedError: It cannot: quantised without a way back, computed from other tensors, not here, or of a
+                module that the model also calls without the adapter.
+        """
+        weight, base = self.base_weight(), self.get_base_layer()
+        if not weight.mergeable or not self._mergeable():
+            reason = f"{self._merge_obstacle()} Use the adapter unmerged."
+        elif "weight" not in base._parameters:
+            reason = (
+                "its weight is not a parameter but computed from others at each call (weight_norm, spectral_norm, "
+                "parametrize, prune), which would overwrite a merged one. Use the adapter unmerged, or make the weight "
+                "a parameter before the adapter is added, with torch.nn.utils.parametrize.remove_parametrizations, "
+                "remove_weight_norm, remove_spectral_norm or prune.remove."
+            )
+        elif self.other_names:
+            reason = (
+                f"the model also uses this very module as {', '.join(self.other_names)}, without the adapter, and a "
+                "merged weight would change that as well. Use the adapter unmerged, or give the model a copy of the "
+                "module there."
+            )
+        elif brought_in and base.weight.is_meta:
+            reason = (
+                "its weight is on the meta device (offloaded). Use the model's merge_adapter() or merge_and_unload(), "
+                "which bring it in."
+            )
+        else:
+            return
+        raise NotImplementedError(
+            f"Merging is not supported for module '{self.name}' ({type(base).__name__}): {reason}"
+        )
 
     def unmerge(self) -> None:
         """Restore the original weight parameter, bit for bit."""

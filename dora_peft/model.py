@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import (
     BaseTuner,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
+    onload_layer,
     replicate_layers,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper, save_and_load
@@ -23,7 +24,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
-from . import merging
+from . import merge_checks, merging
 from . import norm as _norm
 from .checkpoint import from_checkpoint, to_checkpoint
 from .config import DoraConfig
@@ -64,6 +65,8 @@ class DoraModel(BaseTuner):
             # PEFT 0.20 overlooks this in a second adapter
             if not found and config.target_modules != DUMMY_TARGET_MODULES:
                 raise ValueError(f"Target modules {config.target_modules} not found in the base model.")
+            layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, DoraLayer)]
+            merge_checks.note_other_names(model, layers)
         except Exception as error:
             undo()
             if isinstance(error, ValueError) and "not found in the base model" in str(error):
@@ -207,21 +210,28 @@ class DoraModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         with warnings.catch_warnings():
-            # PEFT warns that merging a tied table leads to complications; here it is untied, and said below
+            # PEFT warns that merging a tied table leads to complications; here it is untied, and said so
             warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")
             super()._check_merge_allowed()
-        shared: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            shared.setdefault(id(parameter), []).append(name)
-        for module in self.model.modules():
-            if isinstance(module, DoraLayer) and not module.merged:
-                names = shared.get(id(module.original_weight()), [])
-                if len(names) > 1:
-                    warnings.warn(
-                        f"Merging unties module '{module.name}': its weight is shared ({', '.join(sorted(names))}), "
-                        "and only the adapted module gets the merged one. Unmerging ties them again.",
-                        stacklevel=2,
-                    )
+
+    def _prepare_merge(self, adapter_names: list[str] | None, for_good: bool) -> list[DoraLayer]:
+        """The layers that merging these adapters will write to.
+
+        Raises:
+            NotImplementedError: One of them cannot be merged. Nothing has been touched.
+        """
+        self._check_merge_allowed()
+        layers = [(n, m) for n, m in self.model.named_modules() if isinstance(m, DoraLayer)]
+        merge_checks.note_other_names(self.model, layers)
+        concerned = [layer for _, layer in layers if layer.adapters_to_merge(adapter_names)]
+        for layer in concerned:
+            layer.check_mergeable(brought_in=False)
+        owners = merge_checks.owners_of_weights(self.model)
+        for layer in concerned:
+            shared = owners.get(id(layer.original_weight()), [])
+            if len(shared) > 1 and not layer.merged:
+                merge_checks.warn_of_untying(layer, shared, for_good)
+        return concerned
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, offload_original: bool = False
@@ -230,14 +240,47 @@ class DoraModel(BaseTuner):
 
         Costs a second copy of every adapted weight until then, on the same device or, with `offload_original`, on the
         CPU. `merge_and_unload` keeps none.
+
+        Args:
+            adapter_names: The active ones if None.
+            safe_merge: Refuse a result that is not finite.
+            offload_original: Keep the originals on the CPU (dense base weights only). A weight that another module
+                uses as well stays where it is.
+
+        Raises:
+            NotImplementedError: A module's weight cannot be written.
+            ValueError: With `safe_merge`, a merged weight is not finite. The model is as before in either case.
         """
-        if offload_original:
-            self._check_merge_allowed()
+        self._prepare_merge(adapter_names, for_good=False)
+        owners = merge_checks.owners_of_weights(self.model)
+        done: list[tuple[DoraLayer, list[str]]] = []
+        try:
             for module in self.model.modules():
-                if isinstance(module, DoraLayer):
-                    module.merge(safe_merge=safe_merge, adapter_names=adapter_names, offload_original=True)
-        else:
-            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+                if not isinstance(module, DoraLayer):
+                    continue
+                before = list(module.merged_adapters)
+                alone = len(owners.get(id(module.original_weight()), ())) < 2
+                with onload_layer(module):
+                    module.merge(safe_merge, adapter_names, offload_original=offload_original and alone)
+                done.append((module, before))
+        except BaseException:
+            for module, before in reversed(done):
+                if module.merged_adapters != before:
+                    with onload_layer(module):
+                        module.unmerge()
+                        module.merge(adapter_names=before)
+            raise
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._prepare_merge(adapter_names, for_good=True)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def add_weighted_adapter(
         self,
