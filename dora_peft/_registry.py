@@ -14,6 +14,8 @@ Written against PEFT 0.20.0 to 0.21.2 and transformers 5.23. Each patch acts on 
 7. transformers' `load_adapter` reads the file by itself: the checks and conversions of a DoRA checkpoint follow it.
 8. PEFT 0.20 has no per-tuner hooks for the state dict: its two functions are wrapped.
 9. `peft.helpers.rescale_adapter_scale` looks for LoraLayer alone.
+10. accelerate's hooks put every module's tensors on the meta device between calls, and bring them in around its own
+   forward pass. An adapter's are read without one, so they stay (offload.py).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
+import accelerate.hooks
 import peft.helpers
 import peft.utils.save_and_load
 from peft import PeftConfig, PeftModel
@@ -46,6 +49,7 @@ from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from ._files import staged_directory
+from .offload import staying_add_hook
 
 # set while an adapter is loaded into a model that already is DoRA: PEFT's own use_dora folders are then taken as DoRA
 _into_dora: ContextVar[bool] = ContextVar("into_dora", default=False)
@@ -94,6 +98,7 @@ def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
     _patch_config(config_cls)
     _patch_model(layer_cls)
     _patch_transformers()
+    _patch(accelerate.hooks, "add_hook_to_module", staying_add_hook)
     if not hasattr(BaseTuner, "_get_adapter_state_dict"):
         _patch_state_dict_functions()
 

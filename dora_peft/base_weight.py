@@ -13,6 +13,7 @@ A convolution's kernel is flattened: in = in_channels * prod(kernel_size). An em
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from .offload import at_hand, execution_device, is_away
 
 # One dense block in the accumulation dtype. Four may be alive together (rows, product, sum, square): below 64 MiB in
 # all.
@@ -334,6 +337,86 @@ class Opaque(BaseWeight):
         return torch.cat([columns @ grad for _, _, columns in self._columns()]).T
 
 
+class Offloaded(BaseWeight):
+    """A weight that accelerate keeps elsewhere: each method brings it in, and lets it go again.
+
+    Args:
+        layer: The base layer, see `offload.is_away`.
+        look: Gives the seam for it while its weight is here.
+    """
+
+    def __init__(self, layer: Any, look: Callable[[], BaseWeight]) -> None:
+        self.layer, self.look = layer, look
+        # a dense weight has its shape and dtype on the meta device too
+        dense = isinstance(getattr(layer, "weight", None), Tensor) and layer.weight.dtype in _FLOATS
+        with contextlib.nullcontext() if dense else at_hand(layer):
+            seen = look()
+        super().__init__(seen.out_features, seen.in_features, seen.dtype, execution_device(layer))
+        self.has_rows, self.mergeable, self.dense_rows = seen.has_rows, seen.mergeable, seen.dense_rows
+
+    def block(self, start: int, stop: int) -> Tensor:
+        with at_hand(self.layer):
+            return self.look().block(start, stop)
+
+    def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+        with at_hand(self.layer):
+            yield from self.look().blocks()
+
+    def rows(self, index: Tensor) -> Tensor:
+        with at_hand(self.layer):
+            return self.look().rows(index)
+
+    def dense(self) -> Tensor:
+        with at_hand(self.layer):
+            return self.look().dense()
+
+    def row_norms_squared(self) -> Tensor:
+        with at_hand(self.layer):
+            return self.look().row_norms_squared()
+
+    def times(self, lora_A: Tensor) -> Tensor:
+        with at_hand(self.layer):
+            return self.look().times(lora_A)
+
+    def vjp(self, grad: Tensor) -> Tensor:
+        with at_hand(self.layer):
+            return self.look().vjp(grad)
+
+    def replacement(self, rows: Callable[[Tensor, int, int], Tensor]) -> Any:
+        with at_hand(self.layer):
+            return self.look().replacement(rows)
+
+
+def check_creatable(layer: Any, name: str, init_lora_weights: bool | str) -> None:
+    """Nothing where an adapter can be created on a base layer whose seam there is.
+
+    Raises:
+        ValueError: Only a part of its weight is in this process, or the initialisation would write to one that is
+            offloaded.
+    """
+    tensors = [*getattr(layer, "_parameters", {}).values(), *getattr(layer, "_buffers", {}).values()]
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if hasattr(tensor, "ds_id") and not tensor.numel():
+            found = "a placeholder of DeepSpeed ZeRO-3 without elements"
+            mend = "Create the adapter before the model is partitioned: load the base without zero.Init, or use ZeRO-2."
+        elif hasattr(tensor, "device_mesh"):
+            found = f"a sharded one ({type(tensor).__name__} {tuple(tensor.shape)}, {tensor.placements})"
+            mend = "Create the adapter before fully_shard or FSDP, and load the base without tp_plan."
+        else:
+            continue
+        raise ValueError(
+            f"DoRA cannot adapt module '{name}' ({type(layer).__name__}): expected its whole weight in each process, "
+            f"of which the norm per row is taken, found {found}. {mend}"
+        )
+    if isinstance(init_lora_weights, str) and init_lora_weights not in ("gaussian", "orthogonal") and is_away(layer):
+        raise ValueError(
+            f"init_lora_weights={init_lora_weights!r} changes the base weight, and that of module '{name}' is "
+            "offloaded: expected it in memory. Load the base model without offloading, or use another initialisation."
+        )
+
+
 def base_weight(layer: Any, name: str, weight: Any = None) -> BaseWeight:
     """The seam for a base layer.
 
@@ -345,6 +428,12 @@ def base_weight(layer: Any, name: str, weight: Any = None) -> BaseWeight:
     Raises:
         ValueError: The layer's weight has a dtype that is neither floating point nor a known quantisation.
     """
+    if weight is None and is_away(layer):
+        return Offloaded(layer, lambda: _seam(layer, name, None))
+    return _seam(layer, name, weight)
+
+
+def _seam(layer: Any, name: str, weight: Any) -> BaseWeight:
     weight = getattr(layer, "weight", None) if weight is None else weight
     kind = type(weight).__name__
     if kind == "Params4bit" and weight.quant_state is not None:

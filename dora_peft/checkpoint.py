@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import functional, peft_rows, ties
 from . import norm as _norm
+from .offload import at_hand
 from .row_ranges import bare, recorded, to_ranges
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -44,7 +45,8 @@ def to_checkpoint(
         if m_key not in out or out[m_key].is_meta:
             complete = False
             continue
-        changed, tied, filled = _readable_by_peft(layer, adapter, prefix, infix, out)
+        with at_hand(layer.get_base_layer()):
+            changed, tied, filled = _readable_by_peft(layer, adapter, prefix, infix, out)
         out.update(changed)
         if tied is not None:
             tied_rows[bare(name)] = to_ranges(tied)
@@ -174,8 +176,10 @@ def from_checkpoint(model: nn.Module, adapter: str, tensors: dict[str, Tensor], 
     for name, layer in layers:
         layer._norms[adapter] = _norm.Norm()
         keys = keys_of(f"{name}.", out)
+        _bring_in(layer, adapter, tuple(out.get(key) for key in keys))
         if _fits(layer, adapter, tuple(out.get(key) for key in keys)):
-            _load_layer(layer, adapter, keys, out, *rows[name])
+            with at_hand(layer.get_base_layer()):
+                _load_layer(layer, adapter, keys, out, *rows[name])
     return out
 
 
@@ -183,6 +187,23 @@ def keys_of(prefix: str, tensors: dict[str, Tensor]) -> tuple[str, str, str]:
     """The names of a layer's A, B and m in a checkpoint, which may have PeftModel's prefix or not."""
     found = _keys(prefix, "", tensors)
     return found if found[0] in tensors else _keys(f"base_model.model.{prefix}", "", tensors)
+
+
+def _bring_in(layer: Any, adapter: str, tensors: tuple[Tensor | None, ...]) -> None:
+    """Give parameters that PEFT left on the meta device a place, as its own loading would write into nothing.
+
+    It does so over a base weight that is offloaded to disk, where it leaves them to accelerate.
+    """
+    holders: list[tuple[dict[str, Any], str]] = []
+    for names in (("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B"), (MAGNITUDE,)):
+        held = next(m for name in names if adapter in (m := getattr(layer, name)))
+        own = held[adapter]
+        holders.append((held._parameters, adapter) if isinstance(own, nn.Parameter) else (own._parameters, "weight"))
+    for (parameters, name), tensor in zip(holders, tensors, strict=True):
+        old = parameters[name]
+        if old.is_meta and tensor is not None and not tensor.is_meta and tensor.shape == old.shape:
+            empty = torch.empty(old.shape, dtype=old.dtype, device=tensor.device)
+            parameters[name] = nn.Parameter(empty, requires_grad=old.requires_grad)
 
 
 def _fits(layer: Any, adapter: str, tensors: tuple[Tensor | None, ...]) -> bool:
@@ -209,6 +230,12 @@ def _load_layer(
         factors = peft_rows.take_out(*in_file, filled)
     tensors[a_key], tensors[b_key] = factors
     if getattr(layer.get_base_layer(), "groups", 1) > 1:
+        if layer.original_weight().is_meta:
+            raise ValueError(
+                f"Cannot load the magnitudes of the grouped convolution '{layer.name}': converting them from PEFT's "
+                "norm needs its weight, which is on the meta device. Load the base model with its convolutions in "
+                "memory, not on disk, or load the base weights before the adapter."
+            )
         # PEFT's magnitude, for the factors in the file, to that of the composed kernel
         magnitude = tensors[m_key]
         theirs = _peft_grouped_norm(layer, adapter, *in_file)

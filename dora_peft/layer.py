@@ -18,9 +18,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import choice, functional, merging, reference, ties
+from . import choice, functional, merging, offload, reference, ties
 from . import norm as _norm
-from .base_weight import BaseWeight, base_weight, unpack_for_training
+from .base_weight import BaseWeight, base_weight, check_creatable, unpack_for_training
 from .config import DoraConfig
 
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -179,41 +179,56 @@ class DoraLayer(BaseTunerLayer):
     def update_layer(
         self, adapter_name: str, *, r: int, lora_alpha: float, config: DoraConfig, magnitude_only: bool = False
     ) -> None:
-        """Create an adapter on this layer: factors from PEFT's initialisation, m = ||W0 + s B A||."""
-        weight = self.base_weight()  # raises for a base layer that cannot be adapted, before anything is created
-        self._check_rank(r, weight)
-        zero = ties.rows_to_keep_zero(weight, config.init_lora_weights)
-        initialised = self._peft_factors(adapter_name, r, lora_alpha, config, magnitude_only)
-        self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = initialised.scaling[adapter_name]
-        self.use_rslora[adapter_name] = config.use_rslora
-        self.detach_norm[adapter_name] = config.detach_norm
-        self.dropout_mode[adapter_name] = config.dropout_mode
-        self.magnitude_only[adapter_name] = magnitude_only
-        # an adapter added to a model in evaluation must not drop
-        self.lora_dropout[adapter_name] = initialised.lora_dropout[adapter_name].train(self.training)
-        for names in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
-            created = getattr(initialised, names)
-            if adapter_name in created:
-                getattr(self, names)[adapter_name] = created[adapter_name]
-        factors = self.factor_parameters(adapter_name)
-        if magnitude_only:
-            with torch.no_grad():
-                for factor in factors:
-                    factor.zero_()
+        """Create an adapter on this layer: factors from PEFT's initialisation, m = ||W0 + s B A||.
 
-        if zero is not None:
-            ties.keep_zero(self._as_matrix(self.get_base_layer().weight), factors[1], zero)
+        Raises:
+            ValueError: The base layer cannot be adapted, or not with this rank or initialisation. Nothing is created
+                then.
+        """
+        base = self.get_base_layer()
+        check_creatable(base, self.name, config.init_lora_weights)
+        self._check_rank(r, self.base_weight())
+        with offload.at_hand(base):
+            weight = self.base_weight()
+            zero = ties.rows_to_keep_zero(weight, config.init_lora_weights)
+            initialised = self._peft_factors(adapter_name, r, lora_alpha, config, magnitude_only)
+            self.r[adapter_name] = r
+            self.lora_alpha[adapter_name] = lora_alpha
+            self.scaling[adapter_name] = initialised.scaling[adapter_name]
+            self.use_rslora[adapter_name] = config.use_rslora
+            self.detach_norm[adapter_name] = config.detach_norm
+            self.dropout_mode[adapter_name] = config.dropout_mode
+            self.magnitude_only[adapter_name] = magnitude_only
+            # an adapter added to a model in evaluation must not drop
+            self.lora_dropout[adapter_name] = initialised.lora_dropout[adapter_name].train(self.training)
+            for names in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+                created = getattr(initialised, names)
+                if adapter_name in created:
+                    getattr(self, names)[adapter_name] = created[adapter_name]
+            factors = self.factor_parameters(adapter_name)
+            if magnitude_only:
+                with torch.no_grad():
+                    for factor in factors:
+                        factor.zero_()
+            if zero is not None:
+                ties.keep_zero(self._as_matrix(base.weight), factors[1], zero)
 
-        shape = self._magnitude_shape(weight.out_features)
-        if weight.device.type == "meta" or any(factor.is_meta for factor in factors):
-            self.lora_magnitude_vector[adapter_name] = Magnitude(torch.empty(shape, dtype=weight.dtype, device="meta"))
-            self._norms.pop(adapter_name, None)
-        else:
-            value = _norm.initial(self, adapter_name)
-            self.lora_magnitude_vector[adapter_name] = Magnitude(value.reshape(shape).clone())
+            shape = self._magnitude_shape(weight.out_features)
+            if weight.device.type == "meta" or any(factor.is_meta for factor in factors):
+                value = torch.empty(shape, dtype=weight.dtype, device="meta")
+                self._norms.pop(adapter_name, None)
+            else:
+                value = _norm.initial(self, adapter_name).reshape(shape).clone()
+            self.lora_magnitude_vector[adapter_name] = Magnitude(value)
+        self._keep_resident(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _keep_resident(self, adapter_name: str) -> None:
+        for module in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
+            if adapter_name in module:
+                offload.keep_resident(module[adapter_name])
+        offload.keep_resident(self.lora_embedding_A)
+        offload.keep_resident(self.lora_embedding_B)
 
     def _check_rank(self, r: int, weight: BaseWeight) -> None:
         # Beyond the longer side a rank is surely a mistake; up to there it only wastes parameters (a router of 8
@@ -397,7 +412,10 @@ class DoraLayer(BaseTunerLayer):
 
     def _bias(self) -> Tensor | None:
         """b in the shape that broadcasts against the layer's output."""
-        bias = getattr(self.get_base_layer(), "bias", None)
+        base = self.get_base_layer()
+        bias = getattr(base, "bias", None)
+        if bias is not None and bias.is_meta:
+            bias = offload.read(base, "bias")
         return None if bias is None else self._per_channel(bias)
 
     def _per_channel(self, vector: Tensor) -> Tensor:
