@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -299,15 +300,18 @@ class Dequantized(Dense):
 
 
 class Opaque(BaseWeight):
-    """A base that is only a linear map: `layer(A) - b` is A W0^T, and blocks of unit vectors give its columns."""
+    """A base that is only a linear map: `layer(A) - b` is A W0^T, and blocks of unit vectors give its columns.
+
+    It is called in the dtype that it computes in, see `compute_dtype`.
+    """
 
     has_rows = False
     mergeable = False
 
     def __init__(self, layer: nn.Module, out_features: int, in_features: int) -> None:
         self.layer = layer
+        self.compute_dtype = compute_dtype(layer, in_features)
         tensors = [*layer.parameters(), *layer.buffers()]
-        self.compute_dtype = next((t.dtype for t in tensors if t.dtype in _FLOATS), torch.float32)
         super().__init__(out_features, in_features, torch.float32, tensors[0].device)
 
     def _apply(self, x: Tensor) -> Tensor:
@@ -335,6 +339,43 @@ class Opaque(BaseWeight):
 
     def vjp(self, grad: Tensor) -> Tensor:
         return torch.cat([columns @ grad for _, _, columns in self._columns()]).T
+
+
+# By layer: the dtypes of its tensors, and the dtype found for them.
+_compute_dtypes: weakref.WeakKeyDictionary[nn.Module, tuple[list[torch.dtype], torch.dtype]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def compute_dtype(layer: nn.Module, in_features: int) -> torch.dtype:
+    """The dtype that a layer whose weight cannot be read computes its product in.
+
+    What it says itself in `compute_dtype` or `dtype`; else by its forward: the most precise dtype that it takes, or the
+    one it returns where that is another. Only where no call succeeds, the dtype of its first float tensor: scales are
+    often kept in another one than the layer computes in, and some libraries cast them at the first call.
+    """
+    for name in ("compute_dtype", "dtype"):
+        if (said := getattr(layer, name, None)) in _FLOATS:
+            return said
+    dtypes = [t.dtype for t in (*layer.parameters(), *layer.buffers())]
+    known = _compute_dtypes.get(layer)
+    if known is None or known[0] != dtypes:
+        known = _compute_dtypes[layer] = (dtypes, _dtype_by_calling(layer, in_features, dtypes))
+    return known[1]
+
+
+def _dtype_by_calling(layer: nn.Module, in_features: int, dtypes: list[torch.dtype]) -> torch.dtype:
+    device = next(t.device for t in (*layer.parameters(), *layer.buffers()))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        try:
+            with torch.no_grad(), torch.autocast(device.type, enabled=False):
+                # not by `layer(x)`: hooks of others are not to see it
+                out = layer.forward(torch.zeros(1, in_features, dtype=dtype, device=device))
+        except Exception:  # whatever a library raises for a dtype that it does not take
+            continue
+        if isinstance(out, Tensor) and out.dtype in _FLOATS:
+            return out.dtype
+    return next((dtype for dtype in dtypes if dtype in _FLOATS), torch.float32)
 
 
 class Offloaded(BaseWeight):
@@ -440,9 +481,15 @@ def _seam(layer: Any, name: str, weight: Any) -> BaseWeight:
         return Bnb4bit(layer, weight)
     if kind == "Int8Params" and weight.dtype == torch.int8:
         return Bnb8bit(layer, weight)
-    if hasattr(layer, "W_q") or type(weight).__module__.startswith("torchao."):
-        return Dequantized(layer)
-    if isinstance(weight, Tensor) and weight.dtype in _FLOATS and not hasattr(layer, "qweight"):
+    packed = hasattr(layer, "W_q") or type(weight).__module__.startswith("torchao.")
+    if packed:
+        try:
+            return Dequantized(layer)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # torchao's NF4Tensor has a `dequantize` that takes other arguments; its forward works
+            pass
+    if isinstance(weight, Tensor) and weight.dtype in _FLOATS and not packed and not hasattr(layer, "qweight"):
         if isinstance(layer, (Conv1D, nn.Embedding)):
             return Dense(weight, Tensor.t)
         if getattr(layer, "groups", 1) > 1:
