@@ -176,6 +176,7 @@ def from_checkpoint(model: nn.Module, adapter: str, tensors: dict[str, Tensor], 
     for name, layer in layers:
         layer._norms[adapter] = _norm.Norm()
         keys = keys_of(f"{name}.", out)
+        _keep_dtypes(layer, adapter, keys, out)
         _bring_in(layer, adapter, tuple(out.get(key) for key in keys))
         if _fits(layer, adapter, tuple(out.get(key) for key in keys)):
             with at_hand(layer.get_base_layer()):
@@ -187,6 +188,14 @@ def keys_of(prefix: str, tensors: dict[str, Tensor]) -> tuple[str, str, str]:
     """The names of a layer's A, B and m in a checkpoint, which may have PeftModel's prefix or not."""
     found = _keys(prefix, "", tensors)
     return found if found[0] in tensors else _keys(f"base_model.model.{prefix}", "", tensors)
+
+
+def _keep_dtypes(layer: Any, adapter: str, keys: tuple[str, ...], tensors: dict[str, Tensor]) -> None:
+    """With low_cpu_mem_usage the tensors of the file become the parameters: in the dtype that these were made in."""
+    own = (*layer.factor_parameters(adapter), layer.magnitude(adapter))
+    for key, parameter in zip(keys, own, strict=True):
+        if parameter.is_meta and key in tensors:
+            tensors[key] = tensors[key].to(parameter.dtype)
 
 
 def _bring_in(layer: Any, adapter: str, tensors: tuple[Tensor | None, ...]) -> None:

@@ -7,7 +7,9 @@ that checkpoints interchange with PEFT's `use_dora`. The initial factors come fr
 
 from __future__ import annotations
 
+import gc
 import math
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -36,6 +38,7 @@ class Magnitude(nn.Module):
     """
 
     instances: ClassVar[weakref.WeakSet[Magnitude]] = weakref.WeakSet()
+    asked: torch.dtype | None = None  # a low precision that was asked for by name
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
@@ -48,6 +51,9 @@ class Magnitude(nn.Module):
 
     def cast(self, dtype: torch.dtype) -> None:
         """Change the dtype, low precision included: on explicit request only."""
+        self.asked = dtype
+        if self.weight.dtype == dtype:
+            return
         self.weight = nn.Parameter(self.weight.detach().to(dtype), requires_grad=self.weight.requires_grad)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Magnitude:
@@ -56,6 +62,38 @@ class Magnitude(nn.Module):
             return tensor.to(new.device) if new.dtype in _LOW_PRECISION else new
 
         return super()._apply(keep_precision, recurse)
+
+
+def warn_about_low_precision(layer: Any, adapter: str) -> None:
+    """Say once per model that its magnitudes are in bf16 or fp16 without anyone having asked for it.
+
+    Args:
+        layer: A DoraLayer.
+        adapter: One of its adapters.
+    """
+    holder = layer._modules["lora_magnitude_vector"]._modules[adapter]
+    magnitude = holder._parameters["weight"]
+    if magnitude.dtype not in _LOW_PRECISION or "low precision" in layer.notices or magnitude.dtype == holder.asked:
+        return
+    layer.notices.add("low precision")
+    if _is_gathered(magnitude):
+        return
+    warnings.warn(
+        f"The magnitude of module '{layer.name}' is in {magnitude.dtype}, where a step of an optimizer is below one "
+        "rounding step: it will not be trained (of 1,152 such magnitudes none moved in 20 steps of AdamW). It was made "
+        "in float32 and cast from outside, as some trainers do to all parameters of a quantised model. Before the "
+        "optimizer is created, call .float() on every dora_peft.layer.Magnitude in model.modules(), or ask for the "
+        "low precision with autocast_adapter_dtype=False.",
+        stacklevel=2,
+    )
+
+
+def _is_gathered(parameter: Tensor) -> bool:
+    """Whether it is FSDP2's low precision copy, for one forward pass, of an fp32 parameter that is the trained one."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    owners = gc.get_referrers(parameter)
+    return any(type(o).__name__ == "FSDPParam" or (isinstance(o, dict) and "_unsharded_param" in o) for o in owners)
 
 
 class DoraLayer(BaseTunerLayer):
@@ -107,6 +145,8 @@ class DoraLayer(BaseTunerLayer):
         self._original: tuple[nn.Parameter] | None = None
         # where else the model uses the base module, without the adapter; found out by DoraModel
         self.other_names: list[str] = []
+        # what has been said about the model already; its layers share one set
+        self.notices: set[str] = set()
         self._active_adapter = adapter_name
         _norm.watch(self)
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[attr-defined]
@@ -206,6 +246,10 @@ class DoraLayer(BaseTunerLayer):
                 if adapter_name in created:
                     getattr(self, names)[adapter_name] = created[adapter_name]
             factors = self.factor_parameters(adapter_name)
+            if base_dtype := self._base_dtype():
+                for factor in factors:
+                    if factor.is_meta:  # PEFT gives real ones the base's dtype, from which autocasting starts
+                        factor.data = factor.data.to(base_dtype)
             if magnitude_only:
                 with torch.no_grad():
                     for factor in factors:
@@ -222,6 +266,25 @@ class DoraLayer(BaseTunerLayer):
             self.lora_magnitude_vector[adapter_name] = Magnitude(value)
         self._keep_resident(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _base_dtype(self) -> torch.dtype | None:
+        """The dtype of a base weight that is stored as floating point numbers, None for any other."""
+        weight = self.original_weight()
+        return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter's tensors; PEFT's own also casts them to the base's dtype, and fp32 factors lose 16 bits."""
+        if device is None:
+            weight = self.base_weight()
+            device = weight.device
+        for name in self.adapter_layer_names:
+            held = getattr(self, name)
+            if adapter_name not in held or device.type == "meta":
+                continue
+            item = held[adapter_name]
+            for parameter in [item] if isinstance(item, nn.Parameter) else item.parameters():
+                if not parameter.is_meta:
+                    parameter.data = parameter.data.to(device)
 
     def _keep_resident(self, adapter_name: str) -> None:
         for module in (self.lora_A, self.lora_B, self.lora_magnitude_vector):

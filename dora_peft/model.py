@@ -67,6 +67,8 @@ class DoraModel(BaseTuner):
                 raise ValueError(f"Target modules {config.target_modules} not found in the base model.")
             layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, DoraLayer)]
             merge_checks.note_other_names(model, layers)
+            for _, layer in layers:
+                layer.notices = layers[0][1].notices
         except Exception as error:
             undo()
             if isinstance(error, ValueError) and "not found in the base model" in str(error):
@@ -173,8 +175,7 @@ class DoraModel(BaseTuner):
             if isinstance(layer, DoraLayer) and adapter_name in layer.lora_magnitude_vector:
                 dtype = layer.factor_parameters(adapter_name)[0].dtype
                 magnitude: Any = layer.lora_magnitude_vector[adapter_name]
-                if magnitude.weight.dtype != dtype:
-                    magnitude.cast(dtype)
+                magnitude.cast(dtype)
 
     # ---- mixed batches
 
