@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -25,13 +24,12 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .base_checks import FLOATS, compute_dtype
 from .offload import at_hand, execution_device, is_away
 
 # One dense block in the accumulation dtype. Four may be alive together (rows, product, sum, square): below 64 MiB in
 # all.
 BLOCK_BYTES = 12 * 2**20
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class BaseWeight:
@@ -341,43 +339,6 @@ class Opaque(BaseWeight):
         return torch.cat([columns @ grad for _, _, columns in self._columns()]).T
 
 
-# By layer: the dtypes of its tensors, and the dtype found for them.
-_compute_dtypes: weakref.WeakKeyDictionary[nn.Module, tuple[list[torch.dtype], torch.dtype]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def compute_dtype(layer: nn.Module, in_features: int) -> torch.dtype:
-    """The dtype that a layer whose weight cannot be read computes its product in.
-
-    What it says itself in `compute_dtype` or `dtype`; else by its forward: the most precise dtype that it takes, or the
-    one it returns where that is another. Only where no call succeeds, the dtype of its first float tensor: scales are
-    often kept in another one than the layer computes in, and some libraries cast them at the first call.
-    """
-    for name in ("compute_dtype", "dtype"):
-        if (said := getattr(layer, name, None)) in _FLOATS:
-            return said
-    dtypes = [t.dtype for t in (*layer.parameters(), *layer.buffers())]
-    known = _compute_dtypes.get(layer)
-    if known is None or known[0] != dtypes:
-        known = _compute_dtypes[layer] = (dtypes, _dtype_by_calling(layer, in_features, dtypes))
-    return known[1]
-
-
-def _dtype_by_calling(layer: nn.Module, in_features: int, dtypes: list[torch.dtype]) -> torch.dtype:
-    device = next(t.device for t in (*layer.parameters(), *layer.buffers()))
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        try:
-            with torch.no_grad(), torch.autocast(device.type, enabled=False):
-                # not by `layer(x)`: hooks of others are not to see it
-                out = layer.forward(torch.zeros(1, in_features, dtype=dtype, device=device))
-        except Exception:  # whatever a library raises for a dtype that it does not take
-            continue
-        if isinstance(out, Tensor) and out.dtype in _FLOATS:
-            return out.dtype
-    return next((dtype for dtype in dtypes if dtype in _FLOATS), torch.float32)
-
-
 class Offloaded(BaseWeight):
     """A weight that accelerate keeps elsewhere: each method brings it in, and lets it go again.
 
@@ -389,7 +350,7 @@ class Offloaded(BaseWeight):
     def __init__(self, layer: Any, look: Callable[[], BaseWeight]) -> None:
         self.layer, self.look = layer, look
         # a dense weight has its shape and dtype on the meta device too
-        dense = isinstance(getattr(layer, "weight", None), Tensor) and layer.weight.dtype in _FLOATS
+        dense = isinstance(getattr(layer, "weight", None), Tensor) and layer.weight.dtype in FLOATS
         with contextlib.nullcontext() if dense else at_hand(layer):
             seen = look()
         super().__init__(seen.out_features, seen.in_features, seen.dtype, execution_device(layer))
@@ -428,36 +389,6 @@ class Offloaded(BaseWeight):
             return self.look().replacement(rows)
 
 
-def check_creatable(layer: Any, name: str, init_lora_weights: bool | str) -> None:
-    """Nothing where an adapter can be created on a base layer whose seam there is.
-
-    Raises:
-        ValueError: Only a part of its weight is in this process, or the initialisation would write to one that is
-            offloaded.
-    """
-    tensors = [*getattr(layer, "_parameters", {}).values(), *getattr(layer, "_buffers", {}).values()]
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if hasattr(tensor, "ds_id") and not tensor.numel():
-            found = "a placeholder of DeepSpeed ZeRO-3 without elements"
-            mend = "Create the adapter before the model is partitioned: load the base without zero.Init, or use ZeRO-2."
-        elif hasattr(tensor, "device_mesh"):
-            found = f"a sharded one ({type(tensor).__name__} {tuple(tensor.shape)}, {tensor.placements})"
-            mend = "Create the adapter before fully_shard or FSDP, and load the base without tp_plan."
-        else:
-            continue
-        raise ValueError(
-            f"DoRA cannot adapt module '{name}' ({type(layer).__name__}): expected its whole weight in each process, "
-            f"of which the norm per row is taken, found {found}. {mend}"
-        )
-    if isinstance(init_lora_weights, str) and init_lora_weights not in ("gaussian", "orthogonal") and is_away(layer):
-        raise ValueError(
-            f"init_lora_weights={init_lora_weights!r} changes the base weight, and that of module '{name}' is "
-            "offloaded: expected it in memory. Load the base model without offloading, or use another initialisation."
-        )
-
-
 def base_weight(layer: Any, name: str, weight: Any = None) -> BaseWeight:
     """The seam for a base layer.
 
@@ -489,7 +420,7 @@ def _seam(layer: Any, name: str, weight: Any) -> BaseWeight:
             raise
         except Exception:  # torchao's NF4Tensor has a `dequantize` that takes other arguments; its forward works
             pass
-    if isinstance(weight, Tensor) and weight.dtype in _FLOATS and not packed and not hasattr(layer, "qweight"):
+    if isinstance(weight, Tensor) and weight.dtype in FLOATS and not packed and not hasattr(layer, "qweight"):
         if isinstance(layer, (Conv1D, nn.Embedding)):
             return Dense(weight, Tensor.t)
         if getattr(layer, "groups", 1) > 1:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .base_weight import BaseWeight, compute_dtype
+from .base_checks import compute_dtype
+from .base_weight import BaseWeight
 
 # How far the gradient of ||W0 x||^2 / 2 along x may be from ||W0 x||^2; quantised activations are off by 1 %.
 TOLERANCE = 0.2

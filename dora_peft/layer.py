@@ -7,12 +7,9 @@ that checkpoints interchange with PEFT's `use_dora`. The initial factors come fr
 
 from __future__ import annotations
 
-import gc
 import math
-import warnings
-import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft.tuners import lora
@@ -20,80 +17,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import choice, functional, merging, offload, reference, ties
+from . import choice, functional, merge_checks, merging, offload, reference, ties
 from . import norm as _norm
-from .base_weight import BaseWeight, base_weight, check_creatable, unpack_for_training
+from .base_checks import check_creatable
+from .base_weight import BaseWeight, base_weight, unpack_for_training
 from .config import DoraConfig
+from .magnitude import Magnitude
 
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
 # Base layers that wrap nothing and hold their weight in `weight`.
 _LEAVES = {nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D}
-
-
-class Magnitude(nn.Module):
-    """m of one adapter as a module with `.weight`, the form that FSDP's wrap policy and checkpoint loaders expect.
-
-    `.half()` and `.to(torch.bfloat16)` move it but leave its dtype: in bf16 a whole run changes m by less than one
-    rounding step.
-    """
-
-    instances: ClassVar[weakref.WeakSet[Magnitude]] = weakref.WeakSet()
-    asked: torch.dtype | None = None  # a low precision that was asked for by name
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(value)
-        self.instances.add(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.instances.add(self)  # copied or unpickled
-
-    def cast(self, dtype: torch.dtype) -> None:
-        """Change the dtype, low precision included: on explicit request only."""
-        self.asked = dtype
-        if self.weight.dtype == dtype:
-            return
-        self.weight = nn.Parameter(self.weight.detach().to(dtype), requires_grad=self.weight.requires_grad)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Magnitude:
-        def keep_precision(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            return tensor.to(new.device) if new.dtype in _LOW_PRECISION else new
-
-        return super()._apply(keep_precision, recurse)
-
-
-def warn_about_low_precision(layer: Any, adapter: str) -> None:
-    """Say once per model that its magnitudes are in bf16 or fp16 without anyone having asked for it.
-
-    Args:
-        layer: A DoraLayer.
-        adapter: One of its adapters.
-    """
-    holder = layer._modules["lora_magnitude_vector"]._modules[adapter]
-    magnitude = holder._parameters["weight"]
-    if magnitude.dtype not in _LOW_PRECISION or "low precision" in layer.notices or magnitude.dtype == holder.asked:
-        return
-    layer.notices.add("low precision")
-    if _is_gathered(magnitude):
-        return
-    warnings.warn(
-        f"The magnitude of module '{layer.name}' is in {magnitude.dtype}, where a step of an optimizer is below one "
-        "rounding step: it will not be trained (of 1,152 such magnitudes none moved in 20 steps of AdamW). It was made "
-        "in float32 and cast from outside, as some trainers do to all parameters of a quantised model. Before the "
-        "optimizer is created, call .float() on every dora_peft.layer.Magnitude in model.modules(), or ask for the "
-        "low precision with autocast_adapter_dtype=False.",
-        stacklevel=2,
-    )
-
-
-def _is_gathered(parameter: Tensor) -> bool:
-    """Whether it is FSDP2's low precision copy, for one forward pass, of an fp32 parameter that is the trained one."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return False
-    owners = gc.get_referrers(parameter)
-    return any(type(o).__name__ == "FSDPParam" or (isinstance(o, dict) and "_unsharded_param" in o) for o in owners)
 
 
 class DoraLayer(BaseTunerLayer):
@@ -569,32 +501,7 @@ class DoraLayer(BaseTunerLayer):
             NotImplementedError: It cannot: quantised without a way back, computed from other tensors, not here, or of a
                 module that the model also calls without the adapter.
         """
-        weight, base = self.base_weight(), self.get_base_layer()
-        if not weight.mergeable or not self._mergeable():
-            reason = f"{self._merge_obstacle()} Use the adapter unmerged."
-        elif "weight" not in base._parameters:
-            reason = (
-                "its weight is not a parameter but computed from others at each call (weight_norm, spectral_norm, "
-                "parametrize, prune), which would overwrite a merged one. Use the adapter unmerged, or make the weight "
-                "a parameter before the adapter is added, with torch.nn.utils.parametrize.remove_parametrizations, "
-                "remove_weight_norm, remove_spectral_norm or prune.remove."
-            )
-        elif self.other_names:
-            reason = (
-                f"the model also uses this very module as {', '.join(self.other_names)}, without the adapter, and a "
-                "merged weight would change that as well. Use the adapter unmerged, or give the model a copy of the "
-                "module there."
-            )
-        elif brought_in and base.weight.is_meta:
-            reason = (
-                "its weight is on the meta device (offloaded). Use the model's merge_adapter() or merge_and_unload(), "
-                "which bring it in."
-            )
-        else:
-            return
-        raise NotImplementedError(
-            f"Merging is not supported for module '{self.name}' ({type(base).__name__}): {reason}"
-        )
+        merge_checks.check_mergeable(self, brought_in)
 
     def unmerge(self) -> None:
         """Restore the original weight parameter, bit for bit."""

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from dora_peft import DoraConfig
-from dora_peft.layer import Magnitude, warn_about_low_precision
+from dora_peft.magnitude import Magnitude, warn_about_low_precision
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
