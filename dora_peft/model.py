@@ -443,7 +443,10 @@ class DoraModel(BaseTuner):
         """The same for PEFT 0.20, which loads the initial adapter beside the trained one."""
         initial = save_and_load.get_peft_model_state_dict(self, adapter_name=adapter_name)
         initial = {f"base_model.{key}": value for key, value in initial.items()}
-        return _subtract_initial(output_state_dict, initial, self.peft_config[adapter_name])
+        config: Any = copy.copy(self.peft_config[adapter_name])
+        # asked of this tuner, the record has its names instead of the base model's
+        config.tied_rows = {name.removeprefix("model."): rows for name, rows in (config.tied_rows or {}).items()}
+        return _subtract_initial(output_state_dict, initial, config)
 
 
 def _subtract_initial(trained: dict[str, Tensor], initial: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
