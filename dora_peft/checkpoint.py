@@ -4,8 +4,8 @@ Three things differ between the two, all of them in cases where PEFT's `use_dora
 one:
 
 - the magnitude's key: "...lora_magnitude_vector.weight" or, as PEFT writes it, "...lora_magnitude_vector";
-- tied rows (zero rows of W0): saved with m = v, and where v is still 0 with a tiny entry in B, so that PEFT divides by
-  something;
+- tied rows (zero rows of W0): saved with m = v, and where v is still 0 with a small entry in B, so that PEFT divides by
+  something (peft_rows.py); the config says which rows these are (ties.py), and loading takes the entries out again;
 - grouped convolutions: PEFT's norm is not that of the composed kernel, so m is rescaled by the ratio of the two.
 """
 
@@ -173,8 +173,7 @@ def from_checkpoint(model: nn.Module, adapter: str, tensors: dict[str, Tensor], 
             f"lora_magnitude_vector for every adapted module, found: {found}. Nothing was loaded. Use an intact DoRA "
             "checkpoint, or load a plain LoRA adapter with peft.LoraConfig."
         )
-    for name, layer in layers:
-        layer._norms[adapter] = _norm.Norm()
+    for name, layer in layers:  # a layer that nothing is loaded into stays as it is, with the rows that are tied now
         keys = keys_of(f"{name}.", out)
         _keep_dtypes(layer, adapter, keys, out)
         _bring_in(layer, adapter, tuple(out.get(key) for key in keys))

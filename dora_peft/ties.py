@@ -43,17 +43,19 @@ def keep_zero(weight: Tensor, lora_B: Tensor, rows: Tensor) -> None:
     lora_B.data[rows.to(lora_B.device)] = 0
 
 
-def guess(magnitude: Tensor, value: Tensor, stored: torch.dtype) -> Tensor:
+def guess(magnitude: Tensor, value: Tensor, stored: set[torch.dtype]) -> Tensor:
     """Which of the zero rows of W0 were tied when they were saved, bool [k]: those whose magnitude is their norm.
 
     Args:
         magnitude, value: m and v of zero rows, [k].
-        stored: The coarsest dtype among the saved m, A and B.
+        stored: The dtypes of the saved m, A and B.
     """
-    info = torch.finfo(stored)
-    # both are products of a few numbers rounded to that dtype; below its normal numbers it tells nothing apart, and m
-    # of a grouped convolution comes from a floored v
-    rtol, atol = max(1e-4, 4 * info.eps), max(info.smallest_normal, 1e-29)
+    # a file in fp32 may hold what had been rounded to another dtype
+    rounded = {d for d in (torch.bfloat16, torch.float16) if torch.equal(magnitude, magnitude.to(d).to(magnitude))}
+    infos = [torch.finfo(dtype) for dtype in stored | rounded]
+    # m and v are products of a few numbers rounded to that dtype; below its normal numbers it tells nothing apart, and
+    # m of a grouped convolution comes from a floored v
+    rtol, atol = max(1e-4, *(4 * i.eps for i in infos)), max(1e-29, *(i.smallest_normal for i in infos))
     return torch.isclose(magnitude.to(value), value, rtol=rtol, atol=atol)
 
 
@@ -76,6 +78,19 @@ def settle(layer: Any, adapter: str, tied: Tensor | bool | None, factors: Any, m
     layer._norms[adapter] = _norm.Norm(tied=tied, settled=True)
 
 
+def settle_late(layer: Any, adapter: str) -> Tensor | None:
+    """The tied rows of an adapter that was loaded while W0 was not here, from its tensors as they are now.
+
+    Raises:
+        RuntimeError: W0 is still not here.
+    """
+    settle(layer, adapter, False, layer.factor_parameters(adapter), layer.magnitude(adapter))
+    norm = layer._norms[adapter]
+    if not norm.settled:
+        raise RuntimeError(f"The base weight of module '{layer.name}' is on the meta device or sharded; load it first.")
+    return norm.tied
+
+
 def zero_rows(layer: Any) -> Tensor | None:
     """Which rows of W0 are zero, bool [out]; None where W0 is not here (on the meta device, sharded)."""
     weight = layer.base_weight()
@@ -89,9 +104,7 @@ def _of_zero_rows(layer: Any, adapter: str, zero: Tensor, factors: Any, magnitud
     if layer.magnitude_only.get(adapter):
         tied = zero  # m is never trained apart from v there; the factors in the file are for plain PEFT
     else:
-        tensors = (magnitude, *factors)
-        stored = max((t.dtype for t in tensors), key=lambda dtype: torch.finfo(dtype).eps)
-        stored = torch.float16 if any(t.dtype == torch.float16 for t in tensors) else stored
+        stored = {tensor.dtype for tensor in (magnitude, *factors)}
         tied = zero.clone()
         tied[zero] = guess(m[zero], change_norm(layer, adapter, factors, zero), stored)
     return tied if bool(tied.any()) else None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from dora_peft import DoraConfig
 from dora_peft._registry import plain_peft_configs
 from dora_peft.row_ranges import checked_record, recorded, to_mask, to_ranges
+from dora_peft.ties import settle_late
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to (True|False) but the target module is"),
@@ -477,3 +478,38 @@ def test_initialisations_that_blur_zero_rows(kind, init):
         torch.testing.assert_close(model(example(kind)), base(kind)(example(kind)))
     edit(layer)
     assert (layer.scale("default")[ROWS] == 1).all()
+
+
+def test_a_base_that_comes_after_its_adapter(tmp_path):
+    """Its rows are found once it is here, at the latest at the first use."""
+    train(adapted("linear")).save_pretrained(tmp_path)
+    without_record(tmp_path)
+    model = PeftModel.from_pretrained(base("linear").to("meta"), tmp_path)
+    layer = layer_of(model)
+    with pytest.raises(RuntimeError, match=r"'layer' is on the meta device"):
+        settle_late(layer, "default")
+    layer.base_layer.load_state_dict(base("linear").layer.state_dict(), assign=True)
+    assert settle_late(layer, "default").nonzero()[:, 0].tolist() == ROWS
+    edit(layer)
+    assert is_tied(layer)
+
+
+def test_a_layer_that_the_checkpoint_does_not_fit_keeps_its_own(tmp_path):
+    train(adapted("linear", r=2)).save_pretrained(tmp_path)
+    model = adapted("linear")
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        set_peft_model_state_dict(
+            model, load_file(tmp_path / "adapter_model.safetensors"), ignore_mismatched_sizes=True
+        )
+    edit(layer_of(model))
+    assert (layer_of(model).scale("default")[ROWS] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_guess_from_a_low_precision_file_that_was_stored_in_fp32(dtype, tmp_path):
+    train(adapted("linear", dtype, False)).save_pretrained(tmp_path)
+    without_record(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key: tensor.float() for key, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    layer = layer_of(PeftModel.from_pretrained(base("linear"), tmp_path))
+    assert layer._norms["default"].tied.nonzero()[:, 0].tolist() == ROWS
