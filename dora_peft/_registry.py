@@ -14,6 +14,8 @@ Written against PEFT 0.20.0 to 0.21.2 and transformers 5.23. Each patch acts on 
 7. transformers' `load_adapter` reads the file by itself: the checks and conversions of a DoRA checkpoint follow it.
 8. PEFT 0.20 has no per-tuner hooks for the state dict: its two functions are wrapped.
 9. `peft.helpers.rescale_adapter_scale` looks for LoraLayer alone.
+10. accelerate's hooks put every module's tensors on the meta device between calls, and bring them in around its own
+   forward pass. An adapter's are read without one, so they stay (offload.py).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
+import accelerate.hooks
 import peft.helpers
 import peft.utils.save_and_load
 from peft import PeftConfig, PeftModel
@@ -46,6 +49,7 @@ from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 from ._files import staged_directory
+from .offload import staying_add_hook
 
 # set while an adapter is loaded into a model that already is DoRA: PEFT's own use_dora folders are then taken as DoRA
 _into_dora: ContextVar[bool] = ContextVar("into_dora", default=False)
@@ -94,6 +98,7 @@ def register(config_cls: type, model_cls: type, layer_cls: type) -> None:
     _patch_config(config_cls)
     _patch_model(layer_cls)
     _patch_transformers()
+    _patch(accelerate.hooks, "add_hook_to_module", staying_add_hook)
     if not hasattr(BaseTuner, "_get_adapter_state_dict"):
         _patch_state_dict_functions()
 
@@ -242,6 +247,8 @@ def _patch_model(layer_cls: type) -> None:
             undo, known = Undo(self, adapter_name), adapter_name in self.peft_config
             token = _into_dora.set(True)
             try:
+                if known:
+                    _adopt_row_records(self.peft_config[adapter_name], model_id, kwargs)
                 return original(self, model_id, adapter_name, *args, **kwargs)
             except Exception as error:
                 if not known and adapter_name in self.peft_config:
@@ -326,6 +333,22 @@ def _patch_model(layer_cls: type) -> None:
         _patch(module, "load_peft_weights", load_peft_weights)
 
 
+def _adopt_row_records(config: Any, model_id: Any, kwargs: dict[str, Any]) -> None:
+    """Read which rows are tied from a folder whose config is not read otherwise: its adapter exists already."""
+    from .config import MARKER, ROW_RECORDS
+
+    if config.tied_rows is not None and not os.path.isdir(str(model_id)):
+        return  # just read from the Hub together with the rest of the config
+    hub, _ = PeftModel._split_kwargs(dict(kwargs))
+    try:
+        entries = _read_config(PeftConfig, str(model_id), **hub)
+    except (OSError, ValueError):
+        entries = {}  # PEFT does without the file here
+    own = (entries.get("auto_mapping") or {}).get(MARKER) or {}
+    for name in ROW_RECORDS:
+        setattr(config, name, own.get(name))
+
+
 def _explained(error: Exception, model_id: Any) -> Exception:
     if isinstance(error, RuntimeError) and any(words in str(error) for words in ("size mismatch", "mismatched_sizes")):
         return AdapterShapeError(
@@ -371,7 +394,8 @@ def _patch_transformers() -> None:
 
 def _check_loaded(model: Any, adapter_name: str, arguments: dict[str, Any]) -> None:
     """What loading through PEFT checks and converts, after transformers has read the same file."""
-    from .checkpoint import MAGNITUDE, from_checkpoint
+    from .checkpoint import from_checkpoint, keys_of
+    from .ties import layers
 
     tensors = arguments["adapter_state_dict"]
     if tensors is None:
@@ -379,14 +403,14 @@ def _check_loaded(model: Any, adapter_name: str, arguments: dict[str, Any]) -> N
         hub = {k: options[k] for k in ("token", "revision", "subfolder", "cache_dir") if options.get(k) is not None}
         path = arguments["peft_model_id"]
         tensors = peft.utils.save_and_load.load_peft_weights(path, device="cpu", **hub)
-    converted = from_checkpoint(model, adapter_name, tensors)
-    for name, layer in model.named_modules():
-        if adapter_name not in getattr(layer, MAGNITUDE, {}):
-            continue
-        keys = [f"{prefix}{name}.{MAGNITUDE}.weight" for prefix in ("", "base_model.model.")]
-        value = next((converted[key] for key in keys if key in converted), None)
-        if value is not None:  # differs from what was read for grouped convolutions
-            layer.magnitude(adapter_name).data.copy_(value)
+    converted = from_checkpoint(model, adapter_name, tensors, model.peft_config[adapter_name])
+    for name, layer in layers(model, adapter_name):
+        parameters = (*layer.factor_parameters(adapter_name), layer.magnitude(adapter_name))
+        for parameter, key in zip(parameters, keys_of(f"{name}.", converted), strict=True):
+            value = converted.get(key)
+            # differs from what was read for grouped convolutions and where plain PEFT needed an entry
+            if value is not None and value.shape == parameter.shape:
+                parameter.data.copy_(value)
 
 
 # ---- 8. PEFT 0.20
@@ -407,7 +431,7 @@ def _patch_state_dict_functions() -> None:
                 suffix = ".bias" if config.bias == "all" else ".base_layer.bias"
                 tensors = model.state_dict() if state_dict is None else state_dict
                 out.update({k: v for k, v in tensors.items() if k.endswith(suffix)})
-            return to_checkpoint(model, adapter_name, out, config.magnitude_key, infix="")
+            return to_checkpoint(model, adapter_name, out, config, infix="")
 
         return get_peft_model_state_dict
 
@@ -415,8 +439,9 @@ def _patch_state_dict_functions() -> None:
         def set_peft_model_state_dict(
             model: Any, peft_model_state_dict: Any, adapter_name: str = "default", *args: Any, **kwargs: Any
         ) -> Any:
-            if model.peft_config[adapter_name].peft_type == "DORA":
-                peft_model_state_dict = from_checkpoint(model, adapter_name, peft_model_state_dict)
+            config = model.peft_config[adapter_name]
+            if config.peft_type == "DORA":
+                peft_model_state_dict = from_checkpoint(model, adapter_name, peft_model_state_dict, config)
             return original(model, peft_model_state_dict, adapter_name, *args, **kwargs)
 
         return set_peft_model_state_dict

@@ -196,6 +196,7 @@ class _View:
     magnitude = DoraLayer.magnitude
     scale = DoraLayer.scale
     base_weight_of = DoraLayer.base_weight_of
+    settle_late = DoraLayer.settle_late
     _tied = DoraLayer._tied
     _dense_norm = DoraLayer._dense_norm
     _wide_matrix = DoraLayer._wide_matrix
@@ -205,6 +206,7 @@ class _View:
     adapt: Any = DoraLayer.adapt
     adapt_plainly: Any = DoraLayer.adapt_plainly
     adapt_fast: Any = DoraLayer.adapt_fast
+    _base_output: Any = DoraLayer._base_output
     _base_product: Any = DoraLayer._base_product
     _pinned_product: Any = DoraLayer._pinned_product
     _dense_weight: Any = DoraLayer._dense_weight

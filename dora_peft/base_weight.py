@@ -13,6 +13,7 @@ A convolution's kernel is flattened: in = in_channels * prod(kernel_size). An em
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
@@ -23,11 +24,12 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .base_checks import FLOATS, compute_dtype
+from .offload import at_hand, execution_device, is_away
+
 # One dense block in the accumulation dtype. Four may be alive together (rows, product, sum, square): below 64 MiB in
 # all.
 BLOCK_BYTES = 12 * 2**20
-
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class BaseWeight:
@@ -296,15 +298,18 @@ class Dequantized(Dense):
 
 
 class Opaque(BaseWeight):
-    """A base that is only a linear map: `layer(A) - b` is A W0^T, and blocks of unit vectors give its columns."""
+    """A base that is only a linear map: `layer(A) - b` is A W0^T, and blocks of unit vectors give its columns.
+
+    It is called in the dtype that it computes in, see `compute_dtype`.
+    """
 
     has_rows = False
     mergeable = False
 
     def __init__(self, layer: nn.Module, out_features: int, in_features: int) -> None:
         self.layer = layer
+        self.compute_dtype = compute_dtype(layer, in_features)
         tensors = [*layer.parameters(), *layer.buffers()]
-        self.compute_dtype = next((t.dtype for t in tensors if t.dtype in _FLOATS), torch.float32)
         super().__init__(out_features, in_features, torch.float32, tensors[0].device)
 
     def _apply(self, x: Tensor) -> Tensor:
@@ -334,6 +339,56 @@ class Opaque(BaseWeight):
         return torch.cat([columns @ grad for _, _, columns in self._columns()]).T
 
 
+class Offloaded(BaseWeight):
+    """A weight that accelerate keeps elsewhere: each method brings it in, and lets it go again.
+
+    Args:
+        layer: The base layer, see `offload.is_away`.
+        look: Gives the seam for it while its weight is here.
+    """
+
+    def __init__(self, layer: Any, look: Callable[[], BaseWeight]) -> None:
+        self.layer, self.look = layer, look
+        # a dense weight has its shape and dtype on the meta device too
+        dense = isinstance(getattr(layer, "weight", None), Tensor) and layer.weight.dtype in FLOATS
+        with contextlib.nullcontext() if dense else at_hand(layer):
+            seen = look()
+        super().__init__(seen.out_features, seen.in_features, seen.dtype, execution_device(layer))
+        self.has_rows, self.mergeable, self.dense_rows = seen.has_rows, seen.mergeable, seen.dense_rows
+
+    def block(self, start: int, stop: int) -> Tensor:
+        with at_hand(self.layer):
+            return self.look().block(start, stop)
+
+    def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
+        with at_hand(self.layer):
+            yield from self.look().blocks()
+
+    def rows(self, index: Tensor) -> Tensor:
+        with at_hand(self.layer):
+            return self.look().rows(index)
+
+    def dense(self) -> Tensor:
+        with at_hand(self.layer):
+            return self.look().dense()
+
+    def row_norms_squared(self) -> Tensor:
+        with at_hand(self.layer):
+            return self.look().row_norms_squared()
+
+    def times(self, lora_A: Tensor) -> Tensor:
+        with at_hand(self.layer):
+            return self.look().times(lora_A)
+
+    def vjp(self, grad: Tensor) -> Tensor:
+        with at_hand(self.layer):
+            return self.look().vjp(grad)
+
+    def replacement(self, rows: Callable[[Tensor, int, int], Tensor]) -> Any:
+        with at_hand(self.layer):
+            return self.look().replacement(rows)
+
+
 def base_weight(layer: Any, name: str, weight: Any = None) -> BaseWeight:
     """The seam for a base layer.
 
@@ -345,15 +400,27 @@ def base_weight(layer: Any, name: str, weight: Any = None) -> BaseWeight:
     Raises:
         ValueError: The layer's weight has a dtype that is neither floating point nor a known quantisation.
     """
+    if weight is None and is_away(layer):
+        return Offloaded(layer, lambda: _seam(layer, name, None))
+    return _seam(layer, name, weight)
+
+
+def _seam(layer: Any, name: str, weight: Any) -> BaseWeight:
     weight = getattr(layer, "weight", None) if weight is None else weight
     kind = type(weight).__name__
     if kind == "Params4bit" and weight.quant_state is not None:
         return Bnb4bit(layer, weight)
     if kind == "Int8Params" and weight.dtype == torch.int8:
         return Bnb8bit(layer, weight)
-    if hasattr(layer, "W_q") or type(weight).__module__.startswith("torchao."):
-        return Dequantized(layer)
-    if isinstance(weight, Tensor) and weight.dtype in _FLOATS and not hasattr(layer, "qweight"):
+    packed = hasattr(layer, "W_q") or type(weight).__module__.startswith("torchao.")
+    if packed:
+        try:
+            return Dequantized(layer)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # torchao's NF4Tensor has a `dequantize` that takes other arguments; its forward works
+            pass
+    if isinstance(weight, Tensor) and weight.dtype in FLOATS and not packed and not hasattr(layer, "qweight"):
         if isinstance(layer, (Conv1D, nn.Embedding)):
             return Dense(weight, Tensor.t)
         if getattr(layer, "groups", 1) > 1:

@@ -4,8 +4,8 @@ Three things differ between the two, all of them in cases where PEFT's `use_dora
 one:
 
 - the magnitude's key: "...lora_magnitude_vector.weight" or, as PEFT writes it, "...lora_magnitude_vector";
-- tied rows (zero rows of W0): saved with m = v, and where v is still 0 with a tiny entry in B, so that PEFT divides by
-  something;
+- tied rows (zero rows of W0): saved with m = v, and where v is still 0 with a small entry in B, so that PEFT divides by
+  something (peft_rows.py); the config says which rows these are (ties.py), and loading takes the entries out again;
 - grouped convolutions: PEFT's norm is not that of the composed kernel, so m is rescaled by the ratio of the two.
 """
 
@@ -16,96 +16,128 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional, norms
+from . import functional, norms, peft_rows, ties
+from .offload import at_hand
+from .row_ranges import bare, recorded, to_ranges
 
 MAGNITUDE = "lora_magnitude_vector"
-# The norm of a row that is 0 in W0 and in the adapter. Its square must not underflow in fp32.
-TINY = 1e-12
-
-
-def _layers(model: nn.Module, adapter: str) -> list[tuple[str, Any]]:
-    return [(n, m) for n, m in model.named_modules() if adapter in getattr(m, MAGNITUDE, {}) and hasattr(m, "_norms")]
 
 
 def to_checkpoint(
-    model: nn.Module, adapter: str, tensors: dict[str, Tensor], key: str, infix: str | None = None
+    model: nn.Module, adapter: str, tensors: dict[str, Tensor], config: Any, infix: str | None = None
 ) -> dict[str, Tensor]:
-    """The tensors to save, from those of the model.
+    """The tensors to save, from those of the model; `config` learns which rows are tied, for its own file.
 
     Args:
         tensors: One adapter's tensors, named as in the model's state dict.
-        key: "weight" or "peft", DoraConfig.magnitude_key.
+        config: The adapter's DoraConfig.
         infix: What stands between attribute and "weight" in the names: the adapter's name, or nothing where it has been
             removed.
     """
     infix = f".{adapter}" if infix is None else infix
     out = dict(tensors)
-    for name, layer in _layers(model, adapter):
+    tied_rows, filled_rows, complete = {}, {}, True
+    for name, layer in ties.layers(model, adapter):
         name = name.removeprefix("_fsdp_wrapped_module.")
         prefix = f"{name}." if name else ""
         m_key = f"{prefix}{MAGNITUDE}{infix}.weight"
-        if m_key not in out:
+        if m_key not in out or out[m_key].is_meta:
+            complete = False
             continue
-        magnitude = out[m_key]
-        if not magnitude.is_meta:
-            out.update(_readable_by_peft(layer, adapter, prefix, infix, out))
-        if key == "peft":
+        with at_hand(layer.get_base_layer()):
+            changed, tied, filled = _readable_by_peft(layer, adapter, prefix, infix, out)
+        out.update(changed)
+        if tied is not None:
+            tied_rows[bare(name)] = to_ranges(tied)
+        if filled is not None and bool(filled.any()):
+            filled_rows[bare(name)] = to_ranges(filled)
+        if config.magnitude_key == "peft":
             out[m_key.removesuffix(".weight")] = out.pop(m_key)
+    config.tied_rows, config.filled_rows = (tied_rows, filled_rows) if complete else (None, None)
     return out
 
 
 def _readable_by_peft(
     layer: Any, adapter: str, prefix: str, infix: str, tensors: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """The tensors of one layer that have to differ from the model's."""
+) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+    """The tensors of one layer that have to differ from the model's, its tied rows, and those with an entry for PEFT.
+
+    Everything is computed from `tensors`: they may be others than the model's own (an average, a gathered state dict).
+    """
     grouped = getattr(layer.get_base_layer(), "groups", 1) > 1
     known = layer._norms.get(adapter)
-    if known is not None and known.settled and known.tied is None and not grouped:
-        return {}  # also keeps a sharded model, whose state dict was gathered, from being asked for its norm
-    m_key = f"{prefix}{MAGNITUDE}{infix}.weight"
-    norm: Any = norms.weight_norm(layer, adapter)
-    changed = {}
-    magnitude = tensors[m_key].detach().clone()
-    if norm.tied is not None:
-        flat, value = magnitude.view(-1), norm.value.to(magnitude)
-        tied = norm.tied.to(magnitude.device)
-        flat[tied] = value[tied]
-        empty = tied & (value <= TINY)
-        if bool(empty.any()):
-            flat[empty] = TINY
-            changed.update(_fill_empty_rows(layer, adapter, prefix, infix, tensors, empty))
-        changed[m_key] = magnitude
+    if known is None or not known.settled:
+        known = norms.weight_norm(layer, adapter)
+    tied = known.tied
+    if tied is None and not grouped:
+        return {}, None, None  # also keeps a sharded model from being asked for its norm
+    a_key, b_key, m_key = _keys(prefix, infix, tensors)
+    lora_A, lora_B, magnitude = tensors[a_key], tensors[b_key], tensors[m_key].detach().clone()
+    tied = None if tied is None else tied.to(magnitude.device)
+    half = peft_rows.in_half(layer, lora_A, lora_B, magnitude)
     if grouped:
-        ratio = _peft_grouped_norm(layer, adapter) / norm.value
-        changed[m_key] = magnitude * ratio.to(magnitude).view(magnitude.shape)
-    return changed
+        c = magnitude.flatten() / _grouped_norm(layer, adapter, lora_A, lora_B).to(magnitude)
+        norm = _peft_grouped_norm(layer, adapter, lora_A, lora_B)
+        c = c if tied is None else torch.where(tied, torch.ones_like(c), c)
+    elif tied is not None:
+        norm = _norms_of(layer, adapter, (lora_A, lora_B), tied)
+    changed, filled = {}, None
+    if tied is not None and bool((empty := tied & (norm.to(tied.device) <= peft_rows.limit(half))).any()):
+        fill = peft_rows.fill_grouped if grouped else peft_rows.fill
+        new_A, new_B, filled = fill(layer, adapter, lora_A, lora_B, empty, half)
+        changed = {a_key: new_A, b_key: new_B}
+        norm = (
+            _peft_grouped_norm(layer, adapter, new_A, new_B)
+            if grouped
+            else _norms_of(layer, adapter, (new_A, new_B), tied)
+        )
+    if grouped:
+        changed[m_key] = (c.to(norm) * norm).to(magnitude).view(magnitude.shape)
+    elif tied is not None:
+        magnitude.view(-1)[tied] = norm.to(magnitude)[tied]
+        changed[m_key] = magnitude
+    return changed, tied, filled
 
 
-def _fill_empty_rows(
-    layer: Any, adapter: str, prefix: str, infix: str, tensors: dict[str, Tensor], empty: Tensor
-) -> dict[str, Tensor]:
-    """B with an entry in each empty row that makes ||s B A|| = TINY there (and A, should it be all zero)."""
+def _keys(prefix: str, infix: str, tensors: dict[str, Tensor]) -> tuple[str, str, str]:
+    """The names of a layer's A, B and m; those of an embedding are parameters, without ".weight"."""
     a_key, b_key = f"{prefix}lora_A{infix}.weight", f"{prefix}lora_B{infix}.weight"
-    if a_key not in tensors:  # parameters of an embedding, without ".weight"
+    if a_key not in tensors:
         a_key, b_key = f"{prefix}lora_embedding_A{infix}", f"{prefix}lora_embedding_B{infix}"
-    lora_A, lora_B = tensors[a_key].detach().clone(), tensors[b_key].detach().clone()
-    scaling = abs(float(layer.scaling[adapter])) or 1.0
-    row = lora_A.flatten(1).norm(dim=1).argmax()
-    length = lora_A[row].norm().item()
-    if length == 0:
-        lora_A[row].view(-1)[0] = length = TINY
-        lora_B[empty] = 0
-    lora_B[empty, row] = TINY / (scaling * length)
-    return {a_key: lora_A, b_key: lora_B}
+    return a_key, b_key, f"{prefix}{MAGNITUDE}{infix}.weight"
 
 
-def from_checkpoint(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _norms_of(layer: Any, adapter: str, factors: tuple[Tensor, Tensor], tied: Tensor) -> Tensor:
+    """v [out] for tied rows and these factors; other rows hold anything."""
+    zero = ties.zero_rows(layer)
+    if zero is None:  # a sharded weight, whose tied rows are zero
+        zero = tied
+    zero = zero.to(tied.device)
+    norm = torch.zeros(tied.shape, device=tied.device, dtype=layer.base_weight().dtype)
+    norm[tied & zero] = ties.change_norm(layer, adapter, factors, tied & zero).to(norm)
+    other = tied & ~zero  # the adapter was trained on another base, where they were zero
+    if bool(other.any()):
+        value: Any = norms.weight_norm(layer, adapter).value
+        norm[other] = value.to(norm)[other]
+    return norm
+
+
+def from_checkpoint(model: nn.Module, adapter: str, tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     """The tensors to load, named without the adapter, from a checkpoint of ours or of PEFT's `use_dora`.
 
+    Which rows are tied is settled here: by what the folder's config says, by the tensors where it says nothing.
+
+    Args:
+        tensors: As read from the file.
+        config: The DoraConfig that belongs to them.
+
     Raises:
-        ValueError: A magnitude or factor is missing, not floating point, or not finite; nothing has been loaded then.
+        ValueError: A magnitude or factor is missing, not floating point, or not finite, or the config names rows that
+            a layer does not have; nothing has been loaded then.
     """
     out = {f"{k}.weight" if k.endswith(MAGNITUDE) else k: v for k, v in tensors.items()}
+    layers = ties.layers(model, adapter)
+    modules = {bare(name) for name, _ in layers}
     problems: dict[str, list[str]] = {}
     for key, tensor in out.items():
         if "lora_" not in key:
@@ -114,7 +146,15 @@ def from_checkpoint(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) 
             problems.setdefault(f"have dtype {tensor.dtype} instead of a floating point one", []).append(key)
         elif not tensor.is_meta and not torch.isfinite(tensor).all():
             problems.setdefault("hold NaN or infinite values", []).append(key)
-    for name, _ in _layers(model, adapter):
+    rows = {}
+    for name, layer in layers:
+        try:
+            rows[name] = [
+                recorded(record, bare(name), layer.out_features, modules)
+                for record in (config.tied_rows, config.filled_rows)
+            ]
+        except ValueError as error:
+            problems.setdefault(f"have other rows than the config's tied_rows, {error}", []).append(name)
         name = name.removeprefix("_fsdp_wrapped_module.")
         prefix = next(
             (p for p in (name, f"base_model.model.{name}") if any(k.startswith(f"{p}.lora_") for k in out)), None
@@ -132,22 +172,83 @@ def from_checkpoint(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) 
             f"lora_magnitude_vector for every adapted module, found: {found}. Nothing was loaded. Use an intact DoRA "
             "checkpoint, or load a plain LoRA adapter with peft.LoraConfig."
         )
-    for name, layer in _layers(model, adapter):
-        layer._norms[adapter] = norms.Norm()  # tied rows are read off the loaded tensors at the next use
-        if getattr(layer.get_base_layer(), "groups", 1) > 1:
-            for prefix in (f"{name}.", f"base_model.model.{name}."):
-                if f"{prefix}{MAGNITUDE}.weight" in out:
-                    _undo_grouped(layer, adapter, prefix, out)
+    for name, layer in layers:  # a layer that nothing is loaded into stays as it is, with the rows that are tied now
+        keys = keys_of(f"{name}.", out)
+        _keep_dtypes(layer, adapter, keys, out)
+        _bring_in(layer, adapter, tuple(out.get(key) for key in keys))
+        if _fits(layer, adapter, tuple(out.get(key) for key in keys)):
+            with at_hand(layer.get_base_layer()):
+                _load_layer(layer, adapter, keys, out, *rows[name])
     return out
 
 
-def _undo_grouped(layer: Any, adapter: str, prefix: str, tensors: dict[str, Tensor]) -> None:
-    """PEFT's magnitude of a grouped convolution to that of the composed kernel, for the factors being loaded."""
-    factors = (tensors[f"{prefix}lora_A.weight"], tensors[f"{prefix}lora_B.weight"])
-    magnitude = tensors[f"{prefix}{MAGNITUDE}.weight"]
-    true_norm = _grouped_norm(layer, adapter, *factors)
-    ratio = true_norm / _peft_grouped_norm(layer, adapter, *factors)
-    tensors[f"{prefix}{MAGNITUDE}.weight"] = magnitude * ratio.to(magnitude).view(magnitude.shape)
+def keys_of(prefix: str, tensors: dict[str, Tensor]) -> tuple[str, str, str]:
+    """The names of a layer's A, B and m in a checkpoint, which may have PeftModel's prefix or not."""
+    found = _keys(prefix, "", tensors)
+    return found if found[0] in tensors else _keys(f"base_model.model.{prefix}", "", tensors)
+
+
+def _keep_dtypes(layer: Any, adapter: str, keys: tuple[str, ...], tensors: dict[str, Tensor]) -> None:
+    """With low_cpu_mem_usage the tensors of the file become the parameters: in the dtype that these were made in."""
+    own = (*layer.factor_parameters(adapter), layer.magnitude(adapter))
+    for key, parameter in zip(keys, own, strict=True):
+        if parameter.is_meta and key in tensors:
+            tensors[key] = tensors[key].to(parameter.dtype)
+
+
+def _bring_in(layer: Any, adapter: str, tensors: tuple[Tensor | None, ...]) -> None:
+    """Give parameters that PEFT left on the meta device a place, as its own loading would write into nothing.
+
+    It does so over a base weight that is offloaded to disk, where it leaves them to accelerate.
+    """
+    holders: list[tuple[dict[str, Any], str]] = []
+    for names in (("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B"), (MAGNITUDE,)):
+        held = next(m for name in names if adapter in (m := getattr(layer, name)))
+        own = held[adapter]
+        holders.append((held._parameters, adapter) if isinstance(own, nn.Parameter) else (own._parameters, "weight"))
+    for (parameters, name), tensor in zip(holders, tensors, strict=True):
+        old = parameters[name]
+        if old.is_meta and tensor is not None and not tensor.is_meta and tensor.shape == old.shape:
+            empty = torch.empty(old.shape, dtype=old.dtype, device=tensor.device)
+            parameters[name] = nn.Parameter(empty, requires_grad=old.requires_grad)
+
+
+def _fits(layer: Any, adapter: str, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether PEFT will load A, B and m; it refuses or skips those of another shape."""
+    own = (*layer.factor_parameters(adapter), layer.magnitude(adapter))
+    return all(t is not None and not t.is_meta and t.shape == o.shape for t, o in zip(tensors, own, strict=True))
+
+
+def _load_layer(
+    layer: Any,
+    adapter: str,
+    keys: tuple[str, str, str],
+    tensors: dict[str, Tensor],
+    tied: Tensor | bool | None,
+    filled: Tensor | bool | None,
+) -> None:
+    """Undo in `tensors` what was done for plain PEFT, and settle which rows are tied."""
+    a_key, b_key, m_key = keys
+    in_file = tensors[a_key], tensors[b_key]
+    factors = in_file
+    if layer.magnitude_only.get(adapter):
+        factors = torch.zeros_like(in_file[0]), torch.zeros_like(in_file[1])
+    elif not isinstance(filled, bool):
+        factors = peft_rows.take_out(*in_file, filled)
+    tensors[a_key], tensors[b_key] = factors
+    if getattr(layer.get_base_layer(), "groups", 1) > 1:
+        if layer.original_weight().is_meta:
+            raise ValueError(
+                f"Cannot load the magnitudes of the grouped convolution '{layer.name}': converting them from PEFT's "
+                "norm needs its weight, which is on the meta device. Load the base model with its convolutions in "
+                "memory, not on disk, or load the base weights before the adapter."
+            )
+        # PEFT's magnitude, for the factors in the file, to that of the composed kernel
+        magnitude = tensors[m_key]
+        theirs = _peft_grouped_norm(layer, adapter, *in_file)
+        ratio = _grouped_norm(layer, adapter, *factors) / theirs.clamp(min=1e-30)
+        tensors[m_key] = magnitude * ratio.to(magnitude).view(magnitude.shape)
+    ties.settle(layer, adapter, tied, factors, tensors[m_key])
 
 
 @torch.no_grad()
@@ -155,7 +256,7 @@ def _grouped_norm(layer: Any, adapter: str, lora_A: Tensor, lora_B: Tensor) -> T
     weight, base = layer.base_weight(), norms.base_squared(layer)
     matrix_A, matrix_B = layer.as_matrices(lora_A, lora_B)
     squared = functional.norm_squared(weight, base, matrix_A.to(base), matrix_B.to(base), float(layer.scaling[adapter]))
-    return squared.clamp_(min=0).sqrt_()
+    return torch.maximum(squared.clamp_(min=0).sqrt_(), functional.floor(base))
 
 
 @torch.no_grad()

@@ -14,10 +14,13 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from ._files import atomic_write_text
+from .row_ranges import checked_record
 
 # The key inside `auto_mapping` under which our own fields travel: plain PEFT keeps unknown entries there silently,
 # while an unknown top-level key makes it warn. Its presence marks a folder as written by this package.
 MARKER = "dora_peft"
+# Our entries that describe the saved tensors instead of the adapter's options, so that they are no fields.
+ROW_RECORDS = ("tied_rows", "filled_rows")
 
 # LoraConfig fields that have no meaning for DoRA, with the reason. They are accepted at PEFT's default only.
 REFUSED = {
@@ -233,6 +236,7 @@ class DoraConfig(PeftConfig):
             own["target_modules"], own["rank_pattern"] = out["target_modules"], dict(self.rank_pattern)
             out["target_modules"] = _jsonable(_union(self.target_modules, self.magnitude_only_modules))
             out["rank_pattern"] = {**self.magnitude_only_ranks, **self.rank_pattern}
+        own.update({name: record for name in ROW_RECORDS if (record := getattr(self, name)) is not None})
         out["peft_type"], out["use_dora"] = "LORA", True
         out["auto_mapping"] = {**(self.auto_mapping or {}), MARKER: own}
         return out
@@ -241,6 +245,27 @@ class DoraConfig(PeftConfig):
     def magnitude_only_ranks(self) -> dict[str, int]:
         """Rank patterns (exact names) of the magnitude-only modules that were found in the model."""
         return self.__dict__.setdefault("_magnitude_only_ranks", {})
+
+    @property
+    def tied_rows(self) -> dict[str, list[list[int]]] | None:
+        """Rows whose magnitude follows their norm, {module: [[start, stop], ...]}, as of the last saving or loading.
+
+        None where that is not known: the adapter has not been saved yet, or its folder is not ours. See ties.py.
+        """
+        return self.__dict__.get("_tied_rows")
+
+    @tied_rows.setter
+    def tied_rows(self, record: dict[str, list[list[int]]] | None) -> None:
+        self.__dict__["_tied_rows"] = None if record is None else checked_record(record, "tied_rows")
+
+    @property
+    def filled_rows(self) -> dict[str, list[list[int]]] | None:
+        """Tied rows where the saved B has an entry that plain PEFT needs and we take out again, in the same form."""
+        return self.__dict__.get("_filled_rows")
+
+    @filled_rows.setter
+    def filled_rows(self, record: dict[str, list[list[int]]] | None) -> None:
+        self.__dict__["_filled_rows"] = None if record is None else checked_record(record, "filled_rows")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json`, in one rename."""
@@ -277,6 +302,8 @@ class DoraConfig(PeftConfig):
         config = cls(auto_mapping=auto_mapping or None, **{k: v for k, v in kwargs.items() if k in known})
         if "rank_pattern" in own:  # the file has more entries than ours: those of the magnitude-only modules
             config.magnitude_only_ranks.update({k: v for k, v in in_file.items() if k not in config.rank_pattern})
+        for name in ROW_RECORDS:
+            setattr(config, name, own.get(name))
         return config
 
     @classmethod

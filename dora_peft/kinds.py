@@ -96,7 +96,7 @@ class Linear(DoraLayer, nn.Module):
         p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
         lora_A, lora_B = self.factor_parameters(adapter)
         bias = self._bias()
-        base_out = None if weight is not None else self.base_layer(x, *args, **kwargs)
+        base_out = None if weight is not None else self._base_output(x, *args, **kwargs)
         known = direction = None
         if not self.training and not torch.is_grad_enabled():
             known = norms.weight_norm(self, adapter)

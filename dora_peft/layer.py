@@ -8,9 +8,8 @@ that checkpoints interchange with PEFT's `use_dora`. The initial factors come fr
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft.tuners import lora
@@ -18,53 +17,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import choice, functional, merging, norms, reference
+from . import choice, functional, input_gradient, merge_checks, merging, norms, offload, reference, ties
+from .base_checks import check_creatable
 from .base_weight import BaseWeight, base_weight, unpack_for_training
 from .config import DoraConfig
+from .magnitude import Magnitude, warn_about_low_precision
 from .ops.kept_output import Outputs, version
 
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
 # Base layers that wrap nothing and hold their weight in `weight`.
 _LEAVES = {nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D}
-
-
-class Magnitude(nn.Module):
-    """m of one adapter as a module with `.weight`, the form that FSDP's wrap policy and checkpoint loaders expect.
-
-    `.half()` and `.to(torch.bfloat16)` move it but leave its dtype: in bf16 a whole run changes m by less than one
-    rounding step.
-    """
-
-    instances: ClassVar[weakref.WeakSet[Magnitude]] = weakref.WeakSet()
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(value)
-        self.instances.add(self)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.instances.add(self)  # copied or unpickled
-
-    @classmethod
-    def all(cls) -> list[Magnitude]:
-        """Every one there is."""
-        while True:
-            try:
-                return list(cls.instances)
-            except RuntimeError:  # another thread has just made or copied a model
-                continue
-
-    def cast(self, dtype: torch.dtype) -> None:
-        """Change the dtype, low precision included: on explicit request only."""
-        self.weight = nn.Parameter(self.weight.detach().to(dtype), requires_grad=self.weight.requires_grad)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Magnitude:
-        def keep_precision(tensor: Tensor) -> Tensor:
-            new = fn(tensor)
-            return tensor.to(new.device) if new.dtype in _LOW_PRECISION else new
-
-        return super()._apply(keep_precision, recurse)
 
 
 class DoraLayer(BaseTunerLayer):
@@ -116,6 +77,10 @@ class DoraLayer(BaseTunerLayer):
         self._shortcut: Any = None
         # the unmerged weight parameter while adapters are merged; in a tuple, so that it is not registered
         self._original: tuple[nn.Parameter] | None = None
+        # where else the model uses the base module, without the adapter; found out by DoraModel
+        self.other_names: list[str] = []
+        # what has been said about the model already; its layers share one set
+        self.notices: set[str] = set()
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config=config, **kwargs)
 
@@ -185,42 +150,89 @@ class DoraLayer(BaseTunerLayer):
         """The seam to another weight in the place of the base layer's."""
         return base_weight(self.get_base_layer(), self.name, weight)
 
+    def settle_late(self, adapter: str) -> None:
+        """Find out which rows are tied, for an adapter that was loaded while W0 was not here."""
+        with offload.at_hand(self.get_base_layer()):
+            ties.settle_late(self, adapter)
+
     # ---- creation
 
     def update_layer(
         self, adapter_name: str, *, r: int, lora_alpha: float, config: DoraConfig, magnitude_only: bool = False
     ) -> None:
-        """Create an adapter on this layer: factors from PEFT's initialisation, m = ||W0 + s B A||."""
-        weight = self.base_weight()  # raises for a base layer that cannot be adapted, before anything is created
-        self._check_rank(r, weight)
-        initialised = self._peft_factors(adapter_name, r, lora_alpha, config, magnitude_only)
-        self.r[adapter_name] = r
-        self.lora_alpha[adapter_name] = lora_alpha
-        self.scaling[adapter_name] = initialised.scaling[adapter_name]
-        self.use_rslora[adapter_name] = config.use_rslora
-        self.detach_norm[adapter_name] = config.detach_norm
-        self.dropout_mode[adapter_name] = config.dropout_mode
-        self.magnitude_only[adapter_name] = magnitude_only
-        # an adapter added to a model in evaluation must not drop
-        self.lora_dropout[adapter_name] = initialised.lora_dropout[adapter_name].train(self.training)
-        for names in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
-            created = getattr(initialised, names)
-            if adapter_name in created:
-                getattr(self, names)[adapter_name] = created[adapter_name]
-        factors = self.factor_parameters(adapter_name)
-        if magnitude_only:
-            with torch.no_grad():
-                for factor in factors:
-                    factor.zero_()
+        """Create an adapter on this layer: factors from PEFT's initialisation, m = ||W0 + s B A||.
 
-        shape = self._magnitude_shape(weight.out_features)
-        if weight.device.type == "meta" or any(factor.is_meta for factor in factors):
-            self.lora_magnitude_vector[adapter_name] = Magnitude(torch.empty(shape, dtype=weight.dtype, device="meta"))
-            self._norms.pop(adapter_name, None)
-        else:
-            value = norms.initial(self, adapter_name)
-            self.lora_magnitude_vector[adapter_name] = Magnitude(value.reshape(shape).clone())
+        Raises:
+            ValueError: The base layer cannot be adapted, or not with this rank or initialisation. Nothing is created
+                then.
+        """
+        base = self.get_base_layer()
+        check_creatable(base, self.name, config.init_lora_weights)
+        self._check_rank(r, self.base_weight())
+        with offload.at_hand(base):
+            weight = self.base_weight()
+            zero = ties.rows_to_keep_zero(weight, config.init_lora_weights)
+            initialised = self._peft_factors(adapter_name, r, lora_alpha, config, magnitude_only)
+            self.r[adapter_name] = r
+            self.lora_alpha[adapter_name] = lora_alpha
+            self.scaling[adapter_name] = initialised.scaling[adapter_name]
+            self.use_rslora[adapter_name] = config.use_rslora
+            self.detach_norm[adapter_name] = config.detach_norm
+            self.dropout_mode[adapter_name] = config.dropout_mode
+            self.magnitude_only[adapter_name] = magnitude_only
+            # an adapter added to a model in evaluation must not drop
+            self.lora_dropout[adapter_name] = initialised.lora_dropout[adapter_name].train(self.training)
+            for names in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+                created = getattr(initialised, names)
+                if adapter_name in created:
+                    getattr(self, names)[adapter_name] = created[adapter_name]
+            factors = self.factor_parameters(adapter_name)
+            if base_dtype := self._base_dtype():
+                for factor in factors:
+                    if factor.is_meta:  # PEFT gives real ones the base's dtype, from which autocasting starts
+                        factor.data = factor.data.to(base_dtype)
+            if magnitude_only:
+                with torch.no_grad():
+                    for factor in factors:
+                        factor.zero_()
+            if zero is not None:
+                ties.keep_zero(self._as_matrix(base.weight), factors[1], zero)
+
+            shape = self._magnitude_shape(weight.out_features)
+            if weight.device.type == "meta" or any(factor.is_meta for factor in factors):
+                value = torch.empty(shape, dtype=weight.dtype, device="meta")
+                self._norms.pop(adapter_name, None)
+            else:
+                value = norms.initial(self, adapter_name).reshape(shape).clone()
+            self.lora_magnitude_vector[adapter_name] = Magnitude(value)
+        self._keep_resident(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _base_dtype(self) -> torch.dtype | None:
+        """The dtype of a base weight that is stored as floating point numbers, None for any other."""
+        weight = self.original_weight()
+        return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter's tensors; PEFT's own also casts them to the base's dtype, and fp32 factors lose 16 bits."""
+        if device is None:
+            weight = self.base_weight()
+            device = weight.device
+        for name in self.adapter_layer_names:
+            held = getattr(self, name)
+            if adapter_name not in held or device.type == "meta":
+                continue
+            item = held[adapter_name]
+            for parameter in [item] if isinstance(item, nn.Parameter) else item.parameters():
+                if not parameter.is_meta:
+                    parameter.data = parameter.data.to(device)
+
+    def _keep_resident(self, adapter_name: str) -> None:
+        for module in (self.lora_A, self.lora_B, self.lora_magnitude_vector):
+            if adapter_name in module:
+                offload.keep_resident(module[adapter_name])
+        offload.keep_resident(self.lora_embedding_A)
+        offload.keep_resident(self.lora_embedding_B)
 
     def _check_rank(self, r: int, weight: BaseWeight) -> None:
         # Beyond the longer side a rank is surely a mistake; up to there it only wastes parameters (a router of 8
@@ -301,7 +313,7 @@ class DoraLayer(BaseTunerLayer):
         return functional.scale(self.magnitude(adapter).view(-1), value, tied)
 
     def _tied(self, adapter: str) -> Tensor | None:
-        """The rows whose magnitude follows their norm [out, bool]."""
+        """The rows whose magnitude follows their norm [out, bool], None if there are none."""
         norm = self._norms.get(adapter)
         if norm is None or not norm.settled:
             if choice.transforming() or choice.tracing():
@@ -376,6 +388,9 @@ class DoraLayer(BaseTunerLayer):
         adapters = [name for name in self.active_adapters if name in present]
         if self.merged or not adapters:
             return self.base_layer(x, *args, **kwargs)
+        if self.training and not torch.compiler.is_compiling():
+            for adapter in adapters:
+                warn_about_low_precision(self, adapter)
         if len(adapters) == 1 and not self._drops_base(adapters[0]) and not choice.by_autograd():
             return self.adapt_fast(adapters[0], x, *args, **kwargs)
         if len(adapters) == 1 and not args and not kwargs and torch.compiler.is_compiling():
@@ -438,11 +453,18 @@ class DoraLayer(BaseTunerLayer):
         if weight is not None:
             z = self._multiply(x, weight)
             return z, z.dtype
-        out, bias = self.base_layer(x, *args, **kwargs), self._bias()
+        out, bias = self._base_output(x, *args, **kwargs), self._bias()
         if bias is None:
             return out, out.dtype
         wide = torch.promote_types(out.dtype, torch.float32)
         return out.to(wide) - bias.to(wide), out.dtype
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base layer gives, with the right gradient for x. Not to be changed in place."""
+        base = self.get_base_layer()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not input_gradient.gives_gradient(base):
+            return input_gradient.call(self.base_layer, self.base_weight, x, *args, **kwargs)
+        return self.base_layer(x, *args, **kwargs)
 
     def _pinned_product(self, args: Any, kwargs: Any) -> Callable[[Tensor], tuple[Tensor, torch.dtype]]:
         """`_base_product` of x by the base weight of this moment: a backward pass may come after it was exchanged."""
@@ -514,7 +536,10 @@ class DoraLayer(BaseTunerLayer):
 
     def _bias(self) -> Tensor | None:
         """b in the shape that broadcasts against the layer's output."""
-        bias = getattr(self.get_base_layer(), "bias", None)
+        base = self.get_base_layer()
+        bias = getattr(base, "bias", None)
+        if bias is not None and bias.is_meta:
+            bias = offload.read(base, "bias")
         return None if bias is None else self._per_channel(bias)
 
     def _per_channel(self, vector: Tensor) -> Tensor:
@@ -553,17 +578,17 @@ class DoraLayer(BaseTunerLayer):
             safe_merge: Refuse a result that is not finite, before the base layer is touched.
             adapter_names: The active ones if None.
             offload_original: Keep the original on the CPU until `unmerge` (dense base weights only).
+
+        Raises:
+            NotImplementedError: The weight cannot be written, see `check_mergeable`.
+            ValueError: With `safe_merge`, the merged weight is not finite. The base layer is as before in either case.
         """
         names = check_adapters_to_merge(self, adapter_names)
         names = [name for name in names if name in self.lora_magnitude_vector]
         if not names:
             return
+        self.check_mergeable()
         weight = self.base_weight()
-        if not weight.mergeable or not self._mergeable():
-            raise NotImplementedError(
-                f"Merging is not supported for module '{self.name}' ({type(self.get_base_layer()).__name__}): "
-                f"{self._merge_obstacle()} Use the adapter unmerged."
-            )
         rows = self._merged_rows(self.merged_adapters + names, weight)
         finite = True
 
@@ -590,6 +615,23 @@ class DoraLayer(BaseTunerLayer):
             self._original = (original,)
         self._set_weight(replacement)
         self.merged_adapters.extend(names)
+
+    def adapters_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        """Those of the given adapters, or of the active ones if None, that `merge` would write."""
+        names = self.active_adapters if adapter_names is None else adapter_names
+        return [n for n in names if n in self.lora_magnitude_vector and n not in self.merged_adapters]
+
+    def check_mergeable(self, *, brought_in: bool = True) -> None:
+        """Nothing where a merged weight can be written and stays.
+
+        Args:
+            brought_in: Whether an offloaded weight should be here already.
+
+        Raises:
+            NotImplementedError: It cannot: quantised without a way back, computed from other tensors, not here, or of a
+                module that the model also calls without the adapter.
+        """
+        merge_checks.check_mergeable(self, brought_in)
 
     def unmerge(self) -> None:
         """Restore the original weight parameter, bit for bit."""

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import (
     BaseTuner,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
+    onload_layer,
     replicate_layers,
 )
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper, save_and_load
@@ -23,12 +24,13 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
-from . import merging, norms
+from . import merge_checks, merging, norms
 from .checkpoint import from_checkpoint, to_checkpoint
 from .config import DoraConfig
 from .kinds import layer_class
 from .layer import DoraLayer
 from .ops.kept_output import Report
+from .row_ranges import bare, to_mask
 
 # Modules whose weight these architectures use without calling the module, so that an adapter would never run
 # (peft.tuners.tuners_utils._check_lora_target_modules_mamba, which looks at PEFT's own types only).
@@ -63,6 +65,12 @@ class DoraModel(BaseTuner):
             # PEFT 0.20 overlooks this in a second adapter
             if not found and config.target_modules != DUMMY_TARGET_MODULES:
                 raise ValueError(f"Target modules {config.target_modules} not found in the base model.")
+            layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, DoraLayer)]
+            merge_checks.note_other_names(model, layers)
+            reports = [layer._outputs.report for _, layer in layers if layer._outputs.report is not None]
+            report = reports[0] if reports else Report()
+            for _, layer in layers:  # what is said once per model
+                layer.notices, layer._outputs.report = layers[0][1].notices, report
         except Exception as error:
             undo()
             if isinstance(error, ValueError) and "not found in the base model" in str(error):
@@ -72,11 +80,6 @@ class DoraModel(BaseTuner):
                     "target_modules='all-linear' takes every linear layer but the output layer."
                 ) from error
             raise
-        layers = [m for m in model.modules() if isinstance(m, DoraLayer)]
-        reports = [layer._outputs.report for layer in layers if layer._outputs.report is not None]
-        report = reports[0] if reports else Report()
-        for layer in layers:
-            layer._outputs.report = report  # one warning for the model
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and peft_config.magnitude_only_modules:
@@ -174,8 +177,7 @@ class DoraModel(BaseTuner):
             if isinstance(layer, DoraLayer) and adapter_name in layer.lora_magnitude_vector:
                 dtype = layer.factor_parameters(adapter_name)[0].dtype
                 magnitude: Any = layer.lora_magnitude_vector[adapter_name]
-                if magnitude.weight.dtype != dtype:
-                    magnitude.cast(dtype)
+                magnitude.cast(dtype)
 
     # ---- mixed batches
 
@@ -211,21 +213,28 @@ class DoraModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         with warnings.catch_warnings():
-            # PEFT warns that merging a tied table leads to complications; here it is untied, and said below
+            # PEFT warns that merging a tied table leads to complications; here it is untied, and said so
             warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")
             super()._check_merge_allowed()
-        shared: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            shared.setdefault(id(parameter), []).append(name)
-        for module in self.model.modules():
-            if isinstance(module, DoraLayer) and not module.merged:
-                names = shared.get(id(module.original_weight()), [])
-                if len(names) > 1:
-                    warnings.warn(
-                        f"Merging unties module '{module.name}': its weight is shared ({', '.join(sorted(names))}), "
-                        "and only the adapted module gets the merged one. Unmerging ties them again.",
-                        stacklevel=2,
-                    )
+
+    def _prepare_merge(self, adapter_names: list[str] | None, for_good: bool) -> list[DoraLayer]:
+        """The layers that merging these adapters will write to.
+
+        Raises:
+            NotImplementedError: One of them cannot be merged. Nothing has been touched.
+        """
+        self._check_merge_allowed()
+        layers = [(n, m) for n, m in self.model.named_modules() if isinstance(m, DoraLayer)]
+        merge_checks.note_other_names(self.model, layers)
+        concerned = [layer for _, layer in layers if layer.adapters_to_merge(adapter_names)]
+        for layer in concerned:
+            layer.check_mergeable(brought_in=False)
+        owners = merge_checks.owners_of_weights(self.model)
+        for layer in concerned:
+            shared = owners.get(id(layer.original_weight()), [])
+            if len(shared) > 1 and not layer.merged:
+                merge_checks.warn_of_untying(layer, shared, for_good)
+        return concerned
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, offload_original: bool = False
@@ -234,14 +243,47 @@ class DoraModel(BaseTuner):
 
         Costs a second copy of every adapted weight until then, on the same device or, with `offload_original`, on the
         CPU. `merge_and_unload` keeps none.
+
+        Args:
+            adapter_names: The active ones if None.
+            safe_merge: Refuse a result that is not finite.
+            offload_original: Keep the originals on the CPU (dense base weights only). A weight that another module
+                uses as well stays where it is.
+
+        Raises:
+            NotImplementedError: A module's weight cannot be written.
+            ValueError: With `safe_merge`, a merged weight is not finite. The model is as before in either case.
         """
-        if offload_original:
-            self._check_merge_allowed()
+        self._prepare_merge(adapter_names, for_good=False)
+        owners = merge_checks.owners_of_weights(self.model)
+        done: list[tuple[DoraLayer, list[str]]] = []
+        try:
             for module in self.model.modules():
-                if isinstance(module, DoraLayer):
-                    module.merge(safe_merge=safe_merge, adapter_names=adapter_names, offload_original=True)
-        else:
-            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+                if not isinstance(module, DoraLayer):
+                    continue
+                before = list(module.merged_adapters)
+                alone = len(owners.get(id(module.original_weight()), ())) < 2
+                with onload_layer(module):
+                    module.merge(safe_merge, adapter_names, offload_original=offload_original and alone)
+                done.append((module, before))
+        except BaseException:
+            for module, before in reversed(done):
+                if module.merged_adapters != before:
+                    with onload_layer(module):
+                        module.unmerge()
+                        module.merge(adapter_names=before)
+            raise
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._prepare_merge(adapter_names, for_good=True)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def add_weighted_adapter(
         self,
@@ -342,9 +384,8 @@ class DoraModel(BaseTuner):
                 pattern = get_pattern_key(list(config.alpha_pattern), name)
                 layer.lora_alpha[adapter_name] = config.alpha_pattern.get(pattern, config.lora_alpha)
                 layer.set_scale(adapter_name, 1.0)
-            tensors = from_checkpoint(
-                self.model, adapter_name, save_and_load.load_peft_weights(path, device=torch_device)
-            )
+            tensors = save_and_load.load_peft_weights(path, device=torch_device)
+            tensors = from_checkpoint(self.model, adapter_name, tensors, config)
             tensors = self._remap_keys(self.model, adapter_name, tensors)
             current = {n: p for n, p in self.model.named_parameters() if _is_of(n, adapter_name)}
             different = sorted(set(current) ^ set(tensors)) or sorted(
@@ -372,13 +413,13 @@ class DoraModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         tensors = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        return to_checkpoint(model, adapter_name, tensors, config.magnitude_key)
+        return to_checkpoint(model, adapter_name, tensors, config)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        tensors = from_checkpoint(model, adapter_name, state_dict)
+        tensors = from_checkpoint(model, adapter_name, state_dict, config)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, tensors)
 
     @staticmethod
@@ -396,30 +437,34 @@ class DoraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """PiSSA and its kin moved s B0 A0 out of the base weight: W_res + s B A = W0 + s (B A - B0 A0), so the factors
         of the unmutated base are [A; A0] and [B, -B0], and the magnitude stays as it is."""
-        return _subtract_initial(output_state_dict, save_and_load.load_peft_weights(path, device="cpu"))
+        return _subtract_initial(output_state_dict, save_and_load.load_peft_weights(path, device="cpu"), peft_config)
 
     def subtract_mutated_init(
         self, output_state_dict: dict[str, Tensor], adapter_name: str, kwargs: Any = None
     ) -> dict[str, Tensor]:
         """The same for PEFT 0.20, which loads the initial adapter beside the trained one."""
         initial = save_and_load.get_peft_model_state_dict(self, adapter_name=adapter_name)
-        return _subtract_initial(output_state_dict, {f"base_model.{key}": value for key, value in initial.items()})
+        initial = {f"base_model.{key}": value for key, value in initial.items()}
+        config: Any = copy.copy(self.peft_config[adapter_name])
+        # asked of this tuner, the record has its names instead of the base model's
+        config.tied_rows = {name.removeprefix("model."): rows for name, rows in (config.tied_rows or {}).items()}
+        return _subtract_initial(output_state_dict, initial, config)
 
 
-def _subtract_initial(trained: dict[str, Tensor], initial: dict[str, Tensor]) -> dict[str, Tensor]:
+def _subtract_initial(trained: dict[str, Tensor], initial: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
     out = {}
     for key, tensor in trained.items():
-        if "lora_" not in key or "lora_magnitude_vector" in key:
-            out[key] = tensor
+        module = bare(key.rpartition(".lora_")[0])
+        if "lora_" not in key or "lora_magnitude_vector" in key or _exactly(module) in config.magnitude_only_ranks:
+            out[key] = tensor  # zero factors, up to entries for plain PEFT, whose rank is not doubled
             continue
         if key not in initial:
             raise ValueError(f"Expected the initial adapter to have the tensor '{key}', found {len(initial)} others.")
         start = initial[key].to(tensor)
-        partner = key.replace("_B", "_A") if "_B" in key else key.replace("_A", "_B")
-        if not any(t.any() for t in (tensor, start, trained[partner], initial[partner])):
-            out[key] = tensor  # a magnitude-only module's zero factors, whose rank is not doubled
-            continue
         is_A = "lora_A" in key or "lora_embedding_A" in key
+        tied = None if is_A else to_mask((config.tied_rows or {}).get(module, []), start.shape[0])
+        if tied is not None:  # only the entry for plain PEFT, which could cancel the one of the trained B
+            start = torch.where(tied.to(start.device).view(-1, *(1 for _ in start.shape[1:])), 0, start)
         out[key] = torch.cat([tensor, start if is_A else -start], dim=0 if is_A else 1)
     return out
 
@@ -496,7 +541,12 @@ def _combine_layer(layer: Any, adapter_name: str, present: list[tuple[str, float
     # truncation gives fewer than `rank` rows where the layer is smaller than that
     new_A.flatten(1)[: lora_A.shape[0]].copy_(lora_A)
     new_B.flatten(1)[:, : lora_B.shape[1]].copy_(lora_B)
-    layer._norms[adapter_name] = norms.Norm(settled=True)
+    # a row that is tied in all parts has c = 1 in all, so in the sum too
+    masks = [norms.weight_norm(layer, name).tied for name, _ in present]
+    known = [mask for mask in masks if mask is not None]
+    tied = torch.stack(known).all(0) if len(known) == len(masks) else None
+    tied = tied if tied is not None and bool(tied.any()) else None
+    layer._norms[adapter_name] = norms.Norm(tied=tied, settled=True)
     magnitude = layer.magnitude(adapter_name)
     norm: Any = norms.weight_norm(layer, adapter_name)
     magnitude.view(-1).copy_(k * norm.value)

@@ -6,13 +6,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
+from dora_peft import DoraConfig, DoraLayer, functional
 from dora_peft import base_weight as base_weight_module
-from dora_peft import functional
 from dora_peft.base_weight import base_weight
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -245,6 +246,100 @@ def test_opaque_weights_of_low_precision_are_called_in_it():
     assert found.dtype == torch.float32
     matrix = (layer.qweight.bfloat16() * layer.scales[:, None]).float()
     torch.testing.assert_close(found, matrix, rtol=2e-2, atol=2e-2 * matrix.abs().max().item())
+
+
+class Computes(MapsOnly):
+    """Keeps its scales in fp16 and computes in another dtype, as AWQ's layers do in a bf16 model."""
+
+    def __init__(self, takes, computes=None):
+        super().__init__(11, 7, dtype=torch.float16)
+        self.takes, self.computes = takes, computes
+
+    def forward(self, x):
+        if x.dtype not in self.takes:
+            raise RuntimeError(f"expected one of {self.takes}, found {x.dtype}")
+        dtype = self.computes or x.dtype
+        return nn.functional.linear(x.to(dtype), (self.qweight.to(dtype) * self.scales[:, None].to(dtype)))
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("takes", "computes", "expected"),
+    [
+        ([BF16], None, BF16),
+        ([FP16], None, FP16),
+        ([FP16, BF16], None, BF16),
+        ([FP32, FP16, BF16], None, FP32),
+        ([FP32, FP16, BF16], FP16, FP16),
+        ([FP32, FP16, BF16], BF16, BF16),
+        ([], None, FP16),
+    ],
+)
+def test_the_dtype_that_an_opaque_layer_computes_in(takes, computes, expected):
+    layer = Computes(takes, computes)
+    layer.bias = None
+    assert base_weight(layer, "layer").compute_dtype == expected
+    layer.dtype = FP16
+    assert base_weight(layer, "layer").compute_dtype == FP16
+    layer.compute_dtype = BF16
+    assert base_weight(layer, "layer").compute_dtype == BF16
+
+
+def test_an_opaque_layer_is_read_alike_before_and_after_it_casts_its_scales():
+    """Some libraries cast them at the first call; a norm taken before has to be the one after a reload."""
+    layer = Computes([FP32, FP16, BF16])
+    layer.bias = None
+    before = base_weight(layer, "layer").row_norms_squared()
+    layer.scales = layer.scales.float()
+    torch.testing.assert_close(base_weight(layer, "layer").row_norms_squared(), before, rtol=1e-6, atol=0)
+
+
+def test_a_library_that_cannot_dequantise_is_read_by_its_forward():
+    class Broken(MapsOnly):
+        W_q = None
+
+        def dequantize(self):
+            raise TypeError("missing 1 required positional argument")
+
+    layer = Broken(11, 7)
+    matrix = layer.qweight.double() * layer.scales[:, None].double()
+    weight = base_weight(layer, "layer")
+    assert not weight.has_rows
+    close(weight.row_norms_squared(), matrix.square().sum(1))
+
+
+def test_running_out_of_memory_is_no_reason_to_read_it_otherwise():
+    class Large(MapsOnly):
+        W_q = None
+
+        def dequantize(self):
+            raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError):
+        base_weight(Large(11, 7), "layer")
+
+
+def partitioned(layer):
+    layer.weight = nn.Parameter(torch.empty(0))
+    layer.weight.ds_id = 3
+    return layer
+
+
+def sharded(layer):
+    layer.weight = nn.Parameter(layer.weight.detach())
+    layer.weight.device_mesh, layer.weight.placements = "mesh", "(Shard(dim=0),)"
+    return layer
+
+
+@pytest.mark.parametrize(("make", "found"), [(partitioned, "ZeRO-3"), (sharded, "sharded one")])
+@pytest.mark.parametrize("kind", [lambda: nn.Linear(4, 5), lambda: nn.Embedding(4, 5), lambda: nn.Conv1d(4, 5, 3)])
+def test_a_part_of_a_weight_is_refused_at_creation(kind, make, found):
+    model = nn.Sequential(nn.Tanh(), make(kind()))
+    with pytest.raises(ValueError, match=rf"module '1'.*whole weight.*{found}.*Create the adapter before"):
+        get_peft_model(model, DoraConfig(r=2, target_modules=["1"]))
+    assert not isinstance(model[1], DoraLayer)
 
 
 # ---- writing

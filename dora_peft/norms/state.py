@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import choice, functional
+from ..offload import at_hand
 from ..ops.content import Bits, Fingerprint
 from . import device
 
@@ -109,9 +110,7 @@ def weight_norm(
     Args:
         factors: A and B as stored, the layer's own where None; likewise the scaling s, and W0 as stored.
     """
-    norm = layer._norms.get(adapter)
-    if norm is None:
-        norm = layer._norms[adapter] = Norm()
+    norm = settle(layer, adapter)
     lora_A, lora_B = layer.factor_parameters(adapter) if factors is None else factors
     scaling = layer.scaling[adapter] if scaling is None else scaling
     stored = layer.original_weight() if weight is None else weight
@@ -124,7 +123,7 @@ def weight_norm(
         if _checking:
             _check(layer, adapter, known, lora_A, lora_B, scaling, weight)
         return known
-    with _undisturbed(lora_A.device.type):
+    with _undisturbed(lora_A.device.type), at_hand(layer.get_base_layer()):
         return _refresh(layer, adapter, norm, lora_A, lora_B, scaling, weight)
 
 
@@ -142,8 +141,6 @@ def _on_device(
         value = device.check(layer, norm, lora_A, lora_B, scaling, stored, seam)
         if value is None:
             return None
-        if not norm.settled:
-            _settle(layer, adapter, norm, base_norm(layer, weight), value)
         if norm.tied is not None and isinstance(layer.magnitude(adapter), nn.Parameter):
             norm.tied = norm.tied.to(value.device)
             device.follow(layer.magnitude(adapter), norm.tied, value)
@@ -155,7 +152,7 @@ def _on_device(
 
 def composed(layer: Any, adapter: str) -> tuple[Snapshot, Tensor | None]:
     """`weight_norm`, and W0 + s B A [out, in] if the norm had to be refreshed from it. For a weight of one block."""
-    norm = layer._norms.setdefault(adapter, Norm())
+    norm = settle(layer, adapter)
     lora_A, lora_B = layer.factor_parameters(adapter)
     scaling, known = layer.scaling[adapter], norm.known
     if known is not None and known.fits(lora_A, lora_B, scaling, layer.original_weight()) and not _checking:
@@ -225,7 +222,6 @@ def _refresh(
     base = base_norm(layer, weight)
     if value is None:
         value = _compute(layer, adapter, base.squared, lora_A, lora_B, scaling, weight)
-    _settle(layer, adapter, norm, base, value)
     if norm.tied is not None:
         norm.tied = norm.tied.to(value.device)
         _follow(layer.magnitude(adapter), norm.tied, value)
@@ -236,21 +232,15 @@ def _refresh(
     return known
 
 
-def _settle(layer: Any, adapter: str, norm: Norm, base: BaseNorm, value: Tensor) -> None:
-    """After a load that did not say which rows are tied: a zero row of W0 whose magnitude is its norm was tied."""
-    if not norm.settled:
-        magnitude = layer.magnitude(adapter).detach().flatten().to(value)
-        norm.tied = _or_none((base.squared == 0) & torch.isclose(magnitude, value, rtol=1e-4, atol=0))
-        norm.settled = True
-
-
 def settle(layer: Any, adapter: str) -> Norm:
     """The norm's record with its tied rows known."""
     norm = layer._norms.get(adapter)
-    if norm is None or not norm.settled:
-        weight_norm(layer, adapter)
-        norm = layer._norms[adapter]
-    return norm
+    if norm is not None and norm.settled:
+        return norm
+    if any(t.is_meta for t in (*layer.factor_parameters(adapter), layer.magnitude(adapter))):
+        return layer._norms.setdefault(adapter, Norm())  # nothing is here yet
+    layer.settle_late(adapter)
+    return layer._norms[adapter]
 
 
 def _follow(magnitude: Tensor, tied: Tensor, value: Tensor) -> None:
@@ -301,7 +291,7 @@ def _layers_of(module: nn.Module) -> list[Any]:
 def _check(
     layer: Any, adapter: str, known: Snapshot, lora_A: Tensor, lora_B: Tensor, scaling: float, weight: Any
 ) -> None:
-    with _undisturbed(lora_A.device.type):
+    with _undisturbed(lora_A.device.type), at_hand(layer.get_base_layer()):
         seam = layer.base_weight() if weight is None else layer.base_weight_of(weight)
         squared = seam.row_norms_squared()
         value = _compute(layer, adapter, squared, lora_A, lora_B, scaling, weight)
