@@ -3,8 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from dora_peft import DoraConfig
 from dora_peft.base_weight import base_weight
 from dora_peft.input_gradient import call, gives_gradient
 
@@ -111,3 +114,53 @@ def test_torchao_nf4_is_read_by_its_forward():
     torch.testing.assert_close(seam.row_norms_squared(), weight.square().sum(1), rtol=1e-4, atol=1e-4)
     A = torch.randn(3, 256)
     torch.testing.assert_close(seam.times(A), weight @ A.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("how", WRONG)
+def test_layers_below_train_with_the_gradient_over_the_weight(how, checkpointing):
+    """As if the base's activations were not quantised in backward; PEFT's LoRA has the same fault over such a base."""
+    torch.manual_seed(0)
+    # in and out are equal, so that two can be stacked
+    blocks = [Packed(how) for _ in range(2)]
+    for block in blocks:
+        block.in_features = block.out_features = 12
+        block.qweight = block.qweight[:, :12].contiguous()
+    model = get_peft_model(nn.Sequential(*blocks), DoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+    x = torch.randn(5, 12, requires_grad=True)
+    forward = (lambda x: checkpoint(model, x, use_reentrant=False)) if checkpointing else model
+    forward(x).square().sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None} | {"x": x.grad}
+
+    class Exact(torch.autograd.Function):
+        """The block's output with dx = g W0."""
+
+        @staticmethod
+        def forward(ctx, x, block):
+            ctx.block = block
+            return block.forward(x)
+
+        @staticmethod
+        def backward(ctx, g):
+            return g @ ctx.block.matrix().float(), None
+
+    leaf = x.detach().clone().requires_grad_()
+    y = leaf
+    leaves = {"x": leaf}
+    for number, block in enumerate(blocks):
+        layer = model.base_model.model[number]
+        A, B, m = (
+            t.detach().clone().requires_grad_()
+            for t in (layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.magnitude("default"))
+        )
+        s, base = layer.scaling["default"], block.matrix().float()
+        c = m / (base + s * B @ A).norm(dim=1).detach()
+        y = c * (Exact.apply(y, block) - block.bias + s * y @ A.T @ B.T) + block.bias
+        prefix = f"base_model.model.{number}."
+        leaves |= {f"{prefix}lora_A.default.weight": A, f"{prefix}lora_B.default.weight": B}
+        leaves[f"{prefix}lora_magnitude_vector.default.weight"] = m
+    expected = dict(zip(leaves, torch.autograd.grad(y.square().sum(), list(leaves.values())), strict=True))
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name], rtol=2e-2, atol=2e-2 * expected[name].abs().max().item())
