@@ -237,22 +237,28 @@ def measure_refresh(options: Namespace, shape: tuple[int, int], rank: int) -> It
     def refresh_all() -> None:
         """`dora_peft.refresh`, which trusts nothing that it knows, ||W0|| included."""
         dora_peft.refresh(ours)
+        adapted.scale("default")
 
     def timed(function: Callable[[], Any]) -> dict[str, float]:
         with torch.no_grad():
-            adapted.lora_B["default"].weight.mul_(1)  # an edit, which the norm's cache has to notice
+            adapted.lora_B["default"].weight[0].neg_()  # an edit, which the check has to notice
         start = clock(device)
         function()
         return {"refresh": clock(device) - start}
 
-    for function in (refresh_all, refresh_after_edit):
-        with counting(dora_peft.norm, "_update") as computed:
-            timed(function)
-        if len(computed) != 1:
-            raise RuntimeError(f"dora: expected {function.__name__} to compute one norm, found {len(computed)}.")
     with torch.no_grad():
         exact = (base.linear.weight.double() + scaling * (B.weight.double() @ A.weight.double())).norm(dim=1)
-        norms = {"peft_dora": peft_norm().double(), "dora": adapted._norms["default"].value.double()}
+        norms = {
+            "peft_dora": peft_norm().double(),
+            "dora": dora_peft.norms.weight_norm(adapted, "default").value.double(),
+        }
+    for function in (refresh_all, refresh_after_edit):
+        before = count_norms(ours)
+        with counting(dora_peft.norms.state, "_refresh") as computed:
+            timed(function)
+        found = len(computed) + count_norms(ours) - before
+        if found != 1:
+            raise RuntimeError(f"dora: expected {function.__name__} to compute one norm, found {found}.")
     setting = {
         "shape": f"{inputs}x{outputs}",
         "rank": rank,
@@ -267,6 +273,13 @@ def measure_refresh(options: Namespace, shape: tuple[int, int], rank: int) -> It
         yield summarize("refresh_ms", setting | {"base_norm": base_norm}, times["refresh"], reference="peft_dora")
 
 
+def count_norms(model: Any) -> int:
+    """The norms that devices have computed for this model: the host does not know of them."""
+    layers = (module for module in model.modules() if isinstance(module, dora_peft.DoraLayer))
+    known = (norm.device for layer in layers for norm in layer._norms.values())
+    return sum(int(device.memory.known[3]) for device in known if device is not None)
+
+
 def count_refreshes(options: Namespace, skipped: Skipped) -> Result:
     """How many norms one adapted layer computes in an optimizer step with checkpointing over four micro-batches."""
     base = build_model(options, options.dtype)
@@ -277,13 +290,15 @@ def count_refreshes(options: Namespace, skipped: Skipped) -> Result:
     for name, contender in contenders.items():
         optimizer = prepare_training(contender, "non-reentrant")
         train(contender, optimizer, batches)
+        before = count_norms(contender.module)
         with (
-            counting(dora_peft.norm, "_update") as ours,
+            counting(dora_peft.norms.state, "_refresh") as ours,
             counting(DoraLinearLayer, "get_weight_norm") as pefts,
         ):
             train(contender, optimizer, batches)
         adapted = sum(hasattr(m, "base_layer") and hasattr(m, "lora_A") for m in contender.module.modules())
-        counts[name] = [(len(ours) + len(pefts)) / max(adapted, 1)]
+        by_device = count_norms(contender.module) - before
+        counts[name] = [(len(ours) + by_device + len(pefts)) / max(adapted, 1)]
     setting = {
         "rank": options.rank[0],
         "accumulation": 4,
