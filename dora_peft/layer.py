@@ -425,7 +425,6 @@ class DoraLayer(BaseTunerLayer):
         """The output of the layer with one adapter, keeping less for the backward pass than `adapt` does."""
         if not torch.is_grad_enabled():
             return self.adapt_plainly([adapter], x, *args, **kwargs)
-        c = self._per_channel(self.scale(adapter, differentiable=True))
         product, scaling = self._pinned_product(args, kwargs), self.scaling[adapter]
         needed = [x]
         if not self.magnitude_only[adapter]:
@@ -438,9 +437,11 @@ class DoraLayer(BaseTunerLayer):
             dropped, lora_A, lora_B = branch
             return z + self._low_rank(adapter, dropped, lora_A, lora_B, scaling).to(z.dtype)
 
+        # before v is asked for: the call may compute the base weight anew, as weight_norm's hook does
         z, dtype = product(x)
         if not self.magnitude_only[adapter]:
             z = z + self._low_rank(adapter, needed[1]).to(z.dtype)
+        c = self._per_channel(self.scale(adapter, differentiable=True))
         again = functional.as_now(before_scaling, x.device.type)
         return functional.compose_keeping_output(z, c, self._bias(), dtype, again, self._outputs, *needed)
 

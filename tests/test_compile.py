@@ -151,8 +151,15 @@ def test_a_recording_computes_the_norm_of_what_it_is_given(how, warm):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.cached_norms
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize(
+    ("detach", "backend"),
+    [
+        (True, "aot_eager"),
+        (False, "aot_eager"),
+        (True, "inductor"),
+        pytest.param(False, "inductor", marks=pytest.mark.slow),
+    ],
+)
 def test_two_forward_passes_before_a_backward_pass(detach, backend):
     """A graph keeps the v that it was made with, though A changed since."""
     eager, model = (made("branch" if detach else "full gradient") for _ in range(2))

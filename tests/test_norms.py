@@ -618,3 +618,28 @@ def test_evaluation_by_its_shortcut_respects(state, model):
             layer.get_base_layer().register_forward_hook(lambda *_: seen.append(1))
             torch.testing.assert_close(layer(x), adapted)
             assert seen
+
+
+# ---- base weights that are computed
+
+
+@pytest.mark.cached_norms
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm], ids=["hook", "param"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning", "ignore:Unsupported layer type")
+def test_a_base_weight_that_each_forward_pass_computes(wrap, kind):
+    """Its parts may have changed since the last one; v is that of the weight that this pass multiplies by."""
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 5) if kind == "linear" else nn.Conv1d(6, 5, 1)
+    model = get_peft_model(nn.Sequential(wrap(layer)), DoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    x = torch.randn(3, 6) if kind == "linear" else torch.randn(3, 6, 4)
+    model(x)
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if "lora" not in name and parameter.shape[0] == 5 and name != "bias":
+                parameter.data.copy_(torch.rand_like(parameter) + 0.5)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            found = model(x)
+    with dora_peft.implementation("reference"):
+        torch.testing.assert_close(found, model(x))
