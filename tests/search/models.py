@@ -214,7 +214,8 @@ def base(spec: ModelSpec) -> Net:
     for name, parameter in net.named_parameters():
         parameter.normal_(generator=random)
         if name.endswith("bias"):
-            parameter.mul_({"none": 1.0, "small": 1.0, "large": 100.0}[spec.bias])
+            if spec.bias == "large":  # and positive: silu would drown everything else
+                parameter.abs_().mul_(100)
         elif isinstance(net.get_submodule(name.rpartition(".")[0]), (Conv1D, nn.Embedding)):
             parameter[:, : spec.zero_rows] = 0
         else:
