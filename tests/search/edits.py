@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-
 import models
+import torch
 from operations import Op, look, operation, unmerged
+from torch import Tensor, nn
 from world import World
 
 

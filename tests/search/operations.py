@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from world import World
 
 
@@ -27,7 +26,7 @@ class Op:
     b: int = 0
 
 
-class Skip(Exception):  # noqa: N818 - not an error
+class Skip(Exception):
     """The operation means nothing in this state."""
 
 
@@ -49,7 +48,9 @@ def operation(weight: int = 12) -> Callable[[Callable[[World, Op], None]], Calla
 # ---- looking at the model
 
 
-def look_evaluation(world: World, op: Op, where: str, *, grad_mode: Any = torch.no_grad, training: bool = False) -> None:
+def look_evaluation(
+    world: World, op: Op, where: str, *, grad_mode: Any = torch.no_grad, training: bool = False
+) -> None:
     """Outputs without gradients, twice: the second time from whatever the first has kept."""
     world.model.train(training)
     with grad_mode():

@@ -8,8 +8,8 @@ The norm is a constant of the backward pass unless `detach` is False, and the bi
 adapters compose in their order, each with the norm of its own change of W0: W = c2 (c1 (W0 + d1) + d2). A row that was
 zero when its adapter was created is tied: c = 1 there, and m gets no gradient. Gradients come from autograd.
 
-A row is an output feature: of a linear layer, an embedding dimension, or an output channel of a convolution whose kernel
-is flattened. A grouped convolution is one over all channels whose kernel is zero outside of its group, since PEFT's A
+A row is an output feature: of a linear layer, an embedding dimension, or an output channel of a convolution whose
+kernel is flattened. A grouped convolution is one over all channels whose kernel is zero outside of its group, since PEFT's A
 crosses the groups.
 """
 
@@ -81,40 +81,65 @@ def as_matrix(layer: Layer) -> Tensor:
     return dense.flatten(1)
 
 
+def matrices(layer: Layer, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
+    """A [r, in] and B [out, r], None where the magnitude is trained alone."""
+    if adapter.lora_A is None or adapter.lora_B is None:
+        return None
+    lora_A, lora_B = adapter.lora_A.flatten(1), adapter.lora_B.flatten(1)
+    return lora_A, lora_B if layer.groups == 1 else torch.block_diag(*lora_B.chunk(layer.groups))
+
+
 def change(layer: Layer, adapter: Adapter) -> Tensor | float:
     """d = s B A as [out, in], 0 where the magnitude is trained alone."""
-    if adapter.lora_A is None or adapter.lora_B is None:
-        return 0.0
-    lora_A, lora_B = adapter.lora_A.flatten(1), adapter.lora_B.flatten(1)
-    if layer.groups > 1:
-        lora_B = torch.block_diag(*lora_B.chunk(layer.groups))
-    return adapter.scaling * (lora_B @ lora_A)
+    factors = matrices(layer, adapter)
+    return 0.0 if factors is None else adapter.scaling * (factors[1] @ factors[0])
+
+
+def scale(layer: Layer, adapter: Adapter) -> Tensor:
+    """c [out], 1 on tied rows."""
+    squared = (as_matrix(layer) + change(layer, adapter)).square().sum(1)
+    norm = torch.where(adapter.tied, torch.ones_like(squared), squared).sqrt()
+    c = adapter.magnitude.flatten() / (norm.detach() if adapter.detach else norm)
+    return torch.where(adapter.tied, torch.ones_like(c), c)
 
 
 def compose(layer: Layer) -> Tensor:
     """The weight with all adapters, [out, in]."""
-    original = as_matrix(layer)
-    matrix = original
+    matrix = as_matrix(layer)
     for adapter in layer.adapters.values():
-        delta = change(layer, adapter)
-        squared = (original + delta).square().sum(1)
-        norm = torch.where(adapter.tied, torch.ones_like(squared), squared).sqrt()
-        c = adapter.magnitude.flatten() / (norm.detach() if adapter.detach else norm)
-        c = torch.where(adapter.tied, torch.ones_like(c), c)
-        matrix = c[:, None] * (matrix + delta)
+        matrix = scale(layer, adapter)[:, None] * (matrix + change(layer, adapter))
     return matrix
 
 
-def apply(layer: Layer, x: Tensor) -> Tensor:
-    """The layer's output."""
-    matrix = compose(layer) if layer.merged is None else layer.merged
+def multiply(layer: Layer, x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What the base layer computes, with another matrix."""
     if layer.kind == "embedding":
         return F.embedding(x, matrix.T)
     if layer.kind == "convolution":
         kernel = matrix.view(matrix.shape[0], -1, *layer.weight.shape[2:])
         convolve = {3: F.conv1d, 4: F.conv2d}[kernel.dim()]
-        return convolve(x, kernel, layer.bias, layer.stride, layer.padding)
-    return F.linear(x, matrix, layer.bias)
+        return convolve(x, kernel, bias, layer.stride, layer.padding)
+    return F.linear(x, matrix, bias)
+
+
+def apply(layer: Layer, x: Tensor) -> Tensor:
+    """The layer's output, from the composed weight."""
+    return multiply(layer, x, compose(layer) if layer.merged is None else layer.merged, layer.bias)
+
+
+def apply_branches(layer: Layer, x: Tensor) -> Tensor:
+    """The same from a base product and low-rank ones, which rounds otherwise: y = c (x W0^T + s (x A^T) B^T) + b."""
+    if layer.merged is not None:
+        return apply(layer, x)
+    channels = 1 if layer.kind == "convolution" else -1
+    y = multiply(layer, x, as_matrix(layer)).movedim(channels, -1)
+    for adapter in layer.adapters.values():
+        factors = matrices(layer, adapter)
+        if factors is not None:
+            u = multiply(layer, x, factors[0]).movedim(channels, -1)
+            y = y + adapter.scaling * (u @ factors[1].T)
+        y = y * scale(layer, adapter)
+    return (y if layer.bias is None else y + layer.bias).movedim(-1, channels)
 
 
 def cast(layers: Mapping[str, Layer], dtype: torch.dtype) -> tuple[dict[str, Layer], dict[str, Tensor]]:
@@ -143,11 +168,17 @@ def cast(layers: Mapping[str, Layer], dtype: torch.dtype) -> tuple[dict[str, Lay
 
 
 def evaluate(
-    layers: Mapping[str, Layer], x: Tensor, network: Callable[[Tensor, Call], Tensor], probe: Tensor, dtype: torch.dtype
+    layers: Mapping[str, Layer],
+    x: Tensor,
+    network: Callable[[Tensor, Call], Tensor],
+    probe: Tensor,
+    dtype: torch.dtype,
+    apply: Callable[[Layer, Tensor], Tensor] = apply,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Output and gradients of sum(output * probe), every operation in `dtype`.
 
     Args:
+        apply: `apply` or `apply_branches`.
         network: Computes the whole model's output from x and a function that applies a layer by name.
 
     Returns:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import models
 import torch
-from peft.helpers import rescale_adapter_scale
-
 from edits import change, edited, exchange, multiply_factor, new_base, set_factor
 from operations import Op, Skip, look, look_gradients, operation, unmerged
+from peft.helpers import rescale_adapter_scale
 from world import World, quiet
 
 
@@ -104,7 +104,6 @@ def functional_call(world: World, op: Op) -> None:
     look(world, op, "after functional_call")
 
 
-
 @operation()
 def checkpointing(world: World, op: Op) -> None:
     """Recompute in backward; two graphs are in flight at a time."""
@@ -153,8 +152,25 @@ def compiled(world: World, op: Op) -> None:
                     y, run = world.forward(world.input(), op.consumer, call)
                     world.compare_output(y, run, where)
             change(list(world.trained().values())[op.a % 3 :: 3], op.a, op.b)
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # the norm's gradient of a grouped convolution
         if world.spec.shape != "grouped" or "detach_norm" not in str(error):
             raise
     finally:
         torch._dynamo.reset()
+
+
+@operation(2)
+def traced(world: World, op: Op) -> None:
+    """torch.jit.trace or torch.export of a model that may have run or not, in evaluation, called on other inputs."""
+    op = Op(op.name, quiet(op.consumer), op.a, op.b)
+    world.model.eval()
+    world.net.consumer = op.consumer
+    x = world.input().detach()
+    with torch.no_grad():
+        if op.a % 2:
+            call = torch.jit.trace(world.net, x)
+        else:
+            call = torch.export.export(world.net, (x,)).module()
+        other = models.example(world.spec, world.dtype, op.a % 2)[: len(x)]
+        y, run = world.forward(x if other.shape != x.shape else other, op.consumer, call)
+        world.compare_output(y, run, "traced" if op.a % 2 else "exported")
