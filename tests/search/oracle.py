@@ -9,8 +9,8 @@ adapters compose in their order, each with the norm of its own change of W0: W =
 zero when its adapter was created is tied: c = 1 there, and m gets no gradient. Gradients come from autograd.
 
 A row is an output feature: of a linear layer, an embedding dimension, or an output channel of a convolution whose
-kernel is flattened. A grouped convolution is one over all channels whose kernel is zero outside of its group, since PEFT's A
-crosses the groups.
+kernel is flattened. A grouped convolution is one over all channels whose kernel is zero outside of its group, since
+PEFT's A crosses the groups.
 """
 
 from __future__ import annotations

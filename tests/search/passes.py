@@ -10,6 +10,7 @@ import torch
 from edits import change, edited, exchange, multiply_factor, new_base, set_factor
 from operations import Op, Skip, look, look_gradients, operation, unmerged
 from peft.helpers import rescale_adapter_scale
+from torch import Tensor
 from world import World, quiet
 
 
