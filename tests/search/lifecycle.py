@@ -104,9 +104,9 @@ def set_adapter(world: World, op: Op) -> None:
 @operation(6)
 def delete_adapter(world: World, op: Op) -> None:
     unmerged(world)
+    if len(world.adapters) == 1:
+        add(world, drawn_config(op, world))
     name = list(world.adapters)[-1]
-    if name == "default":
-        raise Skip
     activate(world, ["default"])
     world.model.delete_adapter(name)
     del world.adapters[name]
