@@ -13,7 +13,7 @@ import oracle
 import torch
 from edits import edited, put, set_factor
 from models import UNMERGEABLE, ConfigSpec, Net
-from operations import Op, Skip, look, operation, unmerged
+from operations import Op, Skip, has_originals, look, operation, unmerged
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from world import BOUNDS, FLOOR, Disagreement, Known, World, check, same_bits
@@ -123,7 +123,7 @@ def disable(world: World, op: Op) -> None:
             look(world, op, "disabled")
         finally:
             world.disabled = False
-    world.merged = None
+    has_originals(world)
     look(world, op, "enabled again")
 
 
@@ -201,10 +201,7 @@ def merge(world: World, op: Op) -> None:
 def unmerge(world: World, op: Op) -> None:
     """The original weights come back bit for bit."""
     world.model.unmerge_adapter()
-    world.merged = None
-    for name, weight in world.weights.items():
-        if not same_bits(world.original(name).detach(), weight):
-            raise Disagreement("unmerged weight differs")
+    has_originals(world)
     look(world, op, "unmerged")
 
 

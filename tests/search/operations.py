@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from world import World
+from world import Disagreement, World, same_bits
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,18 @@ def no_grad_in_training(world: World, op: Op) -> None:
 
 
 def unmerged(world: World) -> None:
-    """Take back a merge."""
+    """Take back a merge; the original weights come back bit for bit."""
     if world.merged is not None:
         world.model.unmerge_adapter()
-        world.merged = None
+        has_originals(world)
+
+
+def has_originals(world: World) -> None:
+    """Nothing is merged any more."""
+    world.merged = None
+    for name, weight in world.weights.items():
+        if not same_bits(world.original(name).detach(), weight):
+            raise Disagreement("unmerged weight differs")
 
 
 # ---- training

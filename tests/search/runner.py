@@ -64,9 +64,9 @@ def operations(names: list[str]) -> st.SearchStrategy[Op]:
 
 
 def cases(without: tuple[str, ...] = ()) -> st.SearchStrategy[Case]:
-    """Cases of two to six operations, each drawn as often as its weight says; none of those in `without`."""
+    """Cases of three to seven operations, each drawn as often as its weight says; none of those in `without`."""
     names = [name for name, weight in WEIGHTS.items() if name not in without for _ in range(weight)]
-    sequences = st.lists(operations(names), min_size=2, max_size=6).map(tuple)
+    sequences = st.lists(operations(names), min_size=3, max_size=7).map(tuple)
     return st.builds(Case, MODELS, CONFIGS, sequences)
 
 
