@@ -52,21 +52,26 @@ class Report:
     seconds: float = 0.0
 
 
-def operations(names: list[str]) -> st.SearchStrategy[Op]:
+def operations(drawn: list[str]) -> st.SearchStrategy[Op]:
     """One operation. hypothesis prefers the ends of a range, so a name's place in it is scattered."""
     return st.builds(
         Op,
-        name=st.integers(0, 2**16 - 1).map(lambda n: names[n * 40503 % 2**16 % len(names)]),
+        name=st.integers(0, 2**16 - 1).map(lambda n: drawn[n * 40503 % 2**16 % len(drawn)]),
         consumer=st.sampled_from(consumers.NAMES),
         a=st.integers(0, 11),
         b=st.integers(0, 11),
     )
 
 
+def names() -> list[str]:
+    """All operations."""
+    return list(OPERATIONS)
+
+
 def cases(without: tuple[str, ...] = ()) -> st.SearchStrategy[Case]:
     """Cases of three to seven operations, each drawn as often as its weight says; none of those in `without`."""
-    names = [name for name, weight in WEIGHTS.items() if name not in without for _ in range(weight)]
-    sequences = st.lists(operations(names), min_size=3, max_size=7).map(tuple)
+    drawn = [name for name, weight in WEIGHTS.items() if name not in without for _ in range(weight)]
+    sequences = st.lists(operations(drawn), min_size=3, max_size=7).map(tuple)
     return st.builds(Case, MODELS, CONFIGS, sequences)
 
 
