@@ -236,6 +236,9 @@ def fresh_base(world: World) -> Net:
         layer.weight = torch.nn.Parameter(weight.clone())
         for other in shared:
             getattr(net, other).weight = layer.weight
+        bias = world.biases[name]
+        if bias is not None:
+            layer.bias = torch.nn.Parameter(bias.clone())
     return net.to(world.dtype)
 
 

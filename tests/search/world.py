@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# What a result may be off, relative to its norm. Below single precision a plain implementation, every operation in that
-# precision, tells: three times its error and a floor of two units in the last place.
+# What a result may be off, relative to its norm. In bf16 plain implementations, every operation in that
+# precision, tell: three times their error and a floor of two units in the last place.
 BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-4}
 FLOOR = 2.0**-7
 # A gradient that is this much smaller than the others, element by element, is measured against them instead.
@@ -229,6 +229,7 @@ class World:
         if bound:
             return expected, dict.fromkeys(expected, bound)
         plain = [self._sum(runs, torch.bfloat16, apply) for apply in (oracle.apply, oracle.apply_branches)]
+        plain.append(self._sum([nudged(run) for run in runs], torch.bfloat16, oracle.apply_branches))
         least = smallest(expected)
         errors = {k: max(distance(one[k], e, least) for one in plain) for k, e in expected.items()}
         # few elements may be right by luck, so that the mean counts as well
@@ -293,6 +294,20 @@ class World:
     def close(self) -> None:
         if self.folder is not None:
             self.folder.cleanup()
+
+
+def nudged(run: Pass) -> Pass:
+    """The same with base weights that are off by up to one rounding in bf16, which shows what is ill-conditioned."""
+
+    def nudge(tensor: Tensor) -> Tensor:
+        noise = torch.rand(tensor.shape, generator=models.generator(tensor.numel()), dtype=torch.float64) - 0.5
+        return tensor.double() * (1 + noise * 2.0**-7)
+
+    layers = {
+        name: replace(layer, weight=nudge(layer.weight), merged=None if layer.merged is None else nudge(layer.merged))
+        for name, layer in run.layers.items()
+    }
+    return replace(run, layers=layers)
 
 
 def factors(module: Any, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
