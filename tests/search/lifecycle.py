@@ -159,9 +159,8 @@ def combine(world: World, op: Op) -> None:
 def summed(layer: oracle.Layer, names: list[str], weights: list[float]) -> Tensor:
     """The combined weight in float64."""
     layer = oracle.cast({"": layer}, torch.float64)[0][""]
-    return oracle.combined(
-        layer, [w for name, w in zip(names, weights, strict=True) if name in layer.adapters]
-    ).detach()
+    present = [w for name, w in zip(names, weights, strict=True) if name in layer.adapters]
+    return oracle.combined(layer, present).detach()
 
 
 def note_combined(world: World, name: str, names: list[str]) -> None:

@@ -59,7 +59,7 @@ def operations(drawn: list[str]) -> st.SearchStrategy[Op]:
         name=st.integers(0, 2**16 - 1).map(lambda n: drawn[n * 40503 % 2**16 % len(drawn)]),
         consumer=st.sampled_from(consumers.NAMES),
         a=st.integers(0, 11),
-        b=st.integers(0, 11),
+        b=st.integers(0, 15),
     )
 
 

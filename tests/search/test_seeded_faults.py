@@ -7,7 +7,7 @@ from runner import cases, disagreement
 
 pytestmark = pytest.mark.cached_norms
 
-EXAMPLES = 300  # more than the ordinary run has, since a fault may hide behind rare configurations
+EXAMPLES = 400  # more than the ordinary run has, since a fault may hide behind rare configurations
 
 
 @pytest.fixture(scope="module")
