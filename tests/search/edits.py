@@ -75,12 +75,18 @@ def new_base(world: World, layer: str, a: int) -> Tensor:
     return weight * (1 + 0.5 * torch.randn(weight.shape, generator=models.generator(a))).to(weight.dtype)
 
 
+def plain_layer(world: World, op: Op) -> str:
+    """A layer whose weight is a parameter."""
+    names = [name for name in world.weights if isinstance(world.original(name), nn.Parameter)]
+    return names[op.a % len(names)]
+
+
 @operation()
 def edit_W0(world: World, op: Op) -> None:
     """The whole of one base weight, through .data or as another parameter."""
     unmerged(world)
+    layer = plain_layer(world, op)
     look(world, op, "before an edit of W0")
-    layer = list(world.weights)[op.a % len(world.weights)]
     old, value = world.original(layer), new_base(world, layer, op.a)
     sharing = [name for name in world.weights if world.original(name) is old]
     if op.a % 3:
@@ -94,8 +100,7 @@ def edit_W0(world: World, op: Op) -> None:
 
 def exchange(world: World, layer: str, value: Tensor) -> list[str]:
     """Give the layer another weight parameter; the names of the layers that have it."""
-    module = getattr(world.net, layer)
-    module = getattr(module, "base_layer", module)
+    module = world.base_module(layer)
     module.weight = nn.Parameter(value.clone(), requires_grad=False)
     return [name for name in world.weights if world.original(name) is module.weight]
 

@@ -12,7 +12,7 @@ import models
 import oracle
 import torch
 from edits import edited, put, set_factor
-from models import UNMERGEABLE, ConfigSpec, Net
+from models import MAY_REFUSE, UNMERGEABLE, ConfigSpec, Net
 from operations import Op, Skip, has_originals, look, operation, unmerged
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
@@ -186,7 +186,7 @@ def merge(world: World, op: Op) -> None:
     try:
         world.model.merge_adapter(safe_merge=op.a % 2 == 0)
     except (NotImplementedError, ValueError):
-        if not grouped and world.spec.shape != "alias":
+        if not grouped and world.spec.shape not in MAY_REFUSE:
             raise
         unmerge(world, op)
         return
@@ -207,7 +207,7 @@ def unmerge(world: World, op: Op) -> None:
 @operation(6)
 def merge_and_unload(world: World, op: Op) -> None:
     """A copy of the model is merged for good, or freed of its adapters."""
-    if world.spec.shape in UNMERGEABLE or world.spec.shape == "alias":
+    if world.spec.shape in UNMERGEABLE | MAY_REFUSE:
         raise Skip
     unmerged(world)
     duplicate, layers = copy.deepcopy(world.model), world.layers()
@@ -231,6 +231,9 @@ def fresh_base(world: World) -> Net:
     net = models.base(world.spec)
     for name, weight in world.weights.items():
         layer = getattr(net, name)
+        if not isinstance(world.original(name), torch.nn.Parameter):
+            setattr(net, name, copy.deepcopy(world.base_module(name)))
+            continue
         shared = [n for n in world.weights if world.original(n) is world.original(name)]
         layer.weight = torch.nn.Parameter(weight.clone())
         for other in shared:
@@ -349,7 +352,11 @@ def cast(world: World, op: Op) -> None:
     dtype = (torch.float64, torch.bfloat16, torch.float32)[op.a % 3]
     before = {key: p.detach().clone() for key, p in world.parameters(world.adapters).items()}
     world.model = world.model.to(dtype)
-    world.weights = {name: weight.to(dtype) for name, weight in world.weights.items()}
+    computed = {n for n in world.weights if not isinstance(world.original(n), torch.nn.Parameter)}
+    world.weights = {
+        name: world.original(name).detach().clone() if name in computed else weight.to(dtype)
+        for name, weight in world.weights.items()
+    }
     world.biases = {name: None if bias is None else bias.to(dtype) for name, bias in world.biases.items()}
     world.optimizers.clear()
     for key, parameter in world.parameters(world.adapters).items():
@@ -368,7 +375,8 @@ def cast(world: World, op: Op) -> None:
 def copy_model(world: World, op: Op) -> None:
     """A deep or a pickled copy, merged or not; then the one that is not looked at is spoilt through .data."""
     look(world, op, "before copying the model")
-    duplicate = copy.deepcopy(world.model) if op.a % 2 else pickle.loads(pickle.dumps(world.model))
+    deep = op.a % 2 or world.spec.shape == "computed"  # torch does not pickle parametrisations
+    duplicate = copy.deepcopy(world.model) if deep else pickle.loads(pickle.dumps(world.model))
     spoilt = world.model if op.a % 3 else duplicate
     if spoilt is world.model:
         world.model = duplicate

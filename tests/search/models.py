@@ -36,11 +36,13 @@ SHAPES = {
     "embedding": Shape(("e", "a"), ("e", "a"), ("e", "a")),
     "tied": Shape(("e", "a"), ("e", "a"), ("e", "a")),  # a's weight is the embedding's
     "alias": Shape(("a", "b"), ("a", "b"), ("a",)),  # b is the module a under another name, without adapter
+    "computed": Shape(("a", "b"), ("a", "b"), ("a", "b")),  # a's weight is a parametrisation
     "conv1d": Shape(("a", "b"), ("a", "b"), ("a", "b")),
     "conv2d": Shape(("a", "b"), ("a", "b"), ("a", "b")),
     "grouped": Shape(("a", "b"), ("a", "b"), ("a", "b")),
 }
 UNMERGEABLE = {"grouped"}
+MAY_REFUSE = {"alias", "computed"}  # to merge; or do it right
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,8 @@ def _layers(spec: ModelSpec) -> dict[str, nn.Module]:
     groups = 2 if spec.shape == "grouped" else 1
     if spec.shape in ("chain", "twice"):
         return {"a": _linear(6, 8, spec), "b": _linear(8, 6, spec, spec.transposed)}
+    if spec.shape == "computed":
+        return {"a": nn.utils.parametrizations.weight_norm(_linear(6, 8, spec)), "b": _linear(8, 6, spec)}
     if spec.shape == "one":
         return {"a": _linear(6, 8, spec, spec.transposed)}
     if spec.shape == "glu":
@@ -217,7 +221,7 @@ def base(spec: ModelSpec) -> Net:
                 parameter.abs_().mul_(100)
         elif isinstance(net.get_submodule(name.rpartition(".")[0]), (Conv1D, nn.Embedding)):
             parameter[:, : spec.zero_rows] = 0
-        else:
+        elif not name.endswith("original1"):  # the direction of a computed weight, of which 0 would give NaN
             parameter[: spec.zero_rows] = 0
     return net.to(DTYPES[spec.dtype])
 
@@ -237,7 +241,7 @@ def example(spec: ModelSpec, dtype: torch.dtype, seed: int) -> Tensor:
 
 def suited(config: ConfigSpec, spec: ModelSpec, like: ConfigSpec | None = None) -> ConfigSpec:
     """The nearest configuration that this model can have."""
-    if spec.shape not in ("chain", "twice", "one", "glu", "alias") and config.init == "orthogonal":
+    if spec.shape not in ("chain", "twice", "one", "glu", "alias", "computed") and config.init == "orthogonal":
         config = replace(config, init="gaussian")  # PEFT has it for linear layers only
     if config.init == "orthogonal" or spec.shape == "grouped":
         config = replace(config, r=2)

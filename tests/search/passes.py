@@ -7,7 +7,7 @@ from typing import Any
 
 import models
 import torch
-from edits import change, edited, exchange, multiply_factor, new_base, set_factor
+from edits import change, edited, exchange, multiply_factor, new_base, plain_layer, set_factor
 from operations import Op, Skip, look, look_gradients, operation, unmerged
 from peft.helpers import rescale_adapter_scale
 from torch import Tensor
@@ -68,7 +68,7 @@ def two_scales(world: World, op: Op) -> None:
 def exchange_W0_in_flight(world: World, op: Op) -> None:
     """The base weight is exchanged between two passes of one loss."""
     unmerged(world)
-    layer = list(world.weights)[op.a % len(world.weights)]
+    layer = plain_layer(world, op)
     value = new_base(world, layer, op.a)
 
     def replace() -> None:
@@ -137,7 +137,7 @@ def autocast(world: World, op: Op) -> None:
             world.compare_output(y, run, "autocast in evaluation", autocast=True)
 
 
-@operation(3)
+@operation(2)
 def compiled(world: World, op: Op) -> None:
     """Compile, edit, and call again."""
     op = Op(op.name, quiet(op.consumer), op.a, op.b)
@@ -153,6 +153,7 @@ def compiled(world: World, op: Op) -> None:
                     y, run = world.forward(world.input(), op.consumer, call)
                     world.compare_output(y, run, where)
             change(list(world.trained().values())[op.a % 3 :: 3], op.a, op.b)
+            next(world.inputs)  # every second one has another number of dimensions, and would be compiled anew
     except NotImplementedError as error:  # the norm's gradient of a grouped convolution
         if world.spec.shape != "grouped" or "detach_norm" not in str(error):
             raise
@@ -160,7 +161,7 @@ def compiled(world: World, op: Op) -> None:
         torch._dynamo.reset()
 
 
-@operation(3)
+@operation(2)
 def traced(world: World, op: Op) -> None:
     """torch.jit.trace or torch.export of a model that may have run or not, in evaluation, called on other inputs."""
     op = Op(op.name, quiet(op.consumer), op.a, op.b)

@@ -158,16 +158,18 @@ class World:
         return self.parameters(self.active)
 
     def original(self, layer: str) -> Tensor:
-        """The base layer's weight parameter as the model holds it, merged or not."""
+        """The base layer's weight as the model holds it, merged or not."""
+        return self.base_module(layer).weight
+
+    def base_module(self, layer: str) -> nn.Module:
         module = getattr(self.net, layer)
-        return getattr(module, "base_layer", module).weight
+        return getattr(module, "base_layer", module)
 
     # ---- the ledger as the oracle sees it
 
     def base(self, layer: str) -> oracle.Layer:
         """A layer without adapters."""
-        module = getattr(self.net, layer) if self.model is not None else None
-        module = getattr(module, "base_layer", module)
+        module = self.base_module(layer)
         weight, bias = self.weights[layer], self.biases[layer]
         if isinstance(module, nn.Embedding):
             return oracle.Layer("embedding", weight)
