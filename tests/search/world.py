@@ -231,7 +231,8 @@ class World:
         if bound:
             return expected, dict.fromkeys(expected, bound)
         plain = [self._sum(runs, torch.bfloat16, apply) for apply in (oracle.apply, oracle.apply_branches)]
-        plain.append(self._sum([nudged(run) for run in runs], torch.bfloat16, oracle.apply_branches))
+        for seed, apply in enumerate((oracle.apply, oracle.apply_branches)):
+            plain.append(self._sum([nudged(run, seed) for run in runs], torch.bfloat16, apply))
         least = smallest(expected)
         errors = {k: max(distance(one[k], e, least) for one in plain) for k, e in expected.items()}
         # few elements may be right by luck, so that the mean counts as well
@@ -298,11 +299,11 @@ class World:
             self.folder.cleanup()
 
 
-def nudged(run: Pass) -> Pass:
+def nudged(run: Pass, seed: int) -> Pass:
     """The same with base weights that are off by up to one rounding in bf16, which shows what is ill-conditioned."""
 
     def nudge(tensor: Tensor) -> Tensor:
-        noise = torch.rand(tensor.shape, generator=models.generator(tensor.numel()), dtype=torch.float64) - 0.5
+        noise = torch.rand(tensor.shape, generator=models.generator(seed), dtype=torch.float64) - 0.5
         return tensor.double() * (1 + noise * 2.0**-7)
 
     layers = {
