@@ -23,6 +23,7 @@ def test_two_hundred_examples():
         deadline=None,
         database=None,
         derandomize=True,
+        report_multiple_bugs=False,  # one at a time is shortened soon enough
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     @hypothesis.given(cases())
