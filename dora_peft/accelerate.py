@@ -197,6 +197,7 @@ class _View:
     scale = DoraLayer.scale
     base_weight_of = DoraLayer.base_weight_of
     settle_late = DoraLayer.settle_late
+    held_weight = DoraLayer.held_weight
     _tied = DoraLayer._tied
     _dense_norm = DoraLayer._dense_norm
     _wide_matrix = DoraLayer._wide_matrix
@@ -246,6 +247,8 @@ class _EmbeddingView(_View):
     _drops_base = Embedding._drops_base
     _dropped = Embedding._dropped
     _as_matrix = Embedding._as_matrix
+    _multiplies = Embedding._multiplies
+    _multiply = Embedding._multiply
     _low_rank = Embedding._low_rank
 
 

@@ -255,7 +255,9 @@ def _load_layer(
 def _grouped_norm(layer: Any, adapter: str, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     weight, base = layer.base_weight(), norms.base_squared(layer)
     matrix_A, matrix_B = layer.as_matrices(lora_A, lora_B)
-    squared = functional.norm_squared(weight, base, matrix_A.to(base), matrix_B.to(base), float(layer.scaling[adapter]))
+    squared = functional.norm_squared(
+        weight, base, matrix_A.to(base), matrix_B.to(base), layer.initial_scaling(adapter)
+    )
     return torch.maximum(squared.clamp_(min=0).sqrt_(), functional.floor(base))
 
 
@@ -271,5 +273,5 @@ def _peft_grouped_norm(layer: Any, adapter: str, lora_A: Tensor | None = None, l
     change = lora_B.detach().to(kernel.device, norm_dtype).reshape(-1, r) @ lora_A.detach().to(
         kernel.device, norm_dtype
     ).reshape(r, -1)
-    composed = kernel.detach().to(norm_dtype) + float(layer.scaling[adapter]) * change.reshape(kernel.shape)
+    composed = kernel.detach().to(norm_dtype) + layer.initial_scaling(adapter) * change.reshape(kernel.shape)
     return composed.flatten(1).norm(dim=1)

@@ -232,6 +232,9 @@ class DoraConfig(PeftConfig):
         for name in ("corda_config", "lora_ga_config", "peft_version"):
             if out.get(name) is None:
                 out.pop(name, None)
+        if self.magnitude_only_modules and self.init_lora_weights == "orthogonal":
+            # plain PEFT refuses it for the odd rank of magnitude-only modules; what is loaded needs no initialisation
+            own["init_lora_weights"], out["init_lora_weights"] = "orthogonal", True
         if self.magnitude_only_modules:
             own["target_modules"], own["rank_pattern"] = out["target_modules"], dict(self.rank_pattern)
             out["target_modules"] = _jsonable(_union(self.target_modules, self.magnitude_only_modules))
@@ -323,7 +326,7 @@ class DoraConfig(PeftConfig):
 
 
 def _own_fields(cls: type) -> set[str]:
-    return {f.name for f in fields(cls)} - _LORA_FIELDS.keys() | {"target_modules", "rank_pattern"}
+    return {f.name for f in fields(cls)} - _LORA_FIELDS.keys() | {"target_modules", "rank_pattern", "init_lora_weights"}
 
 
 def _jsonable(value: Any) -> Any:

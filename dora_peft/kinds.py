@@ -58,7 +58,7 @@ class BaseProduct:
 
     def __init__(self, layer: Linear, bias: Tensor | None, args: Any, kwargs: Any) -> None:
         self.layer, self.bias, self.args, self.kwargs = layer, bias, args, kwargs
-        self.weight = layer.original_weight()
+        self.weight = layer.held_weight()
 
     def __call__(self, x: Tensor, index: Tensor | None) -> Tensor:
         """x W0^T without b, [..., len(index)] for these rows of W0, [..., out] where None."""
@@ -77,8 +77,7 @@ class BaseProduct:
         return self._seam().stored()
 
     def _seam(self) -> Any:
-        current = self.layer.original_weight()
-        if current is not self.weight and not (isinstance(current, Tensor) and current.is_meta):
+        if self.layer.held_weight() is not self.weight:
             raise changed_too_early(self.layer.name)
         return self.layer.base_weight()
 
@@ -199,6 +198,13 @@ class Embedding(DoraLayer, nn.Module):
             scale_grad_by_freq=base.scale_grad_by_freq,
             sparse=base.sparse,
         )
+
+    def _multiplies(self, forward: Any) -> bool:
+        return forward is nn.Embedding.forward and self.get_base_layer().max_norm is None  # which writes to its weight
+
+    def _multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        base = self.get_base_layer()
+        return F.embedding(x, weight, base.padding_idx, None, 2.0, base.scale_grad_by_freq, base.sparse)
 
     def _as_matrix(self, weight: Tensor) -> Tensor:
         return weight.T

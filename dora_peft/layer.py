@@ -133,6 +133,11 @@ class DoraLayer(BaseTunerLayer):
                 return getattr(layer, name)
         return layer
 
+    def held_weight(self) -> Any:
+        """The weight parameter that the base layer holds; None if it is computed, offloaded, or kept in parts."""
+        weight = self.get_base_layer()._parameters.get("weight")
+        return None if weight is None or weight.is_meta else weight
+
     def base_weight(self) -> BaseWeight:
         """The seam to the base weight without any merged adapter."""
         original = None if self._original is None else self._original[0]
@@ -480,12 +485,10 @@ class DoraLayer(BaseTunerLayer):
                 return z, z.dtype
 
             return multiply
-        stored = getattr(self.get_base_layer(), "weight", None)
+        stored = self.held_weight()
 
         def call(x: Tensor) -> tuple[Tensor, torch.dtype]:
-            current = getattr(self.get_base_layer(), "weight", None)
-            offloaded = isinstance(current, Tensor) and current.is_meta
-            if current is not stored and not offloaded and isinstance(current, nn.Parameter):
+            if self.held_weight() is not stored:
                 raise changed_too_early(self.name)
             return self._base_product(x, *args, **kwargs)
 
@@ -708,11 +711,15 @@ class DoraLayer(BaseTunerLayer):
                 for factor in self.factor_parameters(adapter):
                     factor.requires_grad_(False)
 
+    def initial_scaling(self, adapter: str) -> float:
+        """s before anyone rescaled the adapter, lora_alpha / r or / sqrt(r): what a checkpoint is written for."""
+        root = math.sqrt(self.r[adapter]) if self.use_rslora[adapter] else self.r[adapter]
+        return float(self.lora_alpha[adapter] / root)
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the adapter's scaling to `scale` times its initial one."""
         if adapter in self.scaling:
-            root = math.sqrt(self.r[adapter]) if self.use_rslora[adapter] else self.r[adapter]
-            self.scaling[adapter] = scale * self.lora_alpha[adapter] / root
+            self.scaling[adapter] = scale * self.initial_scaling(adapter)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters by `scale`; the norm follows."""

@@ -107,7 +107,7 @@ def _first(half: bool, dtype: torch.dtype = torch.float64) -> float:
 
 def _entry(layer: Any, adapter: str, row: Tensor, half: bool) -> float:
     """What B has to hold where it multiplies this row of A."""
-    scaling = abs(float(layer.scaling[adapter])) or 1.0
+    scaling = abs(layer.initial_scaling(adapter)) or 1.0
     if half:
         return min(HALF_PRODUCT / (min(scaling, 1.0) * row.abs().max().item()), 2.0**15)
     return TINY / (scaling * torch.linalg.vector_norm(row.double()).item())

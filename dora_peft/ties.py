@@ -119,7 +119,7 @@ def change_norm(layer: Any, adapter: str, factors: Any, rows: Tensor) -> Tensor:
     # 1e-12 squared is near the end of fp32 for a wide row
     largest = product.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny)
     norm = torch.linalg.vector_norm(product / largest, dim=1) * largest[:, 0]
-    return norm * abs(float(layer.scaling[adapter]))
+    return norm * abs(layer.initial_scaling(adapter))
 
 
 def layers(model: nn.Module, adapter: str) -> list[tuple[str, Any]]:
