@@ -16,8 +16,8 @@ it has. In decoding 16 tokens are timed one by one, then what evaluation asks of
 anything is timed, every layer's check has to see one changed element that no version counter shows.
 
 Expected result: a table of medians and [quartiles], and scripts/benchmarks/results/check_cpu.json with device, versions
-and commit. `python scripts/update_readme.py` writes the README's table from it. The check reads memory and computes
-nothing, so that a machine which shares its memory with other programs gives larger shares.
+and commit. `python scripts/update_readme.py` writes the README's table from it. Run it on an idle machine: where other
+programs take cores, the steps, which use them all, slow down more than the check, and its share looks too small.
 """
 
 from __future__ import annotations
