@@ -6,7 +6,8 @@
 Expected result: the text between `<!-- table: memory -->` and `<!-- end: memory -->` holds one table per file in
 `scripts/benchmarks/results/` that `scripts/benchmark_memory.py --json` wrote, and the text between
 `<!-- table: benchmark -->` and `<!-- end: benchmark -->` one line per result of `scripts/benchmark.py`, with device and
-versions. Results that are not there are left out. Between `<!-- table: gpu -->` and `<!-- end: gpu -->` stands what
+versions. Between `<!-- table: check -->` and `<!-- end: check -->` stands what `scripts/benchmark_check.py` measured.
+Results that are not there are left out. Between `<!-- table: gpu -->` and `<!-- end: gpu -->` stands what
 `scripts/gpu.sh` measures, "not measured yet" where its result is not there, and between `<!-- table: reproduction -->`
 and `<!-- end: reproduction -->` the verdicts of `scripts/reproduce.py report`.
 """
@@ -160,6 +161,31 @@ def describe(options: Mapping[str, Any], setting: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def check_table(report: Mapping[str, Any] | None) -> str:
+    """One Markdown table from the result of benchmark_check.py, nothing where there is none."""
+    if report is None:
+        return ""
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    threads = f"{report['threads']} thread{'s' if report['threads'] > 1 else ''}"
+    checks = " or ".join(str(n) for n in sorted({found["checks"] for found in report["check"]}))
+    lines = [
+        f"On {report['device']} ({report['processor']}), {threads} ({versions}, commit "
+        f"{(report['commit'] or 'unknown')[:9]}), what the check of A, B, m and W0 by content takes in all layers: the "
+        f"median of {checks} calls, as a share of the median step or token:",
+        "",
+        "| | step or token | check | us a layer | share | goal |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for found in report["check"]:
+        goal = "-" if found["goal_percent"] is None else f"at most {found['goal_percent']:g} %"
+        step, check = (found[key]["median"] for key in ("step_ms", "check_ms"))
+        lines.append(
+            f"| {found['part']}: {describe(found, found['setting'])} | {step:.3g} ms | {check:.2g} ms | "
+            f"{found['us_per_layer']:.1f} | {found['percent']:.2f} % | {goal} |"
+        )
+    return "\n".join(lines)
+
+
 def ratio(report: Mapping[str, Any], one: str, other: str, quantity: str = "time_ms", **setting: Any) -> str:
     """The median ratio of two contenders in the results with this setting, the largest where there are several."""
     found = [
@@ -294,6 +320,7 @@ def main() -> int:
         "benchmark",
         benchmark_table([result for name, result in reports.items() if "options" in result and "_cuda" not in name]),
     )
+    after = insert(after, "check", check_table(reports.get("check_cpu")))
     after = insert(after, "gpu", gpu_table(reports))
     after = insert(after, "reproduction", "\n".join(verdicts(REPRODUCTION)))
     if arguments.check:
