@@ -275,6 +275,20 @@ def test_one_warning_per_model_names_the_modules():
 
 
 @pytest.mark.cached_norms
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_torchs_own_operations_in_place_need_no_warning(kind):
+    """They are ordinary, and cost what a raw write does: the user may choose here too."""
+    model = adapted(kind)
+    x = example(model)
+    expected = gradients(model, x, torch.sigmoid, SURROUNDINGS["plain"])
+    for action in kept_output.ACTIONS:
+        with dora_peft.on_overwritten_output(action):
+            assert_equal(gradients(model, x, torch.sigmoid_, SURROUNDINGS["plain"]), expected)
+            assert dora(model)._outputs.overwritten
+
+
+@pytest.mark.cached_norms
 def test_layers_that_peft_built():
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), LoraConfig(r=2, use_dora=True, target_modules=["0"]))

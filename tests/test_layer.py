@@ -123,7 +123,6 @@ CONSUMERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Other code overwrites")
 @pytest.mark.parametrize("wrap", ["none", "autocast", "reentrant", "non-reentrant", "offload"])
 @pytest.mark.parametrize("consumer", CONSUMERS)
 @pytest.mark.parametrize("kind", ["linear", "linear-no-bias", "Conv1D", "conv2d", "conv2d-no-bias", "embedding"])

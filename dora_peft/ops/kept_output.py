@@ -114,11 +114,11 @@ class Outputs:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pending": None}
 
-    def notice(self) -> None:
-        """An output was found overwritten."""
+    def notice(self, *, in_place: bool = False) -> None:
+        """An output was found overwritten. Nobody is warned of operations of torch's `in_place`, such as `relu_`."""
         if not self.overwritten and self.name is not None:
             self.overwritten = True
-            if self.report is not None:
+            if self.report is not None and not in_place:
                 self.report.add(self.name)
 
     def notice_later(self, gone: Tensor) -> None:
@@ -226,8 +226,9 @@ class KeptOutput:
             self.alias = None  # lets go of y as the saved tensors are; a second pass over the graph computes it again
         if alias is None or y is None or places is None:
             return None, None
-        if (self.version is not None and version(alias) != self.version) or _share_memory(y, grad):
-            self.outputs.notice()
+        changed_in_place = self.version is not None and version(alias) != self.version
+        if changed_in_place or _share_memory(y, grad):
+            self.outputs.notice(in_place=changed_in_place)
             return None, None
         if self.on_device:
             gone = _compared(y, rows, diagonal, places)
