@@ -20,7 +20,9 @@ from torch import Tensor, nn
 # Elements of a frozen weight that are compared at every forward pass, evenly spaced from a fixed odd place on; a weight
 # of at most WHOLE elements is compared in full.
 SAMPLE, WHOLE = 64, 4096
-_BLOCK = 2**16  # words of a weight that the digest takes at once: its temporaries stay in the cache
+# Words of a weight that the digest sums with weights of their own, and that it takes at once: temporaries that stay in
+# the cache.
+_ROW, _BLOCK = 2**12, 2**16
 _MASK = 2**64 - 1
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -203,10 +205,14 @@ def digest(tensor: Tensor) -> int:
         for start in range(0, words.numel(), _BLOCK):
             block = words[start : start + _BLOCK]
             mixed = (block >> 32).bitwise_xor_(block).mul_(-7046029254386353131)
-            mixed.bitwise_xor_(mixed >> 29).mul_(weights[: len(mixed)])
-            parts.append(mixed.sum())
+            mixed.bitwise_xor_(mixed >> 29)
+            whole = len(mixed) // _ROW * _ROW
+            if whole:
+                parts.append(mixed[:whole].view(-1, _ROW).mul_(weights).sum(1))
+            if whole < len(mixed):
+                parts.append(mixed[whole:].mul_(weights[: len(mixed) - whole]).sum(0, keepdim=True))
         total = words.numel()
-        for part in torch.stack(parts).tolist() if parts else []:  # at once: a device is waited for only here
+        for part in torch.cat(parts).tolist() if parts else []:  # at once: a device is waited for only here
             total = ((total ^ part) * 0x9E3779B97F4A7C15 + 1) & _MASK
             total ^= total >> 31
     return total
@@ -225,6 +231,6 @@ def _words(tensor: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _weights(device: torch.device) -> Tensor:
-    """Odd random numbers [_BLOCK], the same in every process."""
+    """Odd random numbers [_ROW], the same in every process."""
     generator = torch.Generator().manual_seed(2402)
-    return torch.randint(-(2**63), 2**63 - 1, (_BLOCK,), generator=generator).bitwise_or_(1).to(device)
+    return torch.randint(-(2**63), 2**63 - 1, (_ROW,), generator=generator).bitwise_or_(1).to(device)
