@@ -22,7 +22,7 @@ from torch import Tensor, nn
 SAMPLE, WHOLE = 64, 4096
 # Words of a weight that the digest sums with weights of their own, and that it takes at once: temporaries that stay in
 # the cache.
-_ROW, _BLOCK = 2**12, 2**16
+_ROW, _BLOCK = 2**10, 2**16
 _MASK = 2**64 - 1
 _PLAIN = (Tensor, nn.Parameter)
 
