@@ -147,9 +147,10 @@ def _norm(
     tl.store(out + rows, value, in_rows)
 
 
-@triton.jit(do_not_specialize=["due"])
+@triton.jit(do_not_specialize=["due", "compared"])
 def _checked_norm(
-    weight, absmax, code, lora_A, lora_B, product, sums, known, remembered, out, due, height, width, rank, scaling,
+    weight, absmax, code, lora_A, lora_B, product, sums, known, remembered, out, due, compared,
+    height, width, rank, scaling,
     w_row, w_column, blocksize,
     CANCELS: tl.constexpr, FOUR_BIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr, PRECISION: tl.constexpr,
     RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EPSILON: tl.constexpr,
@@ -157,7 +158,7 @@ def _checked_norm(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < height
     changed = due != 0
-    for number in range(3):
+    for number in range(compared):
         changed = changed | (tl.load(sums + number) != tl.load(known + number))
     if changed:
         value, squares = _value(
@@ -168,7 +169,7 @@ def _checked_norm(
         value = tl.maximum(value, tl.maximum(tl.sqrt(squares) * EPSILON, 1e-30))
         tl.store(remembered + rows, value, in_rows)
         tl.store(out + rows, value, in_rows)
-        tl.atomic_add(known + 3, 1, mask=tl.program_id(0) == 0)
+        tl.atomic_add(known + 4, 1, mask=tl.program_id(0) == 0)
     else:
         tl.store(out + rows, tl.load(remembered + rows, in_rows, other=1.0), in_rows)
 
@@ -200,12 +201,13 @@ class Memory:
     """What a device remembers of one v between forward passes. Written by the check alone, and saved by no graph.
 
     Attributes:
-        known: The sums of A, B and W0's sample that `remembered` belongs to, and how often it was computed: int64 [4].
+        known: The sums of A, B, W0's sample and all of W0 that `remembered` belongs to, and how often it was computed:
+            int64 [5].
         remembered: v [out], fp32.
     """
 
     def __init__(self, height: int, device: torch.device) -> None:
-        self.known = torch.zeros(4, dtype=torch.int64, device=device)
+        self.known = torch.zeros(5, dtype=torch.int64, device=device)
         self.remembered = torch.empty(height, dtype=torch.float32, device=device)
 
 
@@ -215,43 +217,52 @@ def checked_norm(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
-    due: bool,
     original: tuple[Tensor, Tensor],
+    *,
+    due: bool,
+    another: bool,
 ) -> Tensor:
-    """A new v [out], fp32 and floored, computed if `due` or if A, B or the sample of W0 hold something new.
+    """A new v [out], fp32 and floored, computed if `due` or if A, B or W0 hold something new, as far as is looked.
 
     Args:
         memory: What was computed before.
         stored: W0 as a matrix [out, in] of any strides, or as `base_weight.FourBit`.
         lora_A, lora_B: [r, in] and [out, r], fp32.
-        due: Whether something else changed that the host knows: s, or W0's identity or version.
         original: A and B as stored, whose bits are summed.
+        due: Whether something else changed that the host knows: s, or W0's version.
+        another: Whether W0 is another tensor than before, so that all of it is looked at instead of a sample.
     """
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
     product = lora_B @ (lora_A @ lora_A.T)  # [out, r]
     (height, rank), width = lora_B.shape, lora_A.shape[1]
-    sums = torch.zeros(3, dtype=torch.int64, device=lora_A.device)
+    sums = torch.zeros(4, dtype=torch.int64, device=lora_A.device)
     bits_A, bits_B = (_bits(factor.contiguous()) for factor in original)
     bits_W = _bits(stored.packed if isinstance(stored, FourBit) else stored)
-    count = min(SAMPLE, bits_W.numel())
-    step, block = max(1, bits_W.numel() // SAMPLE), 1024
-    blocks = triton.cdiv(bits_A.numel(), block) + triton.cdiv(bits_B.numel(), block) + triton.cdiv(count, block)
-    _digest[(blocks,)](
-        bits_A, bits_B, bits_W, sums, bits_A.numel(), bits_B.numel(), count, (step // 3) | 1 if step > 1 else 0, step,
-        BLOCK=block, num_warps=4,
-    )  # fmt: skip
+    step = max(1, bits_W.numel() // SAMPLE)
+    _sum(bits_A, bits_B, bits_W, sums, min(SAMPLE, bits_W.numel()), (step // 3) | 1 if step > 1 else 0, step)
+    if another:
+        _sum(bits_A[:0], bits_B[:0], bits_W, sums[1:], bits_W.numel(), 0, 1)
+    looked_at = 4 if another else 3
     out = torch.empty_like(memory.remembered)
     weight, absmax, code, *layout, options = stored_arguments(stored, out)
     rows = 64 if height >= 4096 else 16
     _checked_norm[(triton.cdiv(height, rows),)](
         weight, absmax, code, lora_A, lora_B, product, sums, memory.known, memory.remembered, out, int(due),
-        height, width, rank, scaling, *layout,
+        looked_at, height, width, rank, scaling, *layout,
         CANCELS=CANCELLATION, **options,
         PRECISION="ieee" if torch.version.hip else "tf32x3", RANKS=ranks_at_once(rank), ROWS=rows, BLOCK=64,
         EPSILON=torch.finfo(torch.float32).eps, num_warps=4, num_stages=2,
     )  # fmt: skip
-    memory.known[:3].copy_(sums)
+    memory.known[:looked_at].copy_(sums[:looked_at])
     return out
+
+
+def _sum(bits_A: Tensor, bits_B: Tensor, bits_W: Tensor, sums: Tensor, count: int, start: int, step: int) -> None:
+    block = 1024
+    blocks = triton.cdiv(bits_A.numel(), block) + triton.cdiv(bits_B.numel(), block) + triton.cdiv(count, block)
+    _digest[(blocks,)](
+        bits_A, bits_B, bits_W, sums, bits_A.numel(), bits_B.numel(), count, start, step, BLOCK=block, num_warps=4
+    )
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -277,7 +277,7 @@ def count_norms(model: Any) -> int:
     """The norms that devices have computed for this model: the host does not know of them."""
     layers = (module for module in model.modules() if isinstance(module, dora_peft.DoraLayer))
     known = (norm.device for layer in layers for norm in layer._norms.values())
-    return sum(int(device.memory.known[3]) for device in known if device is not None)
+    return sum(int(device.memory.known[4]) for device in known if device is not None)
 
 
 def count_refreshes(options: Namespace, skipped: Skipped) -> Result:

@@ -94,10 +94,10 @@ def test_four_bits(dtype, quant_type, nested):
 # ---- the check on the device
 
 
-def checked(memory, weight, A, B, due=False, scaling=S):
+def checked(memory, weight, A, B, due=False, another=False, scaling=S):
     """v as the kernels give it, and how often they computed it."""
-    found = subject.checked_norm(memory, weight, A.float(), B.float(), scaling, due, (A, B))
-    return found, int(memory.known[3])
+    found = subject.checked_norm(memory, weight, A.float(), B.float(), scaling, (A, B), due=due, another=another)
+    return found, int(memory.known[4])
 
 
 CHANGES = {
@@ -120,8 +120,9 @@ def test_the_device_tells_whether_v_is_due(dtype, factors, change):
     weight, A, B = problem((65, 130, 20), dtype)
     A, B = A.to(factors), B.to(factors)
     memory = subject.Memory(65, weight.device)
-    first, count = checked(memory, weight, A, B, due=True)
+    first, count = checked(memory, weight, A, B, due=True, another=True)
     assert count == 1
+    assert checked(memory, weight.clone(), A, B, another=True)[1] == 1  # another tensor of the same content
     assert error(first, weight, A, B) <= 1e-6
     again, count = checked(memory, weight, A, B)
     assert count == 1
@@ -135,6 +136,11 @@ def test_the_device_tells_whether_v_is_due(dtype, factors, change):
     assert torch.equal(first, kept)
     assert checked(memory, weight, A, B)[1] == 2
     assert checked(memory, weight, A, B, due=True)[1] == 3
+    checked(memory, weight, A, B, another=True)
+    before = int(memory.known[4])
+    other = weight.clone()
+    other[40, 77] += 1  # in no sample
+    assert checked(memory, other, A, B, another=True)[1] == before + 1
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -370,7 +370,7 @@ def test_a_device_refreshes_once_per_optimizer_step(kind, model):
         with torch.no_grad():
             model(torch.randn(2, 6))
         model.train()
-        assert int(up(model)._norms["default"].device.memory.known[3]) == step + 1
+        assert int(up(model)._norms["default"].device.memory.known[4]) == step + 1
         optimizer.step()
     torch.testing.assert_close(used(up(model)), true(up(model)))
 
@@ -631,7 +631,9 @@ def test_a_base_weight_that_each_forward_pass_computes(wrap, kind):
     """Its parts may have changed since the last one; v is that of the weight that this pass multiplies by."""
     torch.manual_seed(0)
     layer = nn.Linear(6, 5) if kind == "linear" else nn.Conv1d(6, 5, 1)
-    model = get_peft_model(nn.Sequential(wrap(layer)), DoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    base = nn.Sequential()
+    base.add_module("layer", wrap(layer))
+    model = get_peft_model(base, DoraConfig(r=2, target_modules=["layer"], init_lora_weights=False))
     x = torch.randn(3, 6) if kind == "linear" else torch.randn(3, 6, 4)
     model(x)
     with torch.no_grad():

@@ -1,7 +1,8 @@
 """v on a device with kernels: the check decides there, so that no forward pass waits for the host.
 
-What only the host knows (another s, another base weight, another version of it) it passes on as "due"; whether A, B or
-a sample of W0 hold something new is told by sums that the device makes and compares (norm_kernels.py). Every forward
+What only the host knows (another s, another version of the base weight) it passes on as "due"; whether A, B or a sample
+of W0 hold something new is told by sums that the device makes and compares (norm_kernels.py). Of another tensor as base
+weight, as sharding and offloading bring one, all is summed: identity alone refreshes nothing. Every forward
 pass gets a v of its own, and what the device remembers is written by the check alone.
 """
 
@@ -49,21 +50,22 @@ def check(
     """
     known: DeviceNorm | None = norm.device
     address = weight.data_ptr() if isinstance(weight, Tensor) else 0
-    same = known is not None and known.weight() is weight and known.version == version(weight)
-    if known is None or not same or known.address != address:
+    another = known is None or known.weight() is not weight
+    due = known is None or known.scaling != scaling or (not another and known.version != version(weight))
+    if known is None or another or due or known.address != address:
         matrix = seam()
         kernels, stored = choice.norm_kernels(matrix.device, matrix.dtype), matrix.stored()
         if kernels is None or stored is None:
             return None
         fits = known is not None and known.memory.remembered.device == matrix.device
         memory = known.memory if known is not None and fits else kernels.Memory(matrix.out_features, matrix.device)
-        same = same and fits
+        due = due or not fits
         known = DeviceNorm(memory, stored, weakref.ref(weight), version(weight), address, scaling)
-    due = not same or known.scaling != scaling or norm.device is None
-    known.scaling, norm.device = scaling, known
+    norm.device = known
     kernels = choice.norm_kernels(known.memory.remembered.device, torch.float32)
     A, B = (factor.detach().to(torch.float32) for factor in layer.as_matrices(lora_A, lora_B))
-    return kernels.checked_norm(known.memory, known.stored, A, B, float(scaling), due, (lora_A, lora_B))
+    factors = (lora_A, lora_B)
+    return kernels.checked_norm(known.memory, known.stored, A, B, float(scaling), factors, due=due, another=another)
 
 
 def follow(magnitude: Tensor, tied: Tensor, value: Tensor) -> None:

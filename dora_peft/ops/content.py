@@ -107,6 +107,7 @@ class Fingerprint:
         self.digest = None if self.sample is None else digest(_plain(weight))
         self.view: Tensor | None = None  # of the elements of `sample` in the weight itself, at `address`
         self.address = 0
+        self.whole = self.sample is not None and self.sample.numel() == weight.numel()
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("A fingerprint belongs to one tensor and cannot be copied.")
@@ -118,9 +119,11 @@ class Fingerprint:
                 return _version(weight) == self.version and (self.sample is None or self._same_sample(weight))
             if weight._version != self.version:
                 return False
-            if self.view is not None and weight.data_ptr() == self.address:
-                return torch.equal(self.view, self.sample)
-            return self._look_at(weight)
+            if self.view is None or weight.data_ptr() != self.address:
+                return self._look_at(weight)
+            if self.whole and _memcmp is not None:
+                return not _memcmp(self.address, self.sample.data_ptr(), self.sample.nbytes)
+            return torch.equal(self.view, self.sample)
         if getattr(weight, "is_meta", False):
             return True  # offloaded: its hook brings the same content in
         return self.sample is not None and self._same_sample(weight) and self._adopt(weight)
