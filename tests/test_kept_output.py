@@ -141,6 +141,21 @@ def test_a_raw_write_changes_no_gradient(kind, consumer, surroundings, magnitude
 
 
 @pytest.mark.cached_norms
+@pytest.mark.parametrize(("kind", "layout"), [("conv2d", torch.channels_last), ("conv3d", torch.channels_last_3d)])
+def test_layouts_of_images(kind, layout):
+    """Kept as they lie in memory, believed while they are untouched, and computed again if they are not."""
+    model = adapted(kind).to(memory_format=layout) if kind == "conv2d" else adapted(kind)
+    x = example(model).detach().to(memory_format=layout).requires_grad_()
+    assert not model(x).is_contiguous()
+    expected = gradients(model, x, torch.sigmoid, SURROUNDINGS["plain"])
+    assert not dora(model)._outputs.overwritten
+    twice = gradients(model, x, lambda y: 2 * y, SURROUNDINGS["plain"])
+    assert_equal(gradients(model, x, InForward.apply, SURROUNDINGS["plain"]), twice)
+    assert dora(model)._outputs.overwritten
+    assert_equal(gradients(model, x, torch.sigmoid, SURROUNDINGS["plain"]), expected)
+
+
+@pytest.mark.cached_norms
 @pytest.mark.parametrize("consumer", [SkippingFirstTokens, SomeColumns])
 @pytest.mark.parametrize("length", [2, 5, 300])
 def test_a_part_that_is_written_is_seen(consumer, length):

@@ -34,7 +34,7 @@ ACTIONS = ("recompute", "copy")
 _action = "recompute"
 # Not torch's or Python's global generators, whose numbers belong to the user.
 _random = random.Random()
-# Elements of y that are kept as whole rows, and along the diagonal: under 1 % of y from 512 tokens on.
+# Elements of y that are kept as whole rows, and along the diagonal: 1 % of y at 512 tokens of 512 features.
 _ROWS, _DIAGONAL = 2048, 1024
 
 
@@ -174,7 +174,7 @@ class KeptOutput:
         """Keep an output.
 
         Args:
-            y: The output, contiguous, just written.
+            y: The output, just written.
             outputs: What is known about the layer.
             on_device: Leave the comparison to the device, see `read`.
 
@@ -184,16 +184,17 @@ class KeptOutput:
         """
         outputs.learn()
         self = cls(outputs, on_device)
-        kept = y
-        if not outputs.overwritten:
+        kept, ordered = y, in_memory_order(y)
+        if not outputs.overwritten and ordered is not None:
             self.version = version(y)
-        elif _action == "copy":
+        elif _action == "copy" and ordered is not None:
             kept = y.clone()
         else:
             # NaN, which no sample matches: a checkpoint may give it to the graph of a pass that did keep y
             kept = y.new_full((), torch.nan).expand(y.shape)
-        places = _places(y)
-        saved = list(_copied(y, places)) if on_device else [part.clone() for part in _parts(y, *places)]
+        ordered = y.contiguous() if ordered is None else ordered
+        places = _places(ordered)
+        saved = list(_copied(ordered, places)) if on_device else [part.clone() for part in _parts(ordered, *places)]
         # An alias, since y on its own graph node would be a reference cycle.
         self.alias = kept.detach()
         if self.through_hooks:
@@ -226,19 +227,33 @@ class KeptOutput:
             self.alias = None  # lets go of y as the saved tensors are; a second pass over the graph computes it again
         if alias is None or y is None or places is None:
             return None, None
+        ordered = in_memory_order(y)
+        if ordered is None:
+            return None, None  # a stand-in: y was not kept
         changed_in_place = self.version is not None and version(alias) != self.version
         if changed_in_place or _share_memory(y, grad):
             self.outputs.notice(in_place=changed_in_place)
             return None, None
         if self.on_device:
-            gone = _compared(y, rows, diagonal, places)
+            gone = _compared(ordered, rows, diagonal, places)
             self.outputs.notice_later(gone)
             return y, gone
-        found = _parts(y, *places)
+        found = _parts(ordered, *places)
         if same_bits(found[0], rows) and same_bits(found[1].contiguous(), diagonal):
             return y, None
         self.outputs.notice()
         return None, None
+
+
+def in_memory_order(y: Tensor) -> Tensor | None:
+    """y as a contiguous view of its memory: itself, or one of a layout of images; None for any other."""
+    if y.is_contiguous():
+        return y
+    if y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last):
+        return y.permute(0, 2, 3, 1)
+    if y.dim() == 5 and y.is_contiguous(memory_format=torch.channels_last_3d):
+        return y.permute(0, 2, 3, 4, 1)
+    return None
 
 
 def sample(y: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -263,7 +278,7 @@ def _copied(y: Tensor, places: tuple[int, int]) -> tuple[Tensor, Tensor]:
 
 def _compared(y: Tensor, rows: Tensor, diagonal: Tensor, places: tuple[int, int]) -> Tensor:
     (length, width), (first, start) = _size(y), places
-    if not y.is_contiguous() or not diagonal.numel():  # a stand-in; nothing
+    if not diagonal.numel():
         return torch.ones(1, dtype=torch.int32, device=y.device)
     return choice.kernels().compare_sample(y, rows, diagonal, first * width, start, _diagonal(length, width)[0])
 
@@ -288,11 +303,9 @@ def _places(y: Tensor, generator: random.Random = _random) -> tuple[int, int]:
 def _parts(y: Tensor, first: int, start: int) -> tuple[Tensor, Tensor]:
     """Rows [k, out] from row `first` on, and a diagonal [d] from element `start` on, as views of y."""
     length, width = _size(y)
-    matrix = y.detach().reshape(length, width)
+    matrix = y.detach().view(length, width)
     if not length or not width:
         return matrix, matrix.view(-1)
-    if not matrix.is_contiguous():  # a stand-in
-        return matrix[:1], matrix[:1, 0]
     step, count = _diagonal(length, width)
     diagonal = matrix.view(-1)[start : start + (count - 1) * step + 1 : step]
     return matrix.narrow(0, first, _row_count(length, width)), diagonal
