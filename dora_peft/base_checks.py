@@ -1,5 +1,5 @@
-"""What has to be found out about a base layer before its weight is read: whether all of it is here, and in what dtype
-one whose weight cannot be read computes."""
+"""What has to be found out about a base layer before its weight is read: whether all of it is here, what it is made
+from, and how one whose weight cannot be read is called: in what dtype, and without its bias."""
 
 from __future__ import annotations
 
@@ -16,6 +16,69 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _compute_dtypes: weakref.WeakKeyDictionary[nn.Module, tuple[list[torch.dtype], torch.dtype]] = (
     weakref.WeakKeyDictionary()
 )
+# Whether a layer that is called without its bias computes a linear map.
+_separable: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+_PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def parts(layer: Any) -> list[Tensor]:
+    """The tensors that a quantised base weight is made from besides `DoraLayer.original_weight`.
+
+    Scales and zero points, which a library may round to another dtype at the first call, or bitsandbytes' statistics,
+    which an evaluation rounds. Empty for a weight that is stored as it is.
+    """
+    if type(layer) in _PLAIN:
+        return []
+    tensors = layer._parameters
+    weight: Any = tensors.get("weight")
+    if weight is not None:
+        state = getattr(weight, "quant_state", None)
+        # what is packed for evaluation is told from the rest by its own content
+        return [] if state is None or getattr(state, "packing_format_for_cpu", False) else [state.absmax]
+    held = (*tensors.items(), *layer._buffers.items())
+    return [tensor for name, tensor in held if tensor is not None and name not in ("bias", "qweight", "W_q")]
+
+
+def linear_map(layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor | None]:
+    """A module that computes W0 x, and the bias that it adds all the same.
+
+    In low precision an output with b has lost what b drowns, and subtracting b does not bring it back: where that is
+    possible the module is a twin of the layer without b.
+
+    Args:
+        x: [N, in], N > 0, such as it will be called with.
+    """
+    twin = _without_bias(layer)
+    if twin is not None and layer not in _separable:
+        try:
+            with torch.no_grad():
+                _separable[layer] = not bool(twin(torch.zeros_like(x[:1])).any())
+        except Exception:  # whatever a library raises that cannot do without its bias
+            _separable[layer] = False
+    if twin is not None and _separable[layer]:
+        return twin, None
+    bias: Any = getattr(layer, "bias", None)
+    return layer, bias
+
+
+def _without_bias(layer: nn.Module) -> nn.Module | None:
+    """A shallow twin of a base layer without its bias.
+
+    What its forward sets, such as scales in the dtype of x, it sets in the twin: the layer is left as it is.
+
+    Returns:
+        None where the twin could differ from the layer: hooks, a forward of this very object, or a bias that is
+        neither a parameter nor a buffer.
+    """
+    if "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    twin = object.__new__(type(layer))
+    twin.__dict__.update(layer.__dict__)
+    twin.__dict__.pop("_compiled_call_impl", None)  # Module.compile() binds it to the layer
+    for kind in ("_parameters", "_buffers"):
+        held = layer.__dict__[kind].items()
+        twin.__dict__[kind] = {name: None if name == "bias" else tensor for name, tensor in held}
+    return twin if getattr(twin, "bias", None) is None else None
 
 
 def compute_dtype(layer: nn.Module, in_features: int) -> torch.dtype:
@@ -41,7 +104,7 @@ def _dtype_by_calling(layer: nn.Module, in_features: int, dtypes: list[torch.dty
         try:
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 # not by `layer(x)`: hooks of others are not to see it
-                out = layer.forward(torch.zeros(1, in_features, dtype=dtype, device=device))
+                out = (_without_bias(layer) or layer).forward(torch.zeros(1, in_features, dtype=dtype, device=device))
         except Exception:  # whatever a library raises for a dtype that it does not take
             continue
         if isinstance(out, Tensor) and out.dtype in FLOATS:

@@ -24,7 +24,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .base_checks import FLOATS, compute_dtype
+from .base_checks import FLOATS, compute_dtype, linear_map
 from .offload import at_hand, execution_device, is_away
 
 # One dense block in the accumulation dtype. Four may be alive together (rows, product, sum, square): below 64 MiB in
@@ -298,7 +298,8 @@ class Dequantized(Dense):
 
 
 class Opaque(BaseWeight):
-    """A base that is only a linear map: `layer(A) - b` is A W0^T, and blocks of unit vectors give its columns.
+    """A base that is only a linear map: called without its bias, or less that, it gives A W0^T for A, and its columns
+    for blocks of unit vectors.
 
     It is called in the dtype that it computes in, see `compute_dtype`.
     """
@@ -313,8 +314,9 @@ class Opaque(BaseWeight):
         super().__init__(out_features, in_features, torch.float32, tensors[0].device)
 
     def _apply(self, x: Tensor) -> Tensor:
-        bias = getattr(self.layer, "bias", None)
-        y = self.layer(x.to(self.compute_dtype)).to(self.dtype)
+        x = x.to(self.compute_dtype)
+        module, bias = linear_map(self.layer, x)
+        y = module(x).to(self.dtype)
         return y if bias is None else y - bias.to(self.dtype)
 
     def _columns(self) -> Iterator[tuple[int, int, Tensor]]:
@@ -426,7 +428,8 @@ def _seam(layer: Any, name: str, weight: Any) -> BaseWeight:
         if getattr(layer, "groups", 1) > 1:
             return GroupedConv(weight, layer.groups)
         return Dense(weight, lambda w: w.flatten(1))
-    if isinstance(weight, Tensor) and isinstance(layer, (nn.Linear, nn.Embedding, Conv1D)) and kind == "Parameter":
+    known = isinstance(weight, Tensor) and isinstance(layer, (nn.Linear, nn.Embedding, Conv1D)) and kind == "Parameter"
+    if known and weight.dtype not in FLOATS:  # with a float one it quantises at each call, as quanto before `freeze`
         raise ValueError(
             f"DoRA cannot adapt module '{name}' ({type(layer).__name__}): expected a weight of dtype float32, "
             f"bfloat16, float16 or float64, or one quantised by bitsandbytes, found {weight.dtype}. Convert the base "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from .base_checks import compute_dtype
+from .base_checks import compute_dtype, linear_map
 from .base_weight import BaseWeight
 
 # How far the gradient of ||W0 x||^2 / 2 along x may be from ||W0 x||^2; quantised activations are off by 1 %.
@@ -57,8 +57,8 @@ def _try(layer: Any) -> bool:
     # The innermost hooks alone see what is saved here: a checkpoint around the layer, which counts it, must not.
     apart = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), apart:
-        y = layer.forward(x.clone())
-        bias = getattr(layer, "bias", None)
+        module, bias = linear_map(layer, x)
+        y = module.forward(x.clone())
         z = (y if bias is None else y - bias).detach()
         if not y.requires_grad:
             return False

@@ -94,8 +94,8 @@ class Linear(DoraLayer, nn.Module):
         dropout = self.lora_dropout[adapter]
         p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
         lora_A, lora_B = self.factor_parameters(adapter)
-        bias = self._bias()
         base_out = None if weight is not None else self._base_output(x, *args, **kwargs)
+        bias = self._bias()  # after the call: some libraries round it to the dtype of x, for good
         known = direction = None
         if not self.training and not torch.is_grad_enabled():
             known = norms.weight_norm(self, adapter)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import choice, functional
+from ..base_checks import parts
 from ..offload import at_hand
 from ..ops.content import Bits, Fingerprint
 from . import device
@@ -27,11 +28,21 @@ _checking = False
 
 @dataclass(frozen=True)
 class BaseNorm:
-    """||W0||^2 per output row, and the smallest v that is divided by, both [out], with the weight they belong to."""
+    """||W0||^2 per output row, and the smallest v that is divided by, both [out], with the weight they belong to.
+
+    `parts` are those of the tensors that W0 is made from besides, see `base_checks.parts`.
+    """
 
     squared: Tensor
     floor: Tensor
     weight: Fingerprint
+    parts: tuple[Fingerprint, ...] = ()
+
+    def made_from(self, tensors: list[Tensor]) -> bool:
+        """Whether W0's parts still are what they were."""
+        if len(tensors) != len(self.parts):
+            return False
+        return all(part.fits(tensor) for part, tensor in zip(self.parts, tensors, strict=True))
 
 
 @dataclass(frozen=True)
@@ -119,7 +130,7 @@ def weight_norm(
         if found is not None:
             return found
     known = norm.known
-    if known is not None and known.fits(lora_A, lora_B, scaling, stored):
+    if known is not None and known.fits(lora_A, lora_B, scaling, stored) and _made_from(layer, known.base, weight):
         if _checking:
             _check(layer, adapter, known, lora_A, lora_B, scaling, weight)
         return known
@@ -174,15 +185,21 @@ def _undisturbed(device_type: str) -> Iterator[None]:
         yield
 
 
+def _made_from(layer: Any, base: BaseNorm | None, weight: Any) -> bool:
+    """Whether the parts of the layer's own weight are those of `base`; True for another `weight` in its place."""
+    return weight is not None or base is None or base.made_from(parts(layer.get_base_layer()))
+
+
 def base_norm(layer: Any, weight: Any = None) -> BaseNorm:
     """||W0||^2 per output row; computed once, again only if W0 holds something else."""
     stored = layer.original_weight() if weight is None else weight
     known = layer._base_norm
-    if known is None or not known.weight.fits(stored):
+    if known is None or not known.weight.fits(stored) or not _made_from(layer, known, weight):
         with _undisturbed(getattr(stored, "device", torch.device("cpu")).type):
             seam = layer.base_weight() if weight is None else layer.base_weight_of(weight)
             squared = seam.row_norms_squared()
-            known = layer._base_norm = BaseNorm(squared, functional.floor(squared), Fingerprint(stored))
+            others = () if weight is not None else tuple(Fingerprint(part) for part in parts(layer.get_base_layer()))
+            known = layer._base_norm = BaseNorm(squared, functional.floor(squared), Fingerprint(stored), others)
     return known
 
 
