@@ -17,7 +17,7 @@ from peft.tuners.lora import variants
 from torch import Tensor, nn
 
 from . import choice, norms
-from .base_weight import unpack_for_training
+from .base_weight import unpack_for_gradient
 from .kinds import Embedding, Linear, _ConvNd
 from .layer import DoraLayer
 from .ops.kept_output import Outputs, Report
@@ -107,8 +107,7 @@ def _forward(original: Any) -> Any:
         if view is None:
             view = norms.views[self] = _VIEWS[_kind(self)](self)
         adapter = self.active_adapters[0]
-        if self.training:
-            unpack_for_training(self.get_base_layer())
+        unpack_for_gradient(self.get_base_layer(), x, self.training)
         shortcut = view._shortcut
         if shortcut is not None and shortcut.is_open(view):
             return shortcut(x, view)

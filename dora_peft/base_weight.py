@@ -281,8 +281,14 @@ def _unpacked(weight: Any) -> tuple[Tensor, Any]:
     return data, state
 
 
-def unpack_for_training(layer: Any) -> None:
-    """Undo bitsandbytes' repacking for evaluation: its product of a packed weight has no gradient for the input."""
+def unpack_for_gradient(layer: Any, x: Tensor, training: bool) -> None:
+    """Undo bitsandbytes' repacking for evaluation before a call that needs a gradient.
+
+    Its product of a packed weight has none for x, and says so only where the layer has a bias. Evaluation mode alone
+    does not mean that none is asked for.
+    """
+    if not training and not (x.requires_grad and torch.is_grad_enabled()):
+        return
     weight: Any = getattr(layer, "weight", None)
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         weight.data, weight.quant_state = _unpacked(weight)

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import choice, functional, input_gradient, merge_checks, merging, norms, offload, reference, ties
 from .base_checks import check_creatable
-from .base_weight import BaseWeight, base_weight, unpack_for_training
+from .base_weight import BaseWeight, base_weight, unpack_for_gradient
 from .config import DoraConfig
 from .magnitude import Magnitude, warn_about_low_precision
 from .ops.kept_output import Outputs, version
@@ -380,6 +380,8 @@ class DoraLayer(BaseTunerLayer):
         shortcut = self._shortcut
         if shortcut is not None and not args and not kwargs and shortcut.is_open(self):
             return shortcut(x, self)
+        if type(self._modules["base_layer"]) not in _LEAVES:
+            unpack_for_gradient(self.get_base_layer(), x, self.training)
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:
@@ -387,8 +389,6 @@ class DoraLayer(BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
-        if self.training and type(self._modules["base_layer"]) not in _LEAVES:
-            unpack_for_training(self.get_base_layer())
         present = self.lora_magnitude_vector
         adapters = [name for name in self.active_adapters if name in present]
         if self.merged or not adapters:

@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -430,6 +430,30 @@ def test_quantised_weights_after_a_forward_pass(bits):
         rows = base_weight(layer, "layer").rows(torch.arange(64)).double()
         torch.testing.assert_close(rows, matrix, rtol=2**-7, atol=0)
         assert torch.equal(layer(x), before)
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
+def test_four_bit_layers_give_their_gradient_after_an_evaluation(bias, disabled):
+    """bitsandbytes' product of a repacked weight has no gradient for x: without a bias it is left out in silence."""
+    repack = getattr(bnb.functional, "_convert_weight_packed_for_cpu", None)
+    if repack is None:
+        pytest.skip("this bitsandbytes does not repack")
+    torch.manual_seed(0)
+    blocks = [four_bit(128, 128, "nf4", True, bias=bias) for _ in range(2)]
+    model = get_peft_model(nn.Sequential(*blocks), DoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+    model.eval()
+    x = torch.randn(3, 128, requires_grad=True)
+
+    def gradient():
+        with model.disable_adapter() if disabled else nullcontext():
+            return torch.autograd.grad(model(x).sum(), x)[0]
+
+    expected = gradient()
+    for block in blocks:  # what an evaluation does on a CPU with AVX512-BF16
+        block.weight.data, block.weight.quant_state = repack(block.weight.data, block.weight.quant_state)
+    # it also rounds the block scales to bf16
+    torch.testing.assert_close(gradient(), expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
 
 
 # ---- choice of the kind
