@@ -477,6 +477,25 @@ def test_modules_without_sizes_are_refused_by_name():
         base_weight(nn.Identity(), "block.norm")
 
 
+def test_tensor_parallel_weights_are_refused(tmp_path):
+    """As transformers' tp_plan distributes them: part of each weight is in each process."""
+    distributed = pytest.importorskip("torch.distributed")
+    if not distributed.is_available():
+        pytest.skip("torch without torch.distributed")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        net = nn.Sequential(nn.Linear(8, 6))
+        sharded = distribute_tensor(net[0].weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)])
+        net[0].weight = nn.Parameter(sharded, requires_grad=False)
+        with pytest.raises(ValueError, match=r"'0' \(Linear\).*sharded one \(DTensor \(6, 8\).*without tp_plan"):
+            get_peft_model(net, DoraConfig(r=2, target_modules=["0"]))
+    finally:
+        distributed.destroy_process_group()
+
+
 # ---- memory
 
 

@@ -11,10 +11,7 @@ from dora_peft.base_checks import linear_map, parts
 from dora_peft.base_weight import base_weight
 from dora_peft.input_gradient import gives_gradient
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Unsupported layer type"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),  # hqq's import
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type")
 
 
 class CastsItsScales(nn.Module):
