@@ -206,6 +206,7 @@ class _View:
     adapt: Any = DoraLayer.adapt
     adapt_plainly: Any = DoraLayer.adapt_plainly
     adapt_fast: Any = DoraLayer.adapt_fast
+    _without_bias: Any = DoraLayer._without_bias
     _base_output: Any = DoraLayer._base_output
     _base_product: Any = DoraLayer._base_product
     _pinned_product: Any = DoraLayer._pinned_product

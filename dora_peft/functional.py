@@ -145,8 +145,10 @@ def attach_norm_gradient(norm: Tensor, matrix: Tensor, lora_A: Tensor, lora_B: T
 
 def scale(magnitude: Tensor, norm: Tensor, tied: Tensor | None) -> Tensor:
     """c [out] = m / v, 1 on tied rows; equals `reference.scale`. `norm` is floored, so nothing divides by zero."""
-    c = magnitude / norm
-    return c if tied is None else torch.where(tied, torch.ones_like(c), c)
+    if tied is None:
+        return magnitude / norm
+    # v of a tied row may be 1e-30, and backward divides by its square
+    return torch.where(tied, torch.ones_like(norm), magnitude / norm.masked_fill(tied, 1.0))
 
 
 def compose(z: Tensor, c: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import choice, functional, linear, norms
+from .base_checks import linear_map
 from .config import DoraConfig
 from .layer import DoraLayer, changed_too_early
 
@@ -65,12 +66,15 @@ class BaseProduct:
         weight = self._seam()
         if index is not None and weight.has_rows:
             return F.linear(x, weight.rows(index).to(x.dtype))
+        base: Any = self.layer.base_layer
+        plain = not self.args and not self.kwargs and base is self.layer.get_base_layer() and x.numel() > 0
+        module, bias = linear_map(base, x.flatten(0, -2)) if plain and self.bias is not None else (base, self.bias)
         # as in the forward pass: some libraries compute otherwise if no gradient is needed, and repack their weight
         with torch.enable_grad():
-            out = self.layer.base_layer(x.detach().requires_grad_(x.requires_grad), *self.args, **self.kwargs).detach()
-        if self.bias is not None:
+            out = module(x.detach().requires_grad_(x.requires_grad), *self.args, **self.kwargs).detach()
+        if bias is not None:
             wide = torch.promote_types(out.dtype, torch.float32)
-            out = out.to(wide) - self.bias.to(wide)
+            out = out.to(wide) - bias.to(wide)
         return out if index is None else out[..., index]
 
     def stored(self) -> Any:

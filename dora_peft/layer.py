@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import choice, functional, input_gradient, merge_checks, merging, norms, offload, reference, ties
-from .base_checks import check_creatable
+from .base_checks import check_creatable, linear_map
 from .base_weight import BaseWeight, base_weight, unpack_for_gradient
 from .config import DoraConfig
 from .magnitude import Magnitude, warn_about_low_precision
@@ -459,11 +459,25 @@ class DoraLayer(BaseTunerLayer):
         if weight is not None:
             z = self._multiply(x, weight)
             return z, z.dtype
-        out, bias = self._base_output(x, *args, **kwargs), self._bias()
+        bias = self._bias()
+        if bias is not None and not args and not kwargs and (twin := self._without_bias(x)) is not None:
+            out = twin(x)
+            return out, out.dtype
+        out = self._base_output(x, *args, **kwargs)
         if bias is None:
             return out, out.dtype
         wide = torch.promote_types(out.dtype, torch.float32)
         return out.to(wide) - bias.to(wide), out.dtype
+
+    def _without_bias(self, x: Tensor) -> nn.Module | None:
+        """What computes the base layer's product without its bias, None if the layer itself has to be called."""
+        base = self.base_layer
+        if torch.compiler.is_compiling() or choice.tracing() or base is not self.get_base_layer() or not x.numel():
+            return None
+        if torch.is_grad_enabled() and not input_gradient.gives_gradient(base):
+            return None
+        module, bias = linear_map(base, x)
+        return module if bias is None else None
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the base layer gives, with the right gradient for x. Not to be changed in place."""

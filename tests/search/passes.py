@@ -137,7 +137,7 @@ def autocast(world: World, op: Op) -> None:
             world.compare_output(y, run, "autocast in evaluation", autocast=True)
 
 
-@operation(2)
+@operation(3)
 def compiled(world: World, op: Op) -> None:
     """Compile, edit, and call again."""
     op = Op(op.name, quiet(op.consumer), op.a, op.b)
@@ -161,7 +161,7 @@ def compiled(world: World, op: Op) -> None:
         torch._dynamo.reset()
 
 
-@operation(2)
+@operation(4)
 def traced(world: World, op: Op) -> None:
     """torch.jit.trace or torch.export of a model that may have run or not, in evaluation, called on other inputs."""
     op = Op(op.name, quiet(op.consumer), op.a, op.b)
