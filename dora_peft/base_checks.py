@@ -21,14 +21,14 @@ _separable: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictiona
 _PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def parts(layer: Any) -> list[Tensor]:
+def parts(layer: Any) -> list[Tensor] | None:
     """The tensors that a quantised base weight is made from besides `DoraLayer.original_weight`.
 
     Scales and zero points, which a library may round to another dtype at the first call, or bitsandbytes' statistics,
-    which an evaluation rounds. Empty for a weight that is stored as it is.
+    which an evaluation rounds. None for torch's own layers, which have none ever.
     """
     if type(layer) in _PLAIN:
-        return []
+        return None
     tensors = layer._parameters
     weight: Any = tensors.get("weight")
     if weight is not None:

@@ -30,17 +30,21 @@ _checking = False
 class BaseNorm:
     """||W0||^2 per output row, and the smallest v that is divided by, both [out], with the weight they belong to.
 
-    `parts` are those of the tensors that W0 is made from besides, see `base_checks.parts`.
+    `parts` are those of the tensors that W0 is made from besides, None for a layer that has none ever, see
+    `base_checks.parts`.
     """
 
     squared: Tensor
     floor: Tensor
     weight: Fingerprint
-    parts: tuple[Fingerprint, ...] = ()
+    parts: tuple[Fingerprint, ...] | None
 
-    def made_from(self, tensors: list[Tensor]) -> bool:
-        """Whether W0's parts still are what they were."""
-        if len(tensors) != len(self.parts):
+    def made_from(self, layer: Any) -> bool:
+        """Whether the parts of the layer's weight still are what they were."""
+        if self.parts is None:
+            return True
+        tensors = parts(layer.get_base_layer())
+        if tensors is None or len(tensors) != len(self.parts):
             return False
         return all(part.fits(tensor) for part, tensor in zip(self.parts, tensors, strict=True))
 
@@ -65,8 +69,12 @@ class Snapshot:
     base: BaseNorm | None
     by_kernels: bool
 
-    def fits(self, lora_A: Tensor, lora_B: Tensor, scaling: float, weight: Any) -> bool:
-        """Whether v still is that of these factors [r, in] and [out, r], s and W0 as stored."""
+    def fits(self, lora_A: Tensor, lora_B: Tensor, scaling: float, weight: Any, layer: Any = None) -> bool:
+        """Whether v still is that of these factors [r, in] and [out, r], s and W0 as stored, and of the layer's parts.
+
+        Args:
+            layer: None where `weight` is dense, or no weight of the layer's own.
+        """
         if self.scaling != scaling or self.base is None:
             return False
         if self.lora_A is not None and self.lora_B is not None:
@@ -77,7 +85,7 @@ class Snapshot:
             return False
         if self.by_kernels != choice.uses_kernels(lora_A.device, lora_A.dtype):
             return False
-        return self.base.weight.fits(weight)
+        return self.base.weight.fits(weight) and (layer is None or self.base.made_from(layer))
 
 
 @dataclass
@@ -130,7 +138,7 @@ def weight_norm(
         if found is not None:
             return found
     known = norm.known
-    if known is not None and known.fits(lora_A, lora_B, scaling, stored) and _made_from(layer, known.base, weight):
+    if known is not None and known.fits(lora_A, lora_B, scaling, stored, layer if weight is None else None):
         if _checking:
             _check(layer, adapter, known, lora_A, lora_B, scaling, weight)
         return known
@@ -185,20 +193,16 @@ def _undisturbed(device_type: str) -> Iterator[None]:
         yield
 
 
-def _made_from(layer: Any, base: BaseNorm | None, weight: Any) -> bool:
-    """Whether the parts of the layer's own weight are those of `base`; True for another `weight` in its place."""
-    return weight is not None or base is None or base.made_from(parts(layer.get_base_layer()))
-
-
 def base_norm(layer: Any, weight: Any = None) -> BaseNorm:
     """||W0||^2 per output row; computed once, again only if W0 holds something else."""
     stored = layer.original_weight() if weight is None else weight
     known = layer._base_norm
-    if known is None or not known.weight.fits(stored) or not _made_from(layer, known, weight):
+    if known is None or not known.weight.fits(stored) or (weight is None and not known.made_from(layer)):
         with _undisturbed(getattr(stored, "device", torch.device("cpu")).type):
             seam = layer.base_weight() if weight is None else layer.base_weight_of(weight)
             squared = seam.row_norms_squared()
-            others = () if weight is not None else tuple(Fingerprint(part) for part in parts(layer.get_base_layer()))
+            tensors = None if weight is not None else parts(layer.get_base_layer())
+            others = None if tensors is None else tuple(map(Fingerprint, tensors))
             known = layer._base_norm = BaseNorm(squared, functional.floor(squared), Fingerprint(stored), others)
     return known
 
