@@ -16,7 +16,7 @@ from peft.tuners import lora
 from peft.tuners.lora import variants
 from torch import Tensor, nn
 
-from . import choice, norms
+from . import choice, norms, ties
 from .base_weight import unpack_for_gradient
 from .kinds import Embedding, Linear, _ConvNd
 from .layer import DoraLayer
@@ -111,7 +111,7 @@ def _forward(original: Any) -> Any:
         shortcut = view._shortcut
         if shortcut is not None and shortcut.is_open(view):
             return shortcut(x, view)
-        if view._drops_base(adapter) or choice.by_autograd():
+        if view._drops_base(adapter) or view._needs_autograd():
             return view.adapt_plainly([adapter], x)
         return view.adapt_fast(adapter, x)
 
@@ -195,7 +195,6 @@ class _View:
     magnitude = DoraLayer.magnitude
     scale = DoraLayer.scale
     base_weight_of = DoraLayer.base_weight_of
-    settle_late = DoraLayer.settle_late
     held_weight = DoraLayer.held_weight
     _tied = DoraLayer._tied
     _dense_norm = DoraLayer._dense_norm
@@ -206,6 +205,8 @@ class _View:
     adapt: Any = DoraLayer.adapt
     adapt_plainly: Any = DoraLayer.adapt_plainly
     adapt_fast: Any = DoraLayer.adapt_fast
+    _needs_autograd: Any = DoraLayer._needs_autograd
+    _own_forward: Any = DoraLayer._own_forward
     _without_bias: Any = DoraLayer._without_bias
     _base_output: Any = DoraLayer._base_output
     _base_product: Any = DoraLayer._base_product
@@ -225,6 +226,21 @@ class _View:
         self._outputs = Outputs(self.name, _report)
         self.number = norms.register(self)
 
+    def initial_scaling(self, adapter: str) -> float:
+        """s as PEFT's layer has it."""
+        return float(self.scaling[adapter])
+
+    def settle_late(self, adapter: str) -> None:
+        """As `DoraLayer.settle_late`; PEFT's m stays 0 on a zero row of W0, whatever B has become there."""
+        DoraLayer.settle_late(self, adapter)  # type: ignore[arg-type]
+        zero = ties.zero_rows(self)
+        if zero is not None and bool(zero.any()):
+            own: Any = self
+            norm, magnitude = self._norms[adapter], own.magnitude(adapter).detach().view(-1)
+            tied = zero & (magnitude == 0).to(zero.device)
+            tied = tied if norm.tied is None else tied | norm.tied.to(zero.device)
+            norm.tied = tied if bool(tied.any()) else None
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module(), name)
 
@@ -235,6 +251,7 @@ class _View:
 
 class _LinearView(_View):
     adapt_fast = Linear.adapt_fast
+    _own_forward = Linear._own_forward
     _multiplies = Linear._multiplies
     _oriented = Linear._oriented
     _multiply = Linear._multiply

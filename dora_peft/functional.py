@@ -6,6 +6,7 @@ The equations and symbols are those of reference.py; linear layers have their ow
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .choice import norm_kernels
-from .linear import compose_weight
+from .linear import DROWNED, TINY, compose_weight
 from .ops.kept_output import KeptOutput, Outputs
 
 if TYPE_CHECKING:
@@ -191,8 +192,7 @@ class _Compose(torch.autograd.Function):
                 d_z = (grad * c).to(ctx.dtype)
             if need_c:
                 y, _ = ctx.kept.read(rest[: ctx.count], grad)
-                lossy = bias is not None and grad.dtype in (torch.float16, torch.bfloat16)
-                if y is None or lossy or bool((c.abs() < 1e-30).any()):
+                if y is None or _has_lost(y, c, bias):
                     z = ctx.recompute(*rest[ctx.count :]).to(c.dtype)
                     d_c = (grad * z).sum_to_size(c.shape)
                 else:
@@ -201,6 +201,27 @@ class _Compose(torch.autograd.Function):
             if need_bias:
                 d_bias = grad.sum_to_size(bias.shape).to(bias.dtype)
         return d_z, d_c, d_bias, None, None, None, *(None for _ in ctx.needs_input_grad[6:])
+
+
+def _has_lost(y: Tensor, c: Tensor, bias: Tensor | None) -> bool:
+    """Whether y = c z + b no longer tells some channel of z: c is tiny there, or b drowns c z in rounding.
+
+    The latter is told by a sample of 64 elements a channel, most of which have to be left: the first of a sequence are
+    often far larger than all others. See `linear.magnitude_gradient`, which asks the same of a linear layer.
+    """
+    if not y.numel():
+        return False
+    if bool((c.abs() < TINY.get(y.dtype, 1e-30)).any()):
+        return True
+    if bias is None:
+        return False
+    channel = y.dim() - max(c.dim(), 1)
+    others = [d for d in range(y.dim()) if d != channel]
+    each = math.ceil(64 ** (1 / max(len(others), 1)))
+    index = [slice(None) if d == channel else slice(None, None, max(1, y.shape[d] // each)) for d in range(y.dim())]
+    drowned = (y[tuple(index)].to(c.dtype) - bias).abs() < DROWNED.get(y.dtype, 1e-3) * bias.abs()
+    share = drowned.to(c.dtype).mean(others) if others else drowned.to(c.dtype)
+    return bool((share > 0.5).any())
 
 
 def compose_keeping_output(

@@ -155,7 +155,7 @@ def _(x, weight, bias, lora_A, lora_B, c, seed, scaling, p, places):
     return (
         x.new_empty(*x.shape[:-1], width),
         x.new_empty(length, lora_A.shape[0]),
-        x.new_empty(rows * width),
+        x.new_empty(rows, width),
         x.new_empty(diagonal),
     )
 

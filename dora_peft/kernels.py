@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .base_weight import FourBit
 from .choice import interpreted
-from .linear import _DROWNED, _TINY
+from .linear import DROWNED, TINY
 
 INTERPRETED = interpreted()
 # Tokens that tell whether the bias drowns a column: half of them, since the first is often far larger than the others.
@@ -379,7 +379,7 @@ def magnitude_gradient(
     _magnitude_gradient[(triton.cdiv(width, block),)](
         sums, g, y, x, weight, absmax, code, u, lora_B, c, c if bias is None else bias, c if gone is None else gone,
         out, len(sums), length, width, x.shape[1], u.shape[1], k,
-        _TINY.get(y.dtype, 1e-30), _DROWNED.get(y.dtype, 1e-3),
+        TINY.get(y.dtype, 1e-30), DROWNED.get(y.dtype, 1e-3),
         *g.stride(), y.stride(0), *x.stride(), *layout, u.stride(0), lora_B.stride(0),
         HAS_BIAS=bias is not None, PRECISION=precision(x.dtype), SAMPLE=_SAMPLE, CHECKED=gone is not None, **options,
         ROWS=64, COLUMNS=block, BLOCK=64, num_warps=4, num_stages=2,

@@ -91,6 +91,12 @@ class Linear(DoraLayer, nn.Module):
 
     peft_layer = lora.Linear
 
+    def _own_forward(self, base: Any) -> bool:
+        if type(base) is nn.Linear or type(base) is Conv1D or self._multiplies(type(base).forward):
+            return False
+        weight = base._parameters.get("weight")
+        return type(weight) is nn.Parameter and weight.is_floating_point() and not hasattr(base, "qweight")
+
     def adapt_fast(self, adapter: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.magnitude_only[adapter]:
             return super().adapt_fast(adapter, x, *args, **kwargs)

@@ -298,8 +298,9 @@ class DoraLayer(BaseTunerLayer):
         trained = differentiable and not self.detach_norm[adapter] and torch.is_grad_enabled()
         if choice.use_reference() or choice.transforming() or choice.tracing():
             # v by plain operations: a transform's A and B are no parameters, and a recording has to hold for others
-            value = self._dense_norm(adapter)
-            value, tied = value if trained else value.detach(), self._tied(adapter)
+            # the same operations whether gradients are on or not: a tracer compares
+            value, tied = self._dense_norm(adapter), self._tied(adapter)
+            value = value if differentiable and not self.detach_norm[adapter] else value.detach()
         elif torch.compiler.is_compiling():
             value, tied = norms.traced(self, adapter)
             if trained and not self.magnitude_only[adapter]:
@@ -396,13 +397,25 @@ class DoraLayer(BaseTunerLayer):
         if self.training and not torch.compiler.is_compiling():
             for adapter in adapters:
                 warn_about_low_precision(self, adapter)
-        if len(adapters) == 1 and not self._drops_base(adapters[0]) and not choice.by_autograd():
+        if len(adapters) == 1 and not self._drops_base(adapters[0]) and not self._needs_autograd():
             return self.adapt_fast(adapters[0], x, *args, **kwargs)
         if len(adapters) == 1 and not args and not kwargs and torch.compiler.is_compiling():
             compiled = self.adapt_compiled(adapters[0], x)
             if compiled is not None:
                 return compiled
         return self.adapt_plainly(adapters, x, *args, **kwargs)
+
+    def _needs_autograd(self) -> bool:
+        """Whether to keep what plain operations keep: to compute the base output again might give another one.
+
+        Hooks of the user's may draw random numbers, count, or be gone by then. So may the forward of a subclass.
+        """
+        base = self._modules["base_layer"]
+        return choice.by_autograd() or bool(base._forward_hooks or base._forward_pre_hooks) or self._own_forward(base)
+
+    def _own_forward(self, base: Any) -> bool:
+        """Whether `base` is no plain layer of this kind, but computes otherwise with a plain weight."""
+        return False
 
     def _drops_base(self, adapter: str) -> bool:
         """Whether the paper's dropout is at work, which needs a second base product and its own intermediate."""

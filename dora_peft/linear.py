@@ -483,7 +483,7 @@ def magnitude_gradient(
     """
     if y is None or sums is None:
         return (g * z_at(None)).sum(0)
-    tiny = _TINY.get(y.dtype, 1e-30)
+    tiny = TINY.get(y.dtype, 1e-30)
     if bias is None:
         if not len(y) or torch.linalg.vector_norm(c, -torch.inf) >= tiny:  # the smallest |c|
             return sums / c
@@ -494,7 +494,7 @@ def magnitude_gradient(
         sample = y[:: max(1, len(y) // 64)].to(c.dtype) - bias
         lost = c.abs() < tiny
         if len(y):
-            lost |= sample.abs_().median(0).values < _DROWNED.get(y.dtype, 1e-3) * bias.abs()
+            lost |= sample.abs_().median(0).values < DROWNED.get(y.dtype, 1e-3) * bias.abs()
     index = lost.nonzero()[:, 0]
     if not len(index):
         return sums / c
@@ -503,9 +503,9 @@ def magnitude_gradient(
 
 
 # Below this c, y = c z is subnormal or close to it; fp16's smallest normal number is 6e-5.
-_TINY = {torch.float16: 2.0**-8}
+TINY = {torch.float16: 2.0**-8}
 # |c z| / |b| below which too few digits of z are left in y; 2 bits of the 8 or 11 may go, in fp32 10 of 24.
-_DROWNED = {torch.float16: 0.25, torch.bfloat16: 0.25}
+DROWNED = {torch.float16: 0.25, torch.bfloat16: 0.25}
 
 
 def _step(length: int, device: torch.device) -> int:

@@ -68,6 +68,8 @@ def warn_about_low_precision(layer: Any, adapter: str) -> None:
     magnitude = holder._parameters["weight"]
     if magnitude.dtype not in _LOW_PRECISION or "low precision" in layer.notices or magnitude.dtype == holder.asked:
         return
+    if not magnitude.requires_grad:
+        return
     layer.notices.add("low precision")
     if _is_gathered(magnitude):
         return

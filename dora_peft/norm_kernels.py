@@ -170,6 +170,9 @@ def _checked_norm(
         tl.store(remembered + rows, value, in_rows)
         tl.store(out + rows, value, in_rows)
         tl.atomic_add(known + 4, 1, mask=tl.program_id(0) == 0)
+        # what is remembered may belong to another W0 now than the sum of all of it
+        stale = (compared == 3) & ((due != 0) | (tl.load(sums + 2) != tl.load(known + 2)))
+        tl.atomic_add(known + 3, 1, mask=(tl.program_id(0) == 0) & stale)
     else:
         tl.store(out + rows, tl.load(remembered + rows, in_rows, other=1.0), in_rows)
 
@@ -240,6 +243,9 @@ def checked_norm(
     bits_W = _bits(stored.packed if isinstance(stored, FourBit) else stored)
     step = max(1, bits_W.numel() // SAMPLE)
     _sum(bits_A, bits_B, bits_W, sums, min(SAMPLE, bits_W.numel()), (step // 3) | 1 if step > 1 else 0, step)
+    if isinstance(stored, FourBit):  # whose statistics an evaluation on some processors rounds
+        scales, stride = stored.absmax, max(1, stored.absmax.numel() // SAMPLE)
+        _sum(bits_A[:0], bits_B[:0], _bits(scales), sums, min(SAMPLE, scales.numel()), 0, stride)
     if another:
         _sum(bits_A[:0], bits_B[:0], bits_W, sums[1:], bits_W.numel(), 0, 1)
     looked_at = 4 if another else 3

@@ -271,3 +271,24 @@ def test_trls_trainer_trains_as_without(tmp_path, taken):
         assert bool(taken) == on
     assert len(found[True]) == 3
     assert found[True] == pytest.approx(found[False], rel=1e-4)
+
+
+@pytest.mark.parametrize("how", ["at once", "a copy after a step"])
+def test_zero_rows_of_pefts_layers_are_tied(how):
+    """PEFT gives NaN there; m stays 0 in its layers while B grows."""
+    torch.manual_seed(0)
+    base = One(nn.Linear(12, 10))
+    with torch.no_grad():
+        base.layer.weight[:3] = 0
+    model = get_peft_model(base, LoraConfig(r=3, use_dora=True, target_modules=["layer"]))
+    x = torch.randn(5, 12)
+    with dora_peft.accelerate_use_dora():
+        model(x).square().sum().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        layer = model.base_model.model.layer
+        if how == "a copy after a step":
+            torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+            layer = copy.deepcopy(model).base_model.model.layer
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        plain = x @ (B @ A).T * layer.scaling["default"] + layer.base_layer.bias
+        torch.testing.assert_close(layer(x)[:, :3], plain[:, :3])

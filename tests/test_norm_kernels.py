@@ -155,3 +155,14 @@ def test_checked_norms_of_any_size(transposed, size):
     stored.zero_()
     B.zero_()
     assert (checked(memory, stored, A, B)[0] == torch.tensor(1e-30)).all()  # floored
+
+
+def test_the_sum_of_all_of_w0_belongs_to_what_is_remembered():
+    """A weight that was edited in place comes back as another tensor of its first content."""
+    weight, A, B = problem((65, 130, 20), FP32)
+    memory, original = subject.Memory(65, weight.device), weight.clone()
+    checked(memory, weight, A, B, due=True, another=True)
+    weight[40, 77] += 10
+    checked(memory, weight, A, B, due=True)
+    found, _ = checked(memory, original, A, B, another=True)
+    assert error(found, original, A, B) <= 1e-6

@@ -7,10 +7,10 @@ k). So y is believed only if its content is what was written:
 
     - its version counter has not moved;
     - the incoming gradient does not share its memory;
-    - some whole rows, and one element of every token along a diagonal, from places drawn anew each time, hold the bits
-      that the forward pass copied from there. Whole rows see a kernel that writes some columns of all tokens, the
-      diagonal one that writes all columns of some tokens. What writes neither (a few columns of a few tokens) may go
-      unseen.
+    - some whole rows, and one element of nearly every token along a diagonal (of 4,096 tokens, where there are more),
+      from places drawn anew each time, hold the bits that the forward pass copied from there. Whole rows see a kernel
+      that writes some columns of all tokens, the diagonal one that writes all columns of some tokens. What writes
+      neither (a few columns of a few tokens, one token at an end) may go unseen.
 
 If it is not, the layer computes z = (y - b) / c again, in that very backward pass. From then on it keeps a copy of its
 own or computes z again each time, as `on_overwritten_output` says. What is saved for backward has the same number,
@@ -34,8 +34,9 @@ ACTIONS = ("recompute", "copy")
 _action = "recompute"
 # Not torch's or Python's global generators, whose numbers belong to the user.
 _random = random.Random()
-# Elements of y that are kept as whole rows, and along the diagonal: 1 % of y at 512 tokens of 512 features.
-_ROWS, _DIAGONAL = 2048, 1024
+# Elements of y that are kept as whole rows, but at least so many rows, and along the diagonal: 1 % of y at 512 tokens
+# of 512 features.
+_ROWS, _FEWEST, _DIAGONAL = 2048, 4, 4096
 
 
 class on_overwritten_output:  # a function to its users, as choice.implementation is
@@ -78,14 +79,14 @@ class Report:
         self.announced = False
 
     def add(self, name: str) -> None:
+        """Name one more module; called in a backward pass, or in a forward pass that learns of an earlier one."""
         self.names.append(name)
-        if self.announced:
-            return
-        self.announced = True
-        try:
-            Variable._execution_engine.queue_callback(self.warn)  # when the other layers have looked as well
-        except RuntimeError:  # no backward pass is running
-            self.warn()
+
+    def announce(self) -> None:
+        """Warn when this backward pass ends, and with it the other layers have looked as well."""
+        if self.names and not self.announced:
+            self.announced = True
+            Variable._execution_engine.queue_callback(self.warn)
 
     def warn(self) -> None:
         shown = ", ".join(self.names[:8]) + (f" and {len(self.names) - 8} more" if len(self.names) > 8 else "")
@@ -114,12 +115,17 @@ class Outputs:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pending": None}
 
-    def notice(self, *, in_place: bool = False) -> None:
-        """An output was found overwritten. Nobody is warned of operations of torch's `in_place`, such as `relu_`."""
+    def notice(self) -> None:
+        """An output was found overwritten by something that no version counter tells of."""
         if not self.overwritten and self.name is not None:
             self.overwritten = True
-            if self.report is not None and not in_place:
+            if self.report is not None:
                 self.report.add(self.name)
+
+    def announce(self) -> None:
+        """In a backward pass: have what was noticed be said."""
+        if self.report is not None:
+            self.report.announce()
 
     def notice_later(self, gone: Tensor) -> None:
         """The same if `gone` [1], on a device, is not 0: learned at a later forward pass, without waiting."""
@@ -201,7 +207,7 @@ class KeptOutput:
             # y has to go through the hooks, which switch off torch's own check for changes in place; the alias keeps
             # y's version counter and lets go of its storage. The places too: those of the pass that is run again.
             self.alias.data = y.new_empty(0)
-            saved += [torch.tensor(places), kept]
+            saved += [torch.tensor(places, device="cpu"), kept]  # read without waiting
         else:
             self.places = places
         return self, saved
@@ -217,6 +223,7 @@ class KeptOutput:
             y, or None where it is known to be overwritten; and where the device compares, a number [1] there that is
             not 0 if y turns out to be overwritten, else None.
         """
+        self.outputs.announce()
         rows, diagonal, *through_hooks = saved
         alias, y = self.alias, self.alias
         places = self.places
@@ -230,18 +237,18 @@ class KeptOutput:
         ordered = in_memory_order(y)
         if ordered is None:
             return None, None  # a stand-in: y was not kept
-        changed_in_place = self.version is not None and version(alias) != self.version
-        if changed_in_place or _share_memory(y, grad):
-            self.outputs.notice(in_place=changed_in_place)
-            return None, None
+        if self.version is not None and version(alias) != self.version:
+            return None, None  # by an operation of torch's in place, which tells each time
+        shared = _share_memory(y, grad)
         if self.on_device:
             gone = _compared(ordered, rows, diagonal, places)
             self.outputs.notice_later(gone)
-            return y, gone
+            return (None, None) if shared else (y, gone)
         found = _parts(ordered, *places)
         if same_bits(found[0], rows) and same_bits(found[1].contiguous(), diagonal):
-            return y, None
+            return (None if shared else y), None
         self.outputs.notice()
+        self.outputs.announce()
         return None, None
 
 
@@ -273,14 +280,14 @@ def _copied(y: Tensor, places: tuple[int, int]) -> tuple[Tensor, Tensor]:
     (length, width), (first, start) = _size(y), places
     count, elements = sample_sizes(length, width)
     step = _diagonal(length, width)[0] if elements else 1
-    return choice.kernels().take_sample(y, first * width, start, step, count * width, elements)
+    rows, diagonal = choice.kernels().take_sample(y, first * width, start, step, count * width, elements)
+    return rows.view(count, width), diagonal
 
 
 def _compared(y: Tensor, rows: Tensor, diagonal: Tensor, places: tuple[int, int]) -> Tensor:
     (length, width), (first, start) = _size(y), places
-    if not diagonal.numel():
-        return torch.ones(1, dtype=torch.int32, device=y.device)
-    return choice.kernels().compare_sample(y, rows, diagonal, first * width, start, _diagonal(length, width)[0])
+    step = _diagonal(length, width)[0] if diagonal.numel() else 1
+    return choice.kernels().compare_sample(y, rows, diagonal, first * width, start, step)
 
 
 def sample_sizes(length: int, width: int) -> tuple[int, int]:
@@ -317,7 +324,7 @@ def _size(y: Tensor) -> tuple[int, int]:
 
 
 def _row_count(length: int, width: int) -> int:
-    return min(length, max(1, _ROWS // width))
+    return min(length, max(_FEWEST, _ROWS // width))
 
 
 def _diagonal(length: int, width: int) -> tuple[int, int]:
