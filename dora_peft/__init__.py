@@ -8,15 +8,15 @@
 Importing the package registers `PeftType.DORA`, `DoraConfig` and `DoraModel` with PEFT.
 """
 
-from . import _registry  # first: adds PeftType.DORA, which the other modules use
-from .accelerate import accelerate_use_dora
-from .choice import implementation
 from .config import DoraConfig
-from .layer import DoraLayer
+from .layers.layer import DoraLayer
 from .model import DoraModel
 from .norms import checking, refresh
+from .ops.choice import implementation
 from .ops.kept_output import on_overwritten_output
 from .optim import param_groups
+from .plugin import registry as _registry  # first: adds PeftType.DORA, which the other modules use
+from .plugin.use_dora import accelerate_use_dora
 
 __version__ = "0.1.0"
 __all__ = [

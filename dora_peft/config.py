@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from ._files import atomic_write_text
-from .row_ranges import checked_record
+from ._row_ranges import checked_record
 
 # The key inside `auto_mapping` under which our own fields travel: plain PEFT keeps unknown entries there silently,
 # while an unknown top-level key makes it warn. Its presence marks a folder as written by this package.

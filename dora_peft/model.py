@@ -24,13 +24,15 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
-from . import merge_checks, merging, norms
-from .checkpoint import from_checkpoint, to_checkpoint
+from . import norms
+from ._row_ranges import bare, to_mask
+from .adapters.checkpoint import from_checkpoint, to_checkpoint
 from .config import DoraConfig
-from .kinds import layer_class
-from .layer import DoraLayer
+from .layers import merge_checks
+from .layers.kinds import layer_class
+from .layers.layer import DoraLayer
+from .ops import merging
 from .ops.kept_output import Report
-from .row_ranges import bare, to_mask
 
 # Modules whose weight these architectures use without calling the module, so that an adapter would never run
 # (peft.tuners.tuners_utils._check_lora_target_modules_mamba, which looks at PEFT's own types only).

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .layer import Magnitude
+from .layers.layer import Magnitude
 
 _seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmark_common import describe_machine, positive, write_json
-from dora_peft import kernels
+from dora_peft.ops.kernels import linear as kernels
 
 RESULTS = Path(__file__).resolve().parent / "benchmarks" / "results"
 BUFFERS = 4  # 64 MiB each by default: several times the largest cache

@@ -40,10 +40,10 @@ run_stage() {
     case $1 in
     tests)
         if [ "$DEVICE" = cpu ]; then
-            "${RUN[@]}" -m pytest -q -p no:cacheprovider tests/test_choice.py tests/test_fused.py
+            "${RUN[@]}" -m pytest -q -p no:cacheprovider tests/ops/test_choice.py tests/ops/kernels/test_fused.py
         else
             "${RUN[@]}" -m pytest -q -p no:cacheprovider -m "gpu or not gpu" \
-                tests/test_kernels.py tests/test_dropout_kernels.py tests/test_norm_kernels.py tests/test_fused.py
+                tests/ops/kernels
         fi
         ;;
     kernels) "${RUN[@]}" scripts/benchmark_kernels.py --device "$DEVICE" --results "$RESULTS" ${TOY_KERNELS:-} ;;
@@ -81,7 +81,7 @@ run_stage() {
 fingerprint() {
     {
         find dora_peft -name '*.py' | LC_ALL=C sort | xargs cat
-        cat tests/test_kernels.py tests/test_dropout_kernels.py tests/test_norm_kernels.py tests/test_fused.py
+        find tests/ops/kernels -name '*.py' | LC_ALL=C sort | xargs cat
     } | cksum | cut -d' ' -f1
 }
 

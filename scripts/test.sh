@@ -26,5 +26,6 @@ export OMP_NUM_THREADS=1
 if [ $# -eq 0 ] && [ "$(uname -s)" = Linux ]; then
     say "pytest, the layers once more by Triton's kernels"
     "$VENV_PYTHON" -m pytest -n 2 --dist worksteal --implementation triton \
-        tests/test_accelerate.py tests/test_compile.py tests/test_kinds.py tests/test_layer.py tests/test_linear.py tests/test_norms.py tests/test_kept_output.py
+        tests/plugin/test_use_dora.py tests/whole/test_compile.py tests/layers/test_kinds.py tests/layers/test_layer.py \
+        tests/ops/test_linear.py tests/norms/test_state.py tests/ops/test_kept_output.py
 fi

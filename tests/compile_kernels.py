@@ -12,7 +12,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dora_peft import dropout_kernels, kernels, norm_kernels
+from dora_peft.ops.kernels import dropout as dropout_kernels
+from dora_peft.ops.kernels import linear as kernels
+from dora_peft.ops.kernels import norm as norm_kernels
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 NAMES |= {torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import choice
+from ..ops import choice
 from ..ops.kept_output import version
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import functional, linear
+from ..ops import functional, linear
 from ..ops.content import Bits
 from .state import Snapshot, is_checking
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import choice, functional
-from ..base_checks import parts
-from ..offload import at_hand
+from ..bases.inspection import parts
+from ..bases.offload import at_hand
+from ..ops import choice, functional
 from ..ops.content import Bits, Fingerprint
 from . import device
 

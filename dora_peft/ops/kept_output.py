@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from .. import choice
+from . import choice
 from .content import same_bits
 
 ACTIONS = ("recompute", "copy")

@@ -1,0 +1,1 @@
+"""How an adapter travels: to files, from files, and between adapters."""

@@ -1,0 +1,108 @@
+"""The gradient with respect to x of a base layer that gives none, or a wrong one.
+
+torchao's int8 weights with dynamically quantised activations have no derivative: the adapter would train with the
+low-rank branch's part of dL/dx alone, off by over 100 % in the layers below. Quantising x is rounding, and the gradient
+over the dequantised weight, g W0, is the usual straight-through estimate.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
+
+from .base import BaseWeight
+from .inspection import compute_dtype, linear_map
+
+# How far the gradient of ||W0 x||^2 / 2 along x may be from ||W0 x||^2; quantised activations are off by 1 %.
+TOLERANCE = 0.2
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]] = weakref.WeakKeyDictionary()
+
+
+def gives_gradient(layer: nn.Module) -> bool:
+    """Whether autograd through a linear base layer gives dL/dx = g W0.
+
+    True at once for a plain weight and for bitsandbytes' layers. Others are tried, once per layer and type of weight.
+
+    Args:
+        layer: The base layer itself, as `get_base_layer()` gives it.
+    """
+    weight = layer._parameters.get("weight")
+    kind = type(weight)
+    if kind is nn.Parameter or kind.__name__ in ("Params4bit", "Int8Params"):
+        return True
+    known = _known.get(layer)
+    if known is None or known[0] is not kind:
+        known = _known[layer] = (kind, _try(layer))
+    return known[1]
+
+
+def _try(layer: Any) -> bool:
+    """For y = W0 x + b: the gradient of y along z = W0 x is W0^T z, and x . W0^T z = ||z||^2."""
+    in_features = getattr(layer, "in_features", None)
+    tensors = [*layer.parameters(), *layer.buffers()]
+    if in_features is None or not tensors or tensors[0].is_meta:
+        return True  # nothing to try it with
+    device = tensors[0].device
+    weight: Any = getattr(layer, "weight", None)
+    float_weight = isinstance(weight, Tensor) and weight.is_floating_point()
+    dtype = weight.dtype if float_weight else compute_dtype(layer, in_features)
+    x = torch.linspace(0, in_features, in_features, dtype=torch.float64).add(1).sin()[None]
+    x = x.to(device, dtype).requires_grad_()
+    # The innermost hooks alone see what is saved here: a checkpoint around the layer, which counts it, must not.
+    apart = saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), apart:
+        module, bias = linear_map(layer, x)
+        y = module.forward(x.clone())
+        z = (y if bias is None else y - bias).detach()
+        if not y.requires_grad:
+            return False
+        try:
+            (grad,) = torch.autograd.grad(y, x, z.to(y.dtype), allow_unused=True)
+        except RuntimeError:  # a product without a derivative
+            return False
+    if grad is None:
+        return False
+    expected = z.double().square().sum()
+    return bool(((grad.double() * x.detach().double()).sum() - expected).abs() <= TOLERANCE * expected)
+
+
+class _OverWeight(torch.autograd.Function):
+    """y = layer(x) as given, with dx = g W0."""
+
+    @staticmethod
+    def forward(ctx, x, y, seam):
+        ctx.seam, ctx.shape, ctx.dtype = seam, x.shape, x.dtype
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        dx = None
+        if ctx.needs_input_grad[0]:
+            weight = ctx.seam()
+            with torch.autocast(grad.device.type, enabled=False):
+                flat = grad.reshape(-1, grad.shape[-1]).to(weight.dtype)  # [N, out]
+                dx = weight.vjp(flat.T).to(ctx.dtype).view(ctx.shape)  # [N, in]
+        return dx, grad, None
+
+
+def call(layer: Any, seam: Callable[[], BaseWeight], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """layer(x, ...) with a gradient for x; equals `layer(x)` where `gives_gradient(layer)`.
+
+    Args:
+        layer: What computes the base output: the base layer, or a wrapper around it.
+        seam: Gives the `BaseWeight` of it, in backward.
+        x: [..., in].
+
+    Returns:
+        [..., out], as the layer gives it. Not a fresh tensor: it must not be changed in place.
+    """
+    if not x.requires_grad or not torch.is_grad_enabled():
+        return layer(x, *args, **kwargs)
+    return _OverWeight.apply(x, layer(x.detach(), *args, **kwargs), seam)

@@ -1,0 +1,1 @@
+"""What an adapted layer holds: state and life cycle of each kind of layer."""

@@ -1,0 +1,1 @@
+"""Triton's kernels. Importing a module of this package imports Triton."""

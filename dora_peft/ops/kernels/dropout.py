@@ -1,0 +1,202 @@
+"""Triton kernels of the low-rank branch under dropout, whose mask is drawn anew wherever it is needed, never stored.
+
+    dropped_product     (mask * x) A^T
+    add_low_rank        dx + mask * (du A), in place
+    dropped_gradient    du^T (mask * x)
+
+A mask is a function of its seed and of row and column alone, whatever the blocks that a kernel works in.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .linear import dot, narrow, precision, ranks_at_once, token_bucket, tuned
+
+Seed = int | Tensor  # or an int64 tensor [1] on the device
+
+
+@triton.jit
+def _kept(seed, rows, first, threshold, WIDTH: tl.constexpr):
+    """[len(rows), WIDTH] bool: which elements of x dropout keeps, for columns first : first + WIDTH.
+
+    Eight neighbours share one Philox draw of 128 bits, 16 bits each: the drawing takes longer than the reading of x
+    otherwise.
+    """
+    groups = first // 8 + tl.arange(0, WIDTH // 8)
+    row = (rows[:, None] + tl.zeros_like(groups)[None, :]).to(tl.uint32)
+    group = (groups[None, :] + tl.zeros_like(rows)[:, None]).to(tl.uint32)
+    zero = tl.zeros_like(row)
+    a, b, c, d = tl.philox(seed, row, group, zero, zero)
+    ab = tl.join(tl.join(a & 0xFFFF, a >> 16), tl.join(b & 0xFFFF, b >> 16))
+    cd = tl.join(tl.join(c & 0xFFFF, c >> 16), tl.join(d & 0xFFFF, d >> 16))
+    bits = tl.reshape(tl.join(ab, cd), (rows.shape[0], WIDTH))
+    return bits.to(tl.int32) >= threshold
+
+
+@tuned(
+    ["bucket", "features", "rank"],
+    [
+        {"ROWS": 32, "BLOCK": 128, "num_warps": 4, "num_stages": 3},
+        {"ROWS": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 3},
+        {"ROWS": 16, "BLOCK": 256, "num_warps": 4, "num_stages": 3},
+    ],
+)
+@triton.jit(do_not_specialize=["seed"])
+def _dropped_product(
+    x, lora_A, seed, out, length, features, rank, threshold, x_row, x_column, a_row, bucket,
+    ON_HOST: tl.constexpr, PRECISION: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(rank, RANKS)
+    rows = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    ranks = tl.program_id(0) % blocks * RANKS + tl.arange(0, RANKS)
+    number = seed if ON_HOST else tl.load(seed)
+    total = tl.zeros((ROWS, RANKS), tl.float32)
+    for first in range(0, features, BLOCK):
+        inputs = first + tl.arange(0, BLOCK)
+        inside = (rows < length)[:, None] & (inputs < features)[None, :]
+        left = tl.load(x + rows[:, None] * x_row + inputs[None, :] * x_column, inside, other=0.0)
+        left = tl.where(_kept(number, rows, first, threshold, BLOCK), left, 0.0)
+        right = tl.load(
+            lora_A + ranks[None, :] * a_row + inputs[:, None],
+            (ranks < rank)[None, :] & (inputs < features)[:, None], other=0.0,
+        )  # fmt: skip
+        total = dot(left, right, total, PRECISION)
+    inside = (rows < length)[:, None] & (ranks < rank)[None, :]
+    tl.store(out + rows[:, None] * rank + ranks[None, :], narrow(total, out.dtype.element_ty), inside)
+
+
+@tuned(
+    ["bucket", "features", "rank"],
+    [
+        {"ROWS": 64, "BLOCK": 128, "num_warps": 4, "num_stages": 3},
+        {"ROWS": 32, "BLOCK": 256, "num_warps": 4, "num_stages": 3},
+        {"ROWS": 16, "BLOCK": 128, "num_warps": 4, "num_stages": 4},
+    ],
+    restored=["out"],
+)
+@triton.jit(do_not_specialize=["seed"])
+def _add_low_rank(
+    du, lora_A, seed, out, length, features, rank, threshold, a_row, bucket,
+    ADD: tl.constexpr, ON_HOST: tl.constexpr, PRECISION: tl.constexpr,
+    RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(features, BLOCK)
+    rows = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    first = tl.program_id(0) % blocks * BLOCK
+    inputs = first + tl.arange(0, BLOCK)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for start in range(0, rank, RANKS):
+        ranks = start + tl.arange(0, RANKS)
+        left = tl.load(
+            du + rows[:, None] * rank + ranks[None, :], (rows < length)[:, None] & (ranks < rank)[None, :], other=0.0
+        )
+        right = tl.load(
+            lora_A + ranks[:, None] * a_row + inputs[None, :],
+            (ranks < rank)[:, None] & (inputs < features)[None, :], other=0.0,
+        )  # fmt: skip
+        total = dot(left, right, total, PRECISION)
+    number = seed if ON_HOST else tl.load(seed)
+    total = tl.where(_kept(number, rows, first, threshold, BLOCK), total, 0.0)
+    inside = (rows < length)[:, None] & (inputs < features)[None, :]
+    place = out + rows[:, None] * features + inputs[None, :]
+    if ADD:
+        total += tl.load(place, inside, other=0.0).to(tl.float32)
+    tl.store(place, narrow(total, out.dtype.element_ty), inside)
+
+
+@tuned(
+    ["bucket", "features", "rank"],
+    [
+        {"ROWS": 64, "BLOCK": 32, "num_warps": 4, "num_stages": 4},
+        {"ROWS": 128, "BLOCK": 32, "num_warps": 4, "num_stages": 3},
+        {"ROWS": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 3},
+    ],
+)
+@triton.jit(do_not_specialize=["seed"])
+def _dropped_gradient(
+    du, x, seed, out, length, features, rank, threshold, x_row, x_column, bucket,
+    ON_HOST: tl.constexpr, PRECISION: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(features, BLOCK)
+    ranks = tl.program_id(0) // blocks * RANKS + tl.arange(0, RANKS)
+    first = tl.program_id(0) % blocks * BLOCK
+    inputs = first + tl.arange(0, BLOCK)
+    number = seed if ON_HOST else tl.load(seed)
+    total = tl.zeros((RANKS, BLOCK), tl.float32)
+    for start in range(0, length, ROWS):
+        rows = (start + tl.arange(0, ROWS)).to(tl.int64)
+        left = tl.load(
+            du + rows[None, :] * rank + ranks[:, None], (rows < length)[None, :] & (ranks < rank)[:, None], other=0.0
+        )
+        inside = (rows < length)[:, None] & (inputs < features)[None, :]
+        right = tl.load(x + rows[:, None] * x_row + inputs[None, :] * x_column, inside, other=0.0)
+        right = tl.where(_kept(number, rows, first, threshold, BLOCK), right, 0.0)
+        total = dot(left, right, total, PRECISION)
+    inside = (ranks < rank)[:, None] & (inputs < features)[None, :]
+    tl.store(out + ranks[:, None] * features + inputs[None, :], narrow(total, out.dtype.element_ty), inside)
+
+
+# ---- launchers
+
+
+def draw_seed(device: torch.device) -> Seed:
+    """A seed for one dropout mask: a number from the CPU's generator, which costs no launch.
+
+    Into a CUDA graph goes a draw on the device instead, which is another one at every replay.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.randint(2**62, (1,), dtype=torch.int64, device=device)
+    return int(torch.randint(2**32, 2**62, (), dtype=torch.int64, device="cpu"))  # of 64 bits, so one kernel serves all
+
+
+def threshold(p: float) -> tuple[int, float]:
+    """The number of the 2^16 draws that are dropped, and the exact probability to keep an element."""
+    dropped = round(p * 2**16)
+    return dropped, 1 - dropped / 2**16
+
+
+def dropped_product(x: Tensor, lora_A: Tensor, seed: Seed, p: float) -> Tensor:
+    """(mask * x) A^T [N, r], not yet divided by 1 - p."""
+    (length, features), rank = x.shape, len(lora_A)
+    out = torch.empty(length, rank, dtype=x.dtype, device=x.device)
+    ranks = ranks_at_once(rank)
+    if length:
+        _dropped_product[lambda meta: (triton.cdiv(length, meta["ROWS"]) * triton.cdiv(rank, ranks),)](
+            x, lora_A, seed, out, length, features, rank, threshold(p)[0], *x.stride(), lora_A.stride(0),
+            token_bucket(length), ON_HOST=isinstance(seed, int), PRECISION=precision(x.dtype), RANKS=ranks,
+        )  # fmt: skip
+    return out
+
+
+def add_low_rank(dx: Tensor | None, du: Tensor, lora_A: Tensor, seed: Seed, p: float) -> Tensor:
+    """dx + mask * (du A) [N, in] in place; without the sum where dx is None."""
+    (length, rank), features = du.shape, lora_A.shape[1]
+    out = torch.empty(length, features, dtype=du.dtype, device=du.device) if dx is None else dx
+    if length:
+        _add_low_rank[lambda meta: (triton.cdiv(length, meta["ROWS"]) * triton.cdiv(features, meta["BLOCK"]),)](
+            du, lora_A, seed, out, length, features, rank, threshold(p)[0], lora_A.stride(0), token_bucket(length),
+            ADD=dx is not None, ON_HOST=isinstance(seed, int), PRECISION=precision(du.dtype), RANKS=ranks_at_once(rank),
+        )  # fmt: skip
+    return out
+
+
+def dropped_gradient(du: Tensor, x: Tensor, seed: Seed, p: float, dtype: torch.dtype) -> Tensor:
+    """du^T (mask * x) [r, in] in `dtype`."""
+    (length, rank), features = du.shape, x.shape[1]
+    out = torch.empty(rank, features, dtype=dtype, device=x.device)
+    ranks = ranks_at_once(rank)
+    _dropped_gradient[lambda meta: (triton.cdiv(rank, ranks) * triton.cdiv(features, meta["BLOCK"]),)](
+        du, x, seed, out, length, features, rank, threshold(p)[0], *x.stride(), token_bucket(length),
+        ON_HOST=isinstance(seed, int), PRECISION=precision(x.dtype), RANKS=ranks,
+    )  # fmt: skip
+    return out
+
+
+def dropout_mask(shape: torch.Size, seed: Seed, p: float, device: torch.device) -> Tensor:
+    """The mask [N, in] that the kernels use, as a tensor of 0 and 1, for tests."""
+    ones = torch.ones(shape[0], 1, device=device)
+    return add_low_rank(None, ones, torch.ones(1, shape[1], device=device), seed, p)

@@ -1,0 +1,1 @@
+"""Where PEFT, transformers and accelerate are touched."""

@@ -1,0 +1,433 @@
+"""What is saved loads in plain PEFT to the same outputs, and what PEFT's use_dora saves loads here."""
+
+import warnings
+from dataclasses import asdict
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import ConvNextConfig, ConvNextModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from dora_peft import DoraConfig, DoraLayer
+from dora_peft.plugin.registry import plain_peft_configs
+
+# PEFT says both, in its own tuner and where it creates the factors of ours
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`"),
+    pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups"),
+    # PEFT 0.20 only: it looks for the config of a base model without a name
+    pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume"),
+]
+IDS = torch.arange(12).view(2, 6)
+# PEFT says this where an embedding is targeted; whether the table is saved as well is its own decision
+EMBEDDING_SAVED = "Setting `save_embedding_layers` to `True`"
+
+
+def llama(**changes):
+    """A tiny Llama in float64, so that equal means equal to 1e-9, with weights large enough for the adapter to show."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.2, **changes)).double().eval()
+
+
+class Net(nn.Module):
+    """One layer of every kind that PEFT's use_dora adapts, in a chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(12, 8)
+        self.linear = nn.Linear(8, 8)
+        self.no_bias = nn.Linear(8, 8, bias=False)
+        self.transposed = Conv1D(8, 8)
+        nn.init.normal_(self.transposed.weight)
+        self.conv1d = nn.Conv1d(8, 8, 3, padding=1)
+        self.conv2d = nn.Conv2d(8, 8, 3, padding=1)
+        self.conv3d = nn.Conv3d(8, 8, 1)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids):
+        x = self.transposed(self.no_bias(self.linear(self.embed(ids))))
+        x = self.conv1d(x.transpose(1, 2))[..., None]  # [N, 8, length, 1]
+        x = self.grouped(self.conv2d(x))[..., None]
+        return self.head(self.conv3d(x).flatten(2).transpose(1, 2))
+
+
+def net():
+    torch.manual_seed(0)
+    return Net().double().eval()
+
+
+@torch.no_grad()
+def train(model, adapter="default", seed=1):
+    """Move every tensor of one adapter as training would: factors freely, magnitudes by some percent."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if f".{adapter}" not in name or not parameter.requires_grad:
+            continue
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+        parameter.mul_(1 + 0.1 * noise) if "magnitude" in name else parameter.add_(0.2 * noise)
+    return model.eval()
+
+
+@torch.no_grad()
+def output(model, ids=IDS):
+    out = model(ids)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def same(found, expected):
+    # m is kept in float64 over a float64 base and written as such
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def differs(found, other):
+    assert (found - other).abs().max() > 1e-3
+
+
+def save(model, folder, **options):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=EMBEDDING_SAVED)
+        model.save_pretrained(folder, **options)
+    return folder
+
+
+def load_plain(base, folder):
+    with plain_peft_configs(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=EMBEDDING_SAVED)
+        model = PeftModel.from_pretrained(base, folder)
+    assert type(model.peft_config["default"]) is LoraConfig
+    assert not any(isinstance(m, DoraLayer) for m in model.modules())
+    return model.eval()
+
+
+def load_ours(base, folder, **options):
+    model = PeftModel.from_pretrained(base, folder, **options)
+    assert type(model.peft_config["default"]) is DoraConfig
+    return model.eval()
+
+
+KINDS = ["linear", "no_bias", "transposed", "conv1d", "conv2d", "conv3d", "embed", "grouped"]
+
+
+# ---- ours, in plain PEFT
+
+
+@pytest.mark.parametrize("key", ["weight", "peft"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_layer_in_plain_peft_and_back(kind, key, tmp_path):
+    ours = get_peft_model(net(), DoraConfig(r=4, lora_alpha=6, target_modules=[kind], magnitude_key=key))
+    expected = output(train(ours))
+    differs(expected, output(net()))
+    save(ours, tmp_path)
+    same(output(load_plain(net(), tmp_path)), expected)
+    same(output(load_ours(net(), tmp_path)), expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "suffix"), [("weight", ".lora_magnitude_vector.weight"), ("peft", ".lora_magnitude_vector")]
+)
+def test_the_spelling_of_the_magnitudes_key(key, suffix, tmp_path):
+    ours = get_peft_model(net(), DoraConfig(r=2, target_modules=["linear"], magnitude_key=key))
+    save(ours, tmp_path)
+    names = {n for n in load_file(tmp_path / "adapter_model.safetensors") if "magnitude" in n}
+    assert names == {f"base_model.model.linear{suffix}"}
+
+
+OPTIONS = {
+    "plain": {"target_modules": ["q_proj", "down_proj"]},
+    "all-linear, patterns": {
+        "target_modules": "all-linear",
+        "rank_pattern": {"v_proj": 2, "layers.0.mlp.up_proj": 6},
+        "alpha_pattern": {"down_proj": 5},
+        "use_rslora": True,
+    },
+    "magnitudes only": {"target_modules": ["q_proj"], "magnitude_only_modules": ["up_proj", "v_proj"]},
+    "magnitudes only, patterns": {
+        "target_modules": r".*\.(q|v)_proj",
+        "magnitude_only_modules": r".*\.up_proj",
+        "rank_pattern": {r".*\.v_proj": 3},
+        "use_rslora": True,
+    },
+    "magnitudes of all": {"target_modules": ["q_proj"], "magnitude_only_modules": "all-linear"},
+    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_llama_in_plain_peft_and_back(options, tmp_path):
+    ours = get_peft_model(llama(), DoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **options))
+    expected = output(train(ours))
+    differs(expected, output(llama()))
+    save(ours, tmp_path)
+    same(output(load_plain(llama(), tmp_path)), expected)
+    again = load_ours(llama(), tmp_path)
+    same(output(again), expected)
+    before, after = asdict(ours.peft_config["default"]), asdict(again.peft_config["default"])
+    for entry in ("inference_mode", "peft_version"):
+        before.pop(entry), after.pop(entry)
+    assert before == after
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_transformers_load_adapter_with_and_without_this_package(options, tmp_path):
+    if "modules_to_save" in options:
+        pytest.skip("transformers does not load modules_to_save")
+    ours = get_peft_model(llama(), DoraConfig(r=4, lora_alpha=6, **options))
+    expected = output(train(ours))
+    save(ours, tmp_path)
+    base = llama()
+    base.load_adapter(str(tmp_path))
+    assert type(base.peft_config["default"]) is DoraConfig
+    same(output(base), expected)
+    with pytest.warns(UserWarning, match="multiple adapters in the model"):
+        base.load_adapter(str(tmp_path), "second")
+    base.set_adapter("second")
+    same(output(base), expected)
+    plain = llama()
+    with plain_peft_configs():
+        plain.load_adapter(str(tmp_path))
+    assert type(plain.peft_config["default"]) is LoraConfig
+    same(output(plain), expected)
+
+
+def test_transformers_load_adapter_of_a_grouped_convolution(tmp_path):
+    """Its magnitudes are rescaled for PEFT on saving; every way in has to undo that."""
+
+    def convnext():
+        torch.manual_seed(0)
+        sizes = {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2, "image_size": 32}
+        return ConvNextModel(ConvNextConfig(**sizes, initializer_range=0.3, layer_scale_init_value=1.0)).double().eval()
+
+    @torch.no_grad()
+    def features(model):
+        pixels = torch.linspace(-1, 1, 3 * 32 * 32, dtype=torch.float64).view(1, 3, 32, 32)
+        return model(pixels).last_hidden_state
+
+    ours = train(get_peft_model(convnext(), DoraConfig(r=8, target_modules=["dwconv"])))
+    expected = features(ours)
+    differs(expected, features(convnext()))
+    save(ours, tmp_path)
+    base = convnext()
+    base.load_adapter(str(tmp_path))
+    same(features(base), expected)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_travel(bias, tmp_path):
+    ours = get_peft_model(net(), DoraConfig(r=2, target_modules=["linear", "conv1d"], bias=bias))
+    with torch.no_grad():
+        moved = [p.add_(1) for n, p in ours.named_parameters() if n.endswith("bias") and p.requires_grad]
+    assert len(moved) == (7 if bias == "all" else 2)
+    expected = output(train(ours))
+    save(ours, tmp_path)
+    same(output(load_plain(net(), tmp_path)), expected)
+    same(output(load_ours(net(), tmp_path)), expected)
+
+
+def test_trained_tokens_travel(tmp_path):
+    config = DoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 5], task_type="CAUSAL_LM")
+    ours = train(get_peft_model(llama(), config))
+    expected = output(ours)
+    save(ours, tmp_path)
+    same(output(load_ours(llama(), tmp_path)), expected)
+    same(output(load_plain(llama(), tmp_path)), expected)
+
+
+def test_auto_model(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    ours = train(get_peft_model(base, DoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")))
+    save(ours, tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert type(loaded.peft_config["default"]) is DoraConfig
+    same(output(loaded.eval()), output(ours))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_magnitudes_are_written_in_full_precision(dtype, tmp_path):
+    ours = get_peft_model(net().to(dtype), DoraConfig(r=2, target_modules=["linear"]))
+    expected = output(train(ours))
+    save(ours, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    same(output(load_ours(net().to(dtype), tmp_path)), expected)
+
+
+# ---- zero rows
+
+
+def zero_net(kind):
+    """A net in which some outputs of `kind` have a zero weight row."""
+    model = net()
+    weight = model.get_submodule(kind).weight
+    with torch.no_grad():
+        weight[:, [1, 4]] = 0 if kind in ("embed", "transposed") else weight[:, [1, 4]]
+        if kind not in ("embed", "transposed"):
+            weight[[1, 4]] = 0
+    return model
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "transposed", "conv2d", "embed"])
+def test_zero_rows_reach_plain_peft_without_nan(kind, trained, tmp_path):
+    ours = get_peft_model(zero_net(kind), DoraConfig(r=4, target_modules=[kind]))
+    if trained:
+        train(ours)
+    expected = output(ours.eval())
+    assert expected.isfinite().all()
+    save(ours, tmp_path)
+    plain = output(load_plain(zero_net(kind), tmp_path))
+    assert plain.isfinite().all()
+    same(plain, expected)
+    same(output(load_ours(zero_net(kind), tmp_path)), expected)
+
+
+def test_zero_rows_are_tied_again_after_loading(tmp_path):
+    """They go on training as plain LoRA: their magnitude follows the norm and gets no gradient."""
+    save(train(get_peft_model(zero_net("linear"), DoraConfig(r=4, target_modules=["linear"]))), tmp_path)
+    loaded = load_ours(zero_net("linear"), tmp_path, is_trainable=True)
+    layer = loaded.base_model.model.linear
+    loaded(IDS).sum().backward()
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    zero = (layer.get_base_layer().weight == 0).all(1)
+    assert zero.any()
+    assert (magnitude.grad[zero] == 0).all()
+    assert (magnitude.grad[~zero] != 0).all()
+    train(loaded, seed=2)
+    output(loaded)
+    weight = layer.get_base_layer().weight + layer.scaling["default"] * (
+        layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    )
+    same(magnitude[zero], weight.norm(dim=1)[zero])
+
+
+# ---- PEFT's use_dora, here
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_pefts_loads_here(kind, tmp_path):
+    theirs = get_peft_model(net(), LoraConfig(r=4, lora_alpha=6, target_modules=[kind], use_dora=True))
+    expected = output(train(theirs))
+    differs(expected, output(net()))
+    save(theirs, tmp_path)
+    config = DoraConfig.from_pretrained(str(tmp_path))
+    ours = load_ours(net(), tmp_path, config=config)
+    same(output(ours), expected)
+    # unmarked, so without asking for DoraConfig it stays PEFT's
+    assert type(PeftModel.from_pretrained(net(), tmp_path).peft_config["default"]) is LoraConfig
+    # into a model that is already DoRA it comes as DoRA
+    ours.load_adapter(tmp_path, "second")
+    assert type(ours.peft_config["second"]) is DoraConfig
+    ours.set_adapter("second")
+    same(output(ours.eval()), expected)
+
+
+def test_an_adapter_of_pefts_loads_into_a_dora_llama(tmp_path):
+    options = {"r": 4, "target_modules": "all-linear", "use_rslora": True, "rank_pattern": {"v_proj": 2}}
+    theirs = get_peft_model(llama(), LoraConfig(use_dora=True, task_type="CAUSAL_LM", **options))
+    expected = output(train(theirs))
+    save(theirs, tmp_path)
+    ours = get_peft_model(llama(), DoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    before = output(train(ours, seed=3))
+    ours.load_adapter(tmp_path, "second")
+    same(output(ours), before)
+    ours.set_adapter("second")
+    same(output(ours.eval()), expected)
+    # outside of that call PEFT's folders are read as before
+    assert type(PeftConfig.from_pretrained(str(tmp_path))) is LoraConfig
+
+
+def test_pefts_adapter_goes_back_to_peft(tmp_path):
+    kinds = [kind for kind in KINDS if kind != "transposed"]  # PEFT writes one fan_in_fan_out for all layers
+    theirs = get_peft_model(net(), LoraConfig(r=4, target_modules=kinds, use_dora=True))
+    expected = output(train(theirs))
+    save(theirs, tmp_path / "theirs")
+    ours = load_ours(net(), tmp_path / "theirs", config=DoraConfig.from_pretrained(str(tmp_path / "theirs")))
+    save(ours, tmp_path / "ours")
+    same(output(load_plain(net(), tmp_path / "ours")), expected)
+
+
+# ---- initialisations that change the base
+
+
+# PEFT 0.20 only: it loads the initial adapter beside the trained one to subtract it
+@pytest.mark.filterwarnings("ignore:(PiSSA|OLoRA) changes the base weights")
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+def test_conversion_of_a_mutated_base_keeps_the_magnitude(init, tmp_path):
+    """The base loses s B0 A0 at the start; the converted adapter gives the same outputs on the untouched base."""
+
+    def base():  # PEFT initialises these in float32 and below only
+        return net().float()
+
+    def close(found, expected):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+    config = DoraConfig(r=3, lora_alpha=4, target_modules=["linear", "no_bias"], init_lora_weights=init)
+    ours = get_peft_model(base(), config).eval()
+    close(output(ours), output(base()))
+    layer = ours.base_model.model.linear
+    differs(layer.get_base_layer().weight, base().linear.weight)
+    config.init_lora_weights = True  # PEFT's documentation: so that loading the initial adapter does not start again
+    save(ours, tmp_path / "initial")
+    config.init_lora_weights = init
+    expected = output(train(ours))
+    differs(expected, output(base()))
+    magnitude = layer.lora_magnitude_vector["default"].weight.detach().clone()
+    save(ours, tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    tensors = load_file(tmp_path / "converted" / "adapter_model.safetensors")
+    assert torch.equal(tensors["base_model.model.linear.lora_magnitude_vector.weight"], magnitude)
+    close(output(load_ours(base(), tmp_path / "converted")), expected)
+    close(output(load_plain(base(), tmp_path / "converted")), expected)
+    assert torch.equal(output(ours), expected)  # the model in hand goes on as it was
+
+
+# ---- what a checkpoint may look like
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
+def test_a_checkpoint_of_both_spellings_loads(metadata, tmp_path):
+    ours = get_peft_model(net(), DoraConfig(r=2, target_modules=["linear", "no_bias"]))
+    expected = output(train(ours))
+    save(ours, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    bare = "base_model.model.no_bias.lora_magnitude_vector"
+    tensors[bare] = tensors.pop(f"{bare}.weight")
+    save_file(tensors, file, metadata=metadata)
+    same(output(load_ours(net(), tmp_path)), expected)
+
+
+def test_a_pickled_checkpoint(tmp_path):
+    ours = get_peft_model(net(), DoraConfig(r=2, target_modules=["linear"]))
+    expected = output(train(ours))
+    save(ours, tmp_path, safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").exists()
+    same(output(load_ours(net(), tmp_path)), expected)
+
+
+def test_saving_does_not_change_the_model(tmp_path):
+    ours = train(get_peft_model(zero_net("linear"), DoraConfig(r=4, target_modules=["linear", "grouped"])))
+    expected = output(ours)
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    save(ours, tmp_path)
+    after = ours.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    assert torch.equal(output(ours), expected)
+
+
+def test_a_merged_model_saves_the_same_adapter(tmp_path):
+    ours = train(get_peft_model(zero_net("linear"), DoraConfig(r=4, target_modules=["linear", "conv2d"])))
+    save(ours, tmp_path / "unmerged")
+    ours.merge_adapter()
+    save(ours, tmp_path / "merged")
+    first, second = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("unmerged", "merged"))
+    assert first.keys() == second.keys()
+    for key in first:
+        same(second[key], first[key])

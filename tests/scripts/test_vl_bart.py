@@ -1,0 +1,568 @@
+"""VL-BART: the model, its data, the settings in configs/, and the claim at toy size."""
+
+import dataclasses
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from finetune_fixtures import write_jsonl
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+
+import prepare_easy_vqa
+import reproduce_vl_bart as subject
+import vl_bart_data as data
+from dora_peft import DoraConfig
+from reproduce_common import Options, at_edge, interval, lowest
+from vl_bart_model import (
+    VlBartConfig,
+    VlBartForConditionalGeneration,
+    build_small,
+    build_vl_bart,
+    random_batch,
+)
+
+CPU = torch.device("cpu")
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("vl_bart_*.yaml"))
+
+
+@pytest.fixture
+def model():
+    return build_vl_bart("toy").eval()
+
+
+@pytest.fixture
+def batch(model):
+    torch.manual_seed(1)
+    return random_batch(model.config, 3, 6, 4, CPU)
+
+
+# ---- the model
+
+
+def test_saved_and_loaded(model, batch, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = VlBartForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert again.config.model_type == "vl_bart"
+    assert again.config.visual_dim == 12
+    assert torch.equal(model(**batch).logits, again(**batch).logits)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is VlBartConfig
+    through_auto = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    assert type(through_auto) is VlBartForConditionalGeneration
+    assert torch.equal(model(**batch).logits, through_auto(**batch).logits)
+
+
+def test_the_picture_and_its_order_matter(model, batch):
+    logits = model(**batch).logits
+    other = batch | {"visual_features": batch["visual_features"].flip(1)}
+    assert not torch.allclose(logits, model(**other).logits)
+    assert not torch.allclose(
+        logits, model(**batch | {"visual_features": torch.zeros_like(other["visual_features"])}).logits
+    )
+
+
+def test_padding_of_the_question_does_not_matter(model, batch):
+    longer = dict(batch)
+    longer["input_ids"] = torch.cat([batch["input_ids"], torch.full((3, 2), model.config.pad_token_id)], 1)
+    longer["attention_mask"] = torch.cat([batch["attention_mask"], torch.zeros(3, 2, dtype=torch.int64)], 1)
+    torch.testing.assert_close(model(**longer).logits, model(**batch).logits)
+
+
+def test_generation_writes_what_the_logits_prefer(model, batch):
+    inputs = {name: batch[name] for name in ("visual_features", "input_ids", "attention_mask")}
+    found = model.generate(
+        **inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=1, forced_eos_token_id=None
+    )
+    logits = model(**inputs, decoder_input_ids=found[:, :-1]).logits
+    logits[..., model.config.eos_token_id] = -torch.inf
+    assert torch.equal(logits.argmax(-1)[:, :4], found[:, 1:5])
+
+
+@pytest.fixture
+def bart():
+    shape = {"d_model": 32, "vocab_size": 64}
+    for side in ("encoder", "decoder"):
+        shape |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 64}
+    return BartForConditionalGeneration(BartConfig(**shape)).eval()
+
+
+def test_around_a_pretrained_bart(bart, batch, tmp_path):
+    text = {name: tensor for name, tensor in batch.items() if name != "visual_features"}
+    # facebook/bart-base holds BartModel, without the output layer, which is the embedding
+    for part, name in ((bart, "whole"), (bart.model, "without output layer")):
+        part.save_pretrained(tmp_path / name)
+        model = VlBartForConditionalGeneration.from_bart(str(tmp_path / name), 12, 36).eval()
+        assert torch.equal(model(**text).logits, bart(**text).logits)
+        assert model(**batch).logits.shape == bart(**text).logits.shape
+
+
+def test_the_settings_of_generation_are_kept(bart, batch, tmp_path):
+    expected = {"num_beams": 3, "forced_bos_token_id": 0, "no_repeat_ngram_size": 2, "early_stopping": True}
+    bart.generation_config.update(**expected)
+    bart.save_pretrained(tmp_path / "bart")
+    model = VlBartForConditionalGeneration.from_bart(str(tmp_path / "bart"), 12, 36).eval()
+    model.save_pretrained(tmp_path / "again")
+    for found in (model, AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again").eval()):
+        assert {name: getattr(found.generation_config, name) for name in expected} == expected
+        inputs = {name: batch[name] for name in ("visual_features", "input_ids", "attention_mask")}
+        assert (found.generate(**inputs, max_new_tokens=4)[:, 1] == 0).all()
+
+
+def test_around_another_model(bart, tmp_path):
+    T5Config().save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match="t5: expected a model of type 'bart', found 't5'"):
+        VlBartForConditionalGeneration.from_bart(str(tmp_path / "t5"), 12, 36)
+    bart.save_pretrained(tmp_path / "bart")
+    weights = load_file(tmp_path / "bart/model.safetensors")
+    del weights["model.encoder.layers.0.fc1.weight"]
+    save_file(weights, tmp_path / "bart/model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"bart: expected all weights of BART, found none for model\.encoder.*fc1"):
+        VlBartForConditionalGeneration.from_bart(str(tmp_path / "bart"), 12, 36)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]])
+def test_adapters_on_the_attention(model, batch, targets):
+    adapted = get_peft_model(model, DoraConfig(r=2, target_modules=targets))
+    adapted(**batch).loss.backward()
+    gradients = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+    # of the encoder's, the decoder's and the cross attention
+    assert sum("lora_B" in name for name in gradients) == 3 * len(targets)
+    assert all(g is not None and g.abs().sum() > 0 for name, g in gradients.items() if "lora_A" not in name)
+
+
+def test_features_of_another_width(model, batch):
+    with pytest.raises(ValueError, match=r"at most 36 tokens of 12 features, found the shape \[3, 36, 13\]"):
+        model(**batch | {"visual_features": torch.zeros(3, 36, 13)})
+    with pytest.raises(ValueError, match="expected input_ids"):
+        model(visual_features=batch["visual_features"])
+
+
+# ---- data
+
+
+RECORDS = [
+    {"picture": 0, "question": "what color is it?", "answer": "red"},
+    {"picture": 1, "question": "what color is it?", "answer": "blue"},
+    {"picture": 1, "question": "what color is it?", "answer": "blue"},
+    {"picture": 2, "question": "is it a circle?", "answer": "yes"},
+]
+
+
+def write_data(folder, pictures=12):
+    """Pictures of one of two colours, and questions about them."""
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    for part in ("train", "test"):
+        features = torch.randint(256, (pictures, 64, 448), dtype=torch.uint8)
+        save_file({"features": features}, folder / f"{part}.safetensors")
+        questions = [("what color is it?", "red"), ("what is the red shape?", "circle"), ("is it a circle?", "yes")]
+        records = [{"picture": i, "question": q, "answer": a} for i in range(pictures) for q, a in questions]
+        write_jsonl(folder / f"{part}.jsonl", records)
+
+
+def test_question_only():
+    test = [*RECORDS[:3], {"picture": 0, "question": "new?", "answer": "blue"}]
+    assert data.question_only(RECORDS, test) == 3 / 4  # blue, and blue for what was never asked
+
+
+def test_batches():
+    tokenizer = data.word_tokenizer(RECORDS)
+    part = data.Part(torch.arange(3 * 4 * 5, dtype=torch.uint8).view(3, 4, 5), RECORDS)
+    batch = data.make_batch(part, [RECORDS[3], RECORDS[0]], tokenizer)
+    assert torch.equal(batch["visual_features"][1], part.features[0].float() / 127.5 - 1)
+    assert tokenizer.decode(batch["labels"][0]).split() == ["yes", "</s>"]
+    assert "<unk>" not in tokenizer.decode(batch["input_ids"][1])
+    others = data.make_batch(part, [RECORDS[3], RECORDS[0]], tokenizer, [1, 2])
+    assert torch.equal(others.pop("visual_features"), part.pictures([1, 2]))
+    assert all(torch.equal(others[name], batch[name]) for name in others)
+
+
+def byte_level_bpe(texts):
+    """A tokenizer as BART's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>")
+
+
+def test_answers_of_byte_level_bpe_end_without_a_space():
+    records = [RECORDS[0], {"picture": 1, "question": "what is it?", "answer": "a dark blue one"}]
+    tokenizer = byte_level_bpe(text for record in records for text in (record["question"], record["answer"]))
+    assert len(tokenizer("red </s>")["input_ids"]) > len(tokenizer("red</s>")["input_ids"])  # what is to be avoided
+    labels = data.make_batch(data.Part(torch.zeros(2, 4, 5), records), records, tokenizer)["labels"]
+    for row, record in zip(labels, records, strict=True):
+        ids = row[row != data.IGNORE].tolist()
+        assert ids == [*tokenizer(record["answer"])["input_ids"], tokenizer.eos_token_id]
+        assert tokenizer.decode(ids) == f"{record['answer']}</s>"
+        assert (row[len(ids) :] == data.IGNORE).all()
+    assert len({len(row[row != data.IGNORE]) for row in labels}) == 2  # one was padded
+
+
+def test_patches():
+    pixels = torch.arange(16 * 24 * 3).view(16, 24, 3)
+    patches = prepare_easy_vqa.patchify(pixels)
+    assert patches.shape == (6, 192)
+    assert torch.equal(patches[4].view(8, 8, 3), pixels[8:, 8:16])
+    with pytest.raises(ValueError, match="found 12 x 16"):
+        prepare_easy_vqa.patchify(torch.zeros(12, 16, 3))
+
+
+def test_silhouettes():
+    pixels = torch.full((24, 16, 3), 200)
+    pixels[6:10, 3:5, 0] = 90  # one channel differs enough, on the border of the first patch
+    pixels[20, 12] = 210  # too like the background
+    found = prepare_easy_vqa.silhouettes(pixels)
+    assert found.shape == (6, 256)
+    expected = torch.zeros(32, 24)
+    expected[4 + 6 : 4 + 10, 4 + 3 : 4 + 5] = 255
+    for index, (row, column) in enumerate((row, column) for row in (0, 8, 16) for column in (0, 8)):
+        window = expected[row : row + 16, column : column + 16]
+        assert torch.equal(found[index].view(16, 16).float(), window)
+
+
+def test_prepared_from_the_archive(tmp_path):
+    import io
+
+    from PIL import Image
+
+    colours = [(255, 0, 0), (0, 0, 255)]
+    with zipfile.ZipFile(tmp_path / "package.whl", "w") as archive:
+        archive.writestr("easy_vqa/data/train/questions.json", json.dumps([["what?", "red", 0], ["what?", "blue", 1]]))
+        for number, colour in enumerate(colours):
+            buffer = io.BytesIO()
+            Image.new("RGB", (16, 8), colour).save(buffer, "png")
+            archive.writestr(f"easy_vqa/data/train/images/{number}.png", buffer.getvalue())
+    with zipfile.ZipFile(tmp_path / "package.whl") as archive:
+        prepare_easy_vqa.write_part(archive, "train", tmp_path)
+    features = load_file(tmp_path / "train.safetensors")["features"]
+    assert features.shape == (2, 2, 448)
+    assert [tuple(f[0, 256:259].tolist()) for f in features] == colours
+    assert data.load_part(tmp_path, "train", "").records[1] == {"picture": 1, "question": "what?", "answer": "blue"}
+
+
+def test_bad_data(tmp_path):
+    with pytest.raises(ValueError, match=r"train\.jsonl and .*train\.safetensors: no such file\. Run it\."):
+        data.load_part(tmp_path, "train", "Run it.")
+    save_file({"features": torch.zeros(2, 1, 1)}, tmp_path / "train.safetensors")
+    write_jsonl(tmp_path / "train.jsonl", RECORDS)
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 4: expected picture below 2"):
+        data.load_part(tmp_path, "train", "")
+
+
+# ---- settings and the claim
+
+
+def test_there_are_configs():
+    assert [path.stem for path in CONFIGS] == ["vl_bart_easy_vqa", "vl_bart_image", "vl_bart_video"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs(path):
+    settings = subject.load_settings(path)
+    head = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert f"configs/{path.name}" in head
+    assert settings.target_modules == ["q_proj", "v_proj"]
+    if path.stem == "vl_bart_image":  # the paper's
+        assert (settings.r, settings.lora_alpha, settings.batch, settings.epochs) == (128, 128, 300, 20)
+        assert settings.learning_rates["dora"] == [1e-3]
+    if path.stem == "vl_bart_video":
+        assert (settings.r, settings.batch, settings.epochs) == (128, 40, 7)
+        assert settings.learning_rates["dora"] == [3e-4]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"typo": 1}, "unknown field 'typo'"),
+        ({"epochs": 1}, "one of steps and epochs"),
+        ({"backbone_steps": 0}, "backbone_pattern and backbone_steps"),
+        ({"learning_rates": {"lora": [1.0], "dora": [1.0, 2.0], "full": [1.0]}}, "as many for lora"),
+        ({"learning_rates": {m: ["1e-3"] for m in ("lora", "dora", "full")}}, "with a point, found '1e-3'"),
+        ({"seeds": []}, "seeds: expected at least one"),
+        ({"model": "facebook/bart-base"}, "train_visual_embedding: expected true with model facebook/bart-base"),
+    ],
+)
+def test_bad_settings(change, message, tmp_path):
+    values = yaml.safe_load(CONFIGS[0].read_text(encoding="utf-8"))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values | change), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        subject.load_settings(path)
+
+
+@pytest.mark.parametrize(("text", "message"), [("r: [16\n", "config.yaml: expected YAML"), ("", "found NoneType")])
+def test_what_is_no_yaml_of_settings(text, message, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        subject.load_settings(path)
+
+
+def test_a_seed_that_is_given_twice_counts_once(tmp_path):
+    values = yaml.safe_load(CONFIGS[0].read_text(encoding="utf-8"))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values | {"seeds": [2, 0, 2]}), encoding="utf-8")
+    assert subject.load_settings(path).seeds == [2, 0]
+
+
+@pytest.fixture
+def toy_options(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path / "data/easy_vqa")
+    return Options(data=tmp_path / "data", results=tmp_path / "results", dry_run=True)
+
+
+@pytest.fixture
+def count_backbones(monkeypatch):
+    trained, original = [], subject.Task.train_backbone
+
+    def train(task, folder):
+        trained.append(folder.name)
+        return original(task, folder)
+
+    monkeypatch.setattr(subject.Task, "train_backbone", train)
+    return trained
+
+
+def content_of(options):
+    return json.loads(options.path("vl_bart").read_text(encoding="utf-8"))
+
+
+def backbones():
+    return sorted(path.name for path in Path("outputs/reproduce").iterdir())
+
+
+def test_the_claim_at_toy_size(toy_options, count_backbones, capsys):
+    subject.run(toy_options, seeds=(0, 1))
+    content = content_of(toy_options)
+    summary, runs = content["summary"], content["runs"]
+    assert set(summary["methods"]) == set(subject.METHODS)
+    for method, entry in summary["methods"].items():
+        losses = {
+            run["rate"]: run["validation_loss"]
+            for run in runs.values()
+            if (run.get("method"), run.get("seed")) == (method, 0)
+        }
+        assert (entry["rate"], entry["edge"]) == (lowest(losses)[0], at_edge(entry["rate"], losses))
+        assert len(losses) == 3
+        of_seeds = [runs[f"{method} lr={entry['rate']:g} seed={seed}"]["accuracy"] for seed in (0, 1)]
+        assert entry["accuracies"] == of_seeds
+    for other in ("lora", "full", "dora_not_detached"):
+        pairs = zip(*(summary["methods"][m]["accuracies"] for m in ("dora", other)), strict=True)
+        assert summary["differences"][f"dora - {other}"] == interval([a - b for a, b in pairs])
+    assert {"question_only", "before"} < set(summary)
+    assert (summary["num_test"], summary["num_validation"]) == (12, 2)
+    printed = capsys.readouterr().out
+    assert "[17/17] full" in printed
+    assert "dora - lora: " in printed
+    assert "12 test questions, 2 to choose the rate by" in printed
+    assert toy_options.path("vl_bart").with_suffix(".png").stat().st_size > 10000
+    assert backbones() == count_backbones  # whole, and no temporary one
+    # again: the backbone and every run are there
+    subject.run(toy_options, seeds=(0, 1))
+    assert content_of(toy_options)["runs"] == runs
+    assert len(count_backbones) == 1
+
+
+def test_the_loss_of_validation_is_per_token(toy_options):
+    subject.run(toy_options, seeds=(0,))
+    task = subject.Task(subject.toy(subject.load_settings(CONFIGS[0])), toy_options)
+    task.tokenizer = data.word_tokenizer(task.whole.records)
+    model = VlBartForConditionalGeneration.from_pretrained(Path("outputs/reproduce") / task.backbone).eval()
+    part = task.whole  # answers of one word, in several batches
+    part.records = part.records * 10
+    part.records[-1] = part.records[-1] | {"answer": "red red red"}
+    accuracy, loss = task.evaluate(model, part)
+    with torch.no_grad():
+        batch = data.make_batch(part, part.records, task.tokenizer)
+        output = model(**batch)
+    assert loss == pytest.approx(output.loss.item(), rel=1e-5)
+    assert (batch["labels"] != data.IGNORE).sum() == 2 * 360 + 2
+    hits = (output.logits.argmax(-1) == batch["labels"]) | (batch["labels"] == data.IGNORE)
+    assert accuracy == hits.all(1).float().mean().item()
+
+
+def test_pictures_swapped_between_questions(toy_options, monkeypatch):
+    task = subject.Task(subject.toy(subject.load_settings(CONFIGS[0])), toy_options)
+    task.tokenizer = data.word_tokenizer(task.whole.records)
+    model = build_small(task.tokenizer, d_model=16, layers=1, visual_dim=448, visual_tokens=64)
+    shown, make = [], subject.make_batch
+
+    def keep(part, records, tokenizer, pictures):
+        shown.extend(zip([record["picture"] for record in records], pictures, strict=True))
+        return make(part, records, tokenizer, pictures)
+
+    monkeypatch.setattr(subject, "make_batch", keep)
+    task.evaluate(model, task.test)
+    assert all(own == other for own, other in shown)
+    shown.clear()
+    task.evaluate(model, task.test, swapped=True)
+    assert all(own != other for own, other in shown)
+    assert sorted(own for own, _ in shown) == sorted(other for _, other in shown)
+
+
+def test_nothing_is_trained_on_the_pictures_that_choose_the_rate(toy_options):
+    task = subject.Task(subject.toy(subject.load_settings(CONFIGS[0])), toy_options)
+    held_out = {record["picture"] for record in task.validation.records}
+    assert held_out
+    for part in (task.train, task.backbone_part):
+        assert held_out.isdisjoint(record["picture"] for record in part.records)
+
+
+def test_another_model_by_the_command_line(toy_options, monkeypatch):
+    asked = []
+
+    class Stop(Exception):
+        pass
+
+    def load(name, *args, **kwargs):
+        asked.append(name)
+        raise Stop
+
+    monkeypatch.setattr(subject.AutoTokenizer, "from_pretrained", load)
+    with pytest.raises(Stop):
+        subject.run(dataclasses.replace(toy_options, dry_run=False), seeds=(0,), model="facebook/bart-base")
+    assert asked == ["facebook/bart-base"]
+
+
+def test_every_backbone_has_its_folder(toy_options, count_backbones, tmp_path):
+    values = yaml.safe_load(CONFIGS[0].read_text(encoding="utf-8"))
+    config = tmp_path / "config.yaml"
+
+    def run(**change):
+        config.write_text(yaml.safe_dump(values | change), encoding="utf-8")
+        subject.run(toy_options, config, seeds=(0,))
+
+    run()
+    run(warmup=0.5)  # one that it depends on
+    assert len(set(count_backbones)) == 2
+    assert backbones() == sorted(count_backbones)
+    before = content_of(toy_options)["runs"]
+    shutil.rmtree(Path("outputs/reproduce") / count_backbones[-1])
+    run(warmup=0.5)  # it is missing: trained again, and nothing else
+    assert len(count_backbones) == 3
+    assert backbones() == sorted(set(count_backbones))
+    runs = content_of(toy_options)["runs"]
+    assert {key: run for key, run in runs.items() if key != "backbone"} == {
+        key: run for key, run in before.items() if key != "backbone"
+    }
+    # on a machine where another one comes of it, what is stored is no longer of it
+    path = Path("outputs/reproduce") / count_backbones[-1] / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="expected runs of the model and data with digest"):
+        run(warmup=0.5)
+
+
+def test_force_trains_the_backbone_anew(toy_options, count_backbones):
+    subject.run(toy_options, seeds=(0,))
+    folder = Path("outputs/reproduce") / count_backbones[0]
+    (folder / "stale").touch()
+    subject.run(dataclasses.replace(toy_options, force=True), seeds=(0,))
+    assert count_backbones == [folder.name] * 2
+    assert not (folder / "stale").exists()
+
+
+def test_the_backbone_depends_on_what_it_is_trained_with(toy_options):
+    settings = subject.load_settings(CONFIGS[0])
+
+    def digest(**change):
+        return subject.Task(dataclasses.replace(settings, **change), toy_options).backbone
+
+    assert digest() == digest(steps=3, batch=3, r=2, seeds=[7], learning_rates={}, max_test=3)
+    changes = [
+        {"backbone_steps": 5},
+        {"backbone_batch": 3},
+        {"d_model": 8},
+        {"layers": 1},
+        {"backbone_learning_rate": 0.1},
+    ]
+    changes += [{"warmup": 0.2}, {"visual_tokens": 99}, {"visual_dim": 99}, {"backbone_pattern": "is it.*"}]
+    found = [digest(), *(digest(**change) for change in changes)]
+    found.append(subject.Task(settings, dataclasses.replace(toy_options, dry_run=False)).backbone)
+    path = toy_options.data / "easy_vqa/train.safetensors"
+    features = load_file(path)["features"]
+    features[3, 2, 1] += 1
+    save_file({"features": features}, path)
+    found.append(digest())
+    assert len(set(found)) == len(changes) + 3
+
+
+@pytest.mark.parametrize("config", [None, *CONFIGS], ids=lambda path: path and path.stem)
+def test_a_dry_run_of_full_size_stays_at_home(config, toy_options, monkeypatch):
+    def fetch(*args, **kwargs):
+        raise AssertionError("a dry run went to the Hub")
+
+    monkeypatch.setattr(subject.AutoTokenizer, "from_pretrained", fetch)
+    monkeypatch.setattr(VlBartForConditionalGeneration, "from_bart", fetch)
+    subject.run(dataclasses.replace(toy_options, size="full"), config, seeds=(0,))
+    content = content_of(dataclasses.replace(toy_options, size="full"))
+    assert (content["settings"]["model"], content["settings"]["dataset"]) == (None, "easy_vqa")
+    assert content["settings"]["steps"] == 2
+    assert not any(entry["edge"] for entry in content["summary"]["methods"].values()) or config == CONFIGS[0]
+
+
+def test_no_question_of_that_kind(toy_options):
+    settings = subject.load_settings(CONFIGS[0])
+    for change in ({"pattern": "why.*"}, {"backbone_pattern": "why.*"}):
+        with pytest.raises(ValueError, match=r"easy_vqa: no question fits the pattern 'why\.\*'"):
+            subject.Task(dataclasses.replace(settings, **change), toy_options)
+
+
+def draw_summary(tmp_path, monkeypatch, dataset):
+    """Draw made-up figures, and return the figure's texts."""
+    from matplotlib.figure import Figure
+
+    values = {"lora": [0.80, 0.82], "dora": [0.85, 0.84], "dora_not_detached": [0.84, 0.85], "full": [0.9, 0.91]}
+    methods = {
+        method: {"accuracies": accuracies, "mean": sum(accuracies) / 2, "swapped": 0.3}
+        for method, accuracies in values.items()
+    }
+    runs = subject.Runs("vl_bart", Options(results=tmp_path), {"dataset": dataset})
+    runs.content["summary"] = {"methods": methods, "question_only": 0.4, "num_test": 300}
+    drawn, save = [], Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        drawn.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    subject.draw(runs)
+    return drawn[0]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "paper"), [("easy_vqa", None), ("vl_bart_image", "(paper 76.5)"), ("vl_bart_video", "(paper 83.5)")]
+)
+def test_the_figure(dataset, paper, tmp_path, monkeypatch):
+    from matplotlib.text import Text
+
+    figure = draw_summary(tmp_path, monkeypatch, dataset)
+    texts = [text for text in figure.findobj(Text) if text.get_text()]
+    assert any("paper" in text.get_text() for text in texts) == (paper is not None)
+    assert paper is None or any(paper in text.get_text() for text in texts)
+    assert min(text.get_fontsize() for text in texts) >= 9
+    left, right = figure.axes
+    assert left.get_ylim()[1] > 100
+    assert left.get_ylim()[0] == 0
+    points = [
+        sorted(line.get_ydata()) for line in right.lines if len(line.get_ydata()) == 2 and line.get_marker() == "."
+    ]
+    assert points[0] == pytest.approx([2, 5])  # of DoRA, paired by seed
+    assert "+3.5" in [text.get_text() for text in texts]
