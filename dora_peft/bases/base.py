@@ -95,6 +95,23 @@ class BaseWeight:
         """A new weight parameter whose rows start:stop are `rows(block, start, stop)`, of the base's own kind."""
         raise NotImplementedError
 
+    def keep_original(self, layer: nn.Module, offload: bool) -> nn.Parameter:
+        """The weight parameter of `layer`, in a state from which `restore` brings it back bit for bit.
+
+        Args:
+            layer: The base layer.
+            offload: Keep it on the CPU if it is dense; a quantised one stays where it is.
+        """
+        return layer.get_parameter("weight")
+
+    def install(self, layer: nn.Module, weight: nn.Parameter) -> None:
+        """Have `layer` compute with `weight`, a parameter of the kind that `replacement` gives."""
+        layer.weight = weight
+
+    def restore(self, layer: nn.Module, original: nn.Parameter) -> None:
+        """Put the parameter that `keep_original` gave in the place of the installed one."""
+        self.install(layer, original)
+
 
 class Dense(BaseWeight):
     """A float tensor seen through `view`, which gives its [out, in] matrix without copying."""
@@ -128,6 +145,18 @@ class Dense(BaseWeight):
             else:
                 self.view(new)[start:stop] = part
         return nn.Parameter(new, requires_grad=False)
+
+    def keep_original(self, layer: nn.Module, offload: bool) -> nn.Parameter:
+        original = layer.get_parameter("weight")
+        if offload:
+            original.data = original.data.cpu()
+        return original
+
+    def restore(self, layer: nn.Module, original: nn.Parameter) -> None:
+        # the model may have been moved or cast in between, which reached the installed weight alone
+        installed = layer.get_parameter("weight")
+        original.data = original.data.to(device=installed.device, dtype=installed.dtype)
+        self.install(layer, original)
 
 
 class GroupedConv(Dense):
@@ -188,6 +217,17 @@ class Bnb8bit(BaseWeight):
         dense = torch.cat([rows(block, start, stop).half().cpu() for start, stop, block in self.blocks()])
         new = type(self.layer.weight)(dense, requires_grad=False, has_fp16_weights=self.layer.state.has_fp16_weights)
         return new.to(self.device)
+
+    def keep_original(self, layer: Any, offload: bool) -> Any:
+        original = layer.weight
+        # the first forward has moved both to the layer's state, where those of the merged weight will be
+        original.CB, original.SCB = original.data, layer.state.SCB if original.SCB is None else original.SCB
+        return original
+
+    def install(self, layer: Any, weight: Any) -> None:
+        layer.weight = weight
+        # the next forward takes both from the parameter
+        layer.state.CB = layer.state.SCB = None
 
 
 class FourBit(NamedTuple):

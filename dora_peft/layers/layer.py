@@ -23,9 +23,9 @@ from ..bases.base import BaseWeight, base_weight, unpack_for_gradient
 from ..bases.inspection import check_creatable, linear_map
 from ..config import DoraConfig
 from ..norms import ties
-from ..ops import choice, functional, merging
+from ..ops import choice, functional
 from ..ops.kept_output import Outputs, version
-from . import merge_checks
+from . import merge
 from .magnitude import Magnitude, warn_about_low_precision
 
 # Base layers that wrap nothing and hold their weight in `weight`.
@@ -618,38 +618,8 @@ class DoraLayer(BaseTunerLayer):
             NotImplementedError: The weight cannot be written, see `check_mergeable`.
             ValueError: With `safe_merge`, the merged weight is not finite. The base layer is as before in either case.
         """
-        names = check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self.lora_magnitude_vector]
-        if not names:
-            return
-        self.check_mergeable()
-        weight = self.base_weight()
-        rows = self._merged_rows(self.merged_adapters + names, weight)
-        finite = True
-
-        def checked_rows(block: Tensor, start: int, stop: int) -> Tensor:
-            nonlocal finite
-            merged = rows(block, start, stop)
-            finite = finite and bool(torch.isfinite(merged).all())  # before it is quantised
-            return merged
-
-        with torch.no_grad():
-            replacement = weight.replacement(checked_rows if safe_merge else rows)
-        if safe_merge and not (finite and (replacement.dtype == torch.int8 or torch.isfinite(replacement).all())):
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken "
-                f"(module '{self.name}')."
-            )
-        layer = self.get_base_layer()
-        if self._original is None:
-            original = layer.weight
-            if hasattr(layer, "state") and hasattr(original, "SCB"):  # bitsandbytes int8 moves both to the state
-                original.CB, original.SCB = original.data, layer.state.SCB if original.SCB is None else original.SCB
-            elif offload_original:
-                original.data = original.data.cpu()
-            self._original = (original,)
-        self._set_weight(replacement)
-        self.merged_adapters.extend(names)
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_magnitude_vector]
+        merge.merge(self, names, safe_merge, offload_original)
 
     def adapters_to_merge(self, adapter_names: list[str] | None) -> list[str]:
         """Those of the given adapters, or of the active ones if None, that `merge` would write."""
@@ -657,43 +627,12 @@ class DoraLayer(BaseTunerLayer):
         return [n for n in names if n in self.lora_magnitude_vector and n not in self.merged_adapters]
 
     def check_mergeable(self, *, brought_in: bool = True) -> None:
-        """Nothing where a merged weight can be written and stays.
-
-        Args:
-            brought_in: Whether an offloaded weight should be here already.
-
-        Raises:
-            NotImplementedError: It cannot: quantised without a way back, computed from other tensors, not here, or of a
-                module that the model also calls without the adapter.
-        """
-        merge_checks.check_mergeable(self, brought_in)
+        """Raise a NotImplementedError unless a merged weight can be written and stays, see `merge.check_mergeable`."""
+        merge.check_mergeable(self, brought_in)
 
     def unmerge(self) -> None:
         """Restore the original weight parameter, bit for bit."""
-        if self._original is None:
-            if self.merged_adapters:
-                raise RuntimeError(f"Module '{self.name}' is marked as merged but its original weight is gone.")
-            return
-        (original,), current = self._original, self.get_base_layer().weight
-        if type(original) is nn.Parameter:
-            original.data = original.data.to(device=current.device, dtype=current.dtype)
-        self._original = None
-        self._set_weight(original)
-        self.merged_adapters.clear()
-
-    def _set_weight(self, weight: nn.Parameter) -> None:
-        layer = self.get_base_layer()
-        layer.weight = weight
-        if hasattr(layer, "state") and hasattr(weight, "SCB"):
-            layer.state.CB = layer.state.SCB = None  # the next forward takes them from the parameter
-
-    def _merged_rows(self, adapters: list[str], weight: BaseWeight) -> Callable[[Tensor, int, int], Tensor]:
-        parts = []
-        for adapter in adapters:
-            lora_A, lora_B = (t.detach().to(weight.device, weight.dtype) for t in self.factors(adapter))
-            c = self.scale(adapter).detach().to(weight.device, weight.dtype)
-            parts.append((lora_A, lora_B, float(self.scaling[adapter]), c))
-        return lambda rows, start, stop: merging.merged_rows(rows, start, stop, parts)
+        merge.unmerge(self)
 
     def _mergeable(self) -> bool:
         return True
@@ -703,13 +642,7 @@ class DoraLayer(BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """W' - W0 in the base weight's own layout; what `peft.convert_to_lora` decomposes."""
-        weight = self.base_weight()
-        if not weight.has_rows or not self._mergeable():
-            raise NotImplementedError(f"W' - W0 is not available for module '{self.name}': {self._merge_obstacle()}")
-        with torch.no_grad():
-            merged = self._merged_rows([adapter], weight)
-            delta = torch.cat([merged(rows, start, stop) - rows for start, stop, rows in weight.blocks()])
-        return self._to_layout(delta).to(self.factor_parameters(adapter)[1].dtype)
+        return merge.delta_weight(self, adapter)
 
     def _to_layout(self, delta: Tensor) -> Tensor:
         return delta

@@ -48,31 +48,3 @@ def warn_of_untying(layer: Any, owners: list[str], unmergeable_later: bool) -> N
         f"adapted module gets the merged one.{again}",
         stacklevel=3,
     )
-
-
-def check_mergeable(layer: Any, brought_in: bool) -> None:
-    """See `DoraLayer.check_mergeable`."""
-    weight, base = layer.base_weight(), layer.get_base_layer()
-    if not weight.mergeable or not layer._mergeable():
-        reason = f"{layer._merge_obstacle()} Use the adapter unmerged."
-    elif "weight" not in base._parameters:
-        reason = (
-            "its weight is not a parameter but computed from others at each call (weight_norm, spectral_norm, "
-            "parametrize, prune), which would overwrite a merged one. Use the adapter unmerged, or make the weight "
-            "a parameter before the adapter is added, with torch.nn.utils.parametrize.remove_parametrizations, "
-            "remove_weight_norm, remove_spectral_norm or prune.remove."
-        )
-    elif layer.other_names:
-        reason = (
-            f"the model also uses this very module as {', '.join(layer.other_names)}, without the adapter, and a "
-            "merged weight would change that as well. Use the adapter unmerged, or give the model a copy of the "
-            "module there."
-        )
-    elif brought_in and base.weight.is_meta:
-        reason = (
-            "its weight is on the meta device (offloaded). Use the model's merge_adapter() or merge_and_unload(), "
-            "which bring it in."
-        )
-    else:
-        return
-    raise NotImplementedError(f"Merging is not supported for module '{layer.name}' ({type(base).__name__}): {reason}")

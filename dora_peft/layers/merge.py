@@ -1,0 +1,163 @@
+"""Writing W' into the base layer, and bringing the original weight back: what `DoraLayer.merge` and its like do.
+
+The formula is in ops/merging.py. How a weight of each kind is kept, installed and restored is in bases/. Who else in a
+model uses a weight is found out in merge_checks.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..bases.base import BaseWeight
+from ..ops import merging
+
+# rows start:stop of W0, start and stop -> the same rows of W'
+Rows = Callable[[Tensor, int, int], Tensor]
+
+
+class Layer(Protocol):
+    """What merging uses of a `DoraLayer`."""
+
+    name: str
+    merged_adapters: list[str]
+    other_names: list[str]
+    scaling: dict[str, float]
+    _original: tuple[nn.Parameter] | None
+
+    def get_base_layer(self) -> nn.Module: ...
+    def base_weight(self) -> BaseWeight: ...
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]: ...
+    def factor_parameters(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]: ...
+    def scale(self, adapter: str) -> Tensor: ...
+    def _mergeable(self) -> bool: ...
+    def _merge_obstacle(self) -> str: ...
+    def _to_layout(self, delta: Tensor) -> Tensor: ...
+
+
+def merge(layer: Layer, adapters: list[str], safe_merge: bool, offload_original: bool) -> None:
+    """Write W' of adapters that are not merged yet, composed in order with those that are, into the base layer.
+
+    Args:
+        layer: A layer that holds all of them.
+        adapters: Their names; nothing happens if there are none.
+        safe_merge: See `DoraLayer.merge`.
+        offload_original: See `DoraLayer.merge`.
+
+    Raises:
+        NotImplementedError: See `check_mergeable`.
+        ValueError: With `safe_merge`, the merged weight is not finite. The base layer is as before in either case.
+    """
+    if not adapters:
+        return
+    check_mergeable(layer, brought_in=True)
+    weight, base = layer.base_weight(), layer.get_base_layer()
+    rows = merged_rows(layer, layer.merged_adapters + adapters, weight)
+    finite = True
+
+    def checked_rows(block: Tensor, start: int, stop: int) -> Tensor:
+        nonlocal finite
+        merged = rows(block, start, stop)
+        # before it is quantised, which may hide a NaN
+        finite = finite and bool(torch.isfinite(merged).all())
+        return merged
+
+    with torch.no_grad():
+        replacement = weight.replacement(checked_rows if safe_merge else rows)
+    if safe_merge and not (finite and (replacement.dtype == torch.int8 or torch.isfinite(replacement).all())):
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken "
+            f"(module '{layer.name}')."
+        )
+    if layer._original is None:
+        layer._original = (weight.keep_original(base, offload_original),)
+    weight.install(base, replacement)
+    layer.merged_adapters.extend(adapters)
+
+
+def unmerge(layer: Layer) -> None:
+    """Restore the original weight parameter, bit for bit; nothing happens if nothing is merged.
+
+    Raises:
+        RuntimeError: The layer is marked as merged but holds no original weight.
+    """
+    if layer._original is None:
+        if layer.merged_adapters:
+            raise RuntimeError(f"Module '{layer.name}' is marked as merged but its original weight is gone.")
+        return
+    weight, (original,) = layer.base_weight(), layer._original
+    layer._original = None
+    weight.restore(layer.get_base_layer(), original)
+    layer.merged_adapters.clear()
+
+
+def merged_rows(layer: Layer, adapters: list[str], weight: BaseWeight) -> Rows:
+    """What gives rows of W' from the same rows of W0, for adapters composed in order.
+
+    Args:
+        layer: A layer that holds all of them.
+        adapters: Their names.
+        weight: W0, whose device and dtype the rows will have.
+    """
+    parts = []
+    for adapter in adapters:
+        lora_A, lora_B = (t.detach().to(weight.device, weight.dtype) for t in layer.factors(adapter))
+        c = layer.scale(adapter).detach().to(weight.device, weight.dtype)
+        parts.append((lora_A, lora_B, float(layer.scaling[adapter]), c))
+    return lambda rows, start, stop: merging.merged_rows(rows, start, stop, parts)
+
+
+def delta_weight(layer: Layer, adapter: str) -> Tensor:
+    """W' - W0 in the base weight's shape and the dtype of the adapter's B.
+
+    Raises:
+        NotImplementedError: The base gives no rows, or W' is not of the base's kind.
+    """
+    weight = layer.base_weight()
+    if not weight.has_rows or not layer._mergeable():
+        raise NotImplementedError(f"W' - W0 is not available for module '{layer.name}': {layer._merge_obstacle()}")
+    with torch.no_grad():
+        merged = merged_rows(layer, [adapter], weight)
+        delta = torch.cat([merged(rows, start, stop) - rows for start, stop, rows in weight.blocks()])
+    return layer._to_layout(delta).to(layer.factor_parameters(adapter)[1].dtype)
+
+
+def check_mergeable(layer: Layer, brought_in: bool) -> None:
+    """Nothing if a merged weight can be written and stays.
+
+    Args:
+        layer: The layer.
+        brought_in: Whether an offloaded weight should be here already.
+
+    Raises:
+        NotImplementedError: It cannot: quantised without a way back, computed from other tensors, not here, or of a
+            module that the model also calls without the adapter.
+    """
+    base = layer.get_base_layer()
+    stored = base._parameters.get("weight")
+    if not layer.base_weight().mergeable or not layer._mergeable():
+        reason = f"{layer._merge_obstacle()} Use the adapter unmerged."
+    elif stored is None:
+        reason = (
+            "its weight is not a parameter but computed from others at each call (weight_norm, spectral_norm, "
+            "parametrize, prune), which would overwrite a merged one. Use the adapter unmerged, or make the weight "
+            "a parameter before the adapter is added, with torch.nn.utils.parametrize.remove_parametrizations, "
+            "remove_weight_norm, remove_spectral_norm or prune.remove."
+        )
+    elif layer.other_names:
+        reason = (
+            f"the model also uses this very module as {', '.join(layer.other_names)}, without the adapter, and a "
+            "merged weight would change that as well. Use the adapter unmerged, or give the model a copy of the "
+            "module there."
+        )
+    elif brought_in and stored.is_meta:
+        reason = (
+            "its weight is on the meta device (offloaded). Use the model's merge_adapter() or merge_and_unload(), "
+            "which bring it in."
+        )
+    else:
+        return
+    raise NotImplementedError(f"Merging is not supported for module '{layer.name}' ({type(base).__name__}): {reason}")
