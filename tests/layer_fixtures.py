@@ -83,6 +83,18 @@ def perturb(layer, adapter, seed=0):
     magnitude.mul_(torch.rand(magnitude.shape, generator=generator) + 0.5)
 
 
+def with_two_adapters(kind, dtype=torch.float64, **options):
+    model = adapted(kind, dtype, **options)
+    with expected_warning(base_of(model)):
+        model.add_adapter(
+            "second", DoraConfig(r=4 if kind == "conv2d-depthwise" else 2, target_modules=["layer"], **options)
+        )
+    perturb(dora(model), "second", seed=7)
+    if dtype == torch.float64:  # PEFT creates adapters of float64 layers in fp32
+        model.double()
+    return model
+
+
 def dora(model):
     return model.base_model.model.layer
 

@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from layer_fixtures import (
     DTYPES,
-    FLOOR,
     KINDS,
-    MERGEABLE,
     One,
     Truth,
     adapted,
@@ -26,8 +24,10 @@ from layer_fixtures import (
     map_with,
     perturb,
     seeded,
+    with_two_adapters,
 )
 from peft import LoraConfig, get_peft_model
+from quantised_fixtures import quantised
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -256,18 +256,6 @@ def test_paper_dropout_is_refused_for_several_active_adapters():
 # ---- several adapters
 
 
-def with_two_adapters(kind, dtype=torch.float64, **options):
-    model = adapted(kind, dtype, **options)
-    with expected_warning(base_of(model)):
-        model.add_adapter(
-            "second", DoraConfig(r=4 if kind == "conv2d-depthwise" else 2, target_modules=["layer"], **options)
-        )
-    perturb(dora(model), "second", seed=7)
-    if dtype == torch.float64:  # PEFT creates adapters of float64 layers in fp32
-        model.double()
-    return model
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("order", [("default", "second"), ("second", "default")])
 @pytest.mark.parametrize("kind", KINDS)
@@ -284,31 +272,6 @@ def test_the_order_of_composition_matters():
         model.base_model.set_adapter(order)
         outputs.append(model(x))
     assert distance(*outputs) > 1e-3
-
-
-@pytest.mark.parametrize("kind", MERGEABLE)
-def test_several_adapters_merge_as_they_run(kind):
-    model = with_two_adapters(kind)
-    x = example(model)
-    model.base_model.set_adapter(["second", "default"])
-    expected = model(x)
-    model.merge_adapter()
-    torch.testing.assert_close(model(x), expected)
-    model.unmerge_adapter()
-    torch.testing.assert_close(model(x), expected)
-
-
-def test_merging_one_after_the_other_equals_merging_both():
-    model = with_two_adapters("linear")
-    x = example(model)
-    model.base_model.set_adapter(["default", "second"])
-    expected = model(x)
-    model.merge_adapter(adapter_names=["default"])
-    with pytest.warns(UserWarning, match="were merged default.*additionally merging second"):
-        model.merge_adapter(adapter_names=["second"])
-    torch.testing.assert_close(model(x), expected)
-    model.unmerge_adapter()
-    torch.testing.assert_close(model(x), expected)
 
 
 @pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d", "conv2d-grouped"])
@@ -375,88 +338,6 @@ def test_a_deleted_adapter_is_gone():
     check(model, example(model), adapters=("second",))
 
 
-# ---- merging
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", MERGEABLE)
-def test_merging(kind, dtype):
-    model = adapted(kind, dtype)
-    x = example(model)
-    truth = Truth(model, x)
-    before = base_of(model).weight
-    content = before.detach().clone()
-    model.merge_adapter()
-    merged = base_of(model).weight
-    assert (merged.dtype, merged.shape, merged.requires_grad) == (dtype, content.shape, False)
-    # one rounding, that of the result; float64 norms hold fp32 magnitudes
-    floor = {torch.float64: 1e-12, torch.float32: 1e-6}.get(dtype, 0)
-    rounded = truth.matrix.to(dtype).double()
-    assert distance(dense_base(base_of(model), merged.double()), truth.matrix) <= (
-        1.1 * distance(rounded, truth.matrix) + floor
-    )
-    naive = Truth(model, x, dtype=dtype)
-    assert distance(model(x), truth.y) <= 2 * distance(naive.y, truth.y) + FLOOR[dtype]
-    model.unmerge_adapter()
-    assert base_of(model).weight is before
-    assert torch.equal(before, content)
-
-
-def test_unmerging_follows_a_move_in_between():
-    model = adapted("linear")
-    content = base_of(model).weight.detach().clone()
-    model.merge_adapter()
-    model.double()
-    model.unmerge_adapter()
-    assert torch.equal(base_of(model).weight, content.double())
-
-
-def test_merging_with_the_original_offloaded():
-    model = adapted("linear")
-    x, content = example(model), base_of(model).weight.detach().clone()
-    expected = model(x)
-    model.base_model.merge_adapter(offload_original=True)
-    torch.testing.assert_close(model(x), expected)
-    model.unmerge_adapter()
-    assert torch.equal(base_of(model).weight, content)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("kind", MERGEABLE)
-def test_safe_merge_refuses_what_is_not_finite(kind, value):
-    model = adapted(kind)
-    with torch.no_grad():
-        dora(model).lora_magnitude_vector["default"].weight.view(-1)[3] = value
-    before, content = base_of(model).weight, base_of(model).weight.clone()
-    with pytest.raises(ValueError, match=r"default.*module 'layer'"):
-        model.merge_adapter(safe_merge=True)
-    assert base_of(model).weight is before
-    assert torch.equal(before, content)
-    assert not dora(model).merged
-    assert dora(model)._original is None
-
-
-@pytest.mark.parametrize("kind", MERGEABLE)
-def test_delta_weight_is_the_change_of_the_weight(kind):
-    model = adapted(kind, torch.float64)
-    delta = dora(model).get_delta_weight("default")
-    before = base_of(model).weight.clone()
-    model.merge_adapter()
-    torch.testing.assert_close(dora(model).get_delta_weight("default"), delta)
-    torch.testing.assert_close(before + delta, base_of(model).weight)
-
-
-@pytest.mark.parametrize("kind", MERGEABLE)
-def test_unloading(kind):
-    model = adapted(kind)
-    x, base = example(model), copy.deepcopy(base_of(model))
-    expected = model(x)
-    merged = copy.deepcopy(model).merge_and_unload()
-    assert type(merged.layer) is type(base)
-    torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(model.unload()(x), base(x))
-
-
 @pytest.mark.implementation("torch")  # Triton's interpreter runs in one thread
 def test_replicas_of_data_parallel_compute_apart():
     """nn.DataParallel runs a replica of the layer in each thread; here both on the CPU."""
@@ -477,30 +358,6 @@ def test_replicas_of_data_parallel_compute_apart():
 
 
 # ---- bitsandbytes
-
-
-def quantised(bits, **options):
-    bnb = pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    plain = nn.Linear(64, 32)
-    if bits == 4:
-        layer = bnb.nn.Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float32, **options)
-    else:
-        layer = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False, **options)
-    layer.load_state_dict(plain.state_dict())
-    model = get_peft_model(One(layer.to("cpu")), DoraConfig(r=4, lora_alpha=3, target_modules=["layer"]))
-    perturb(dora(model), "default")
-    return model
-
-
-def stored(layer):
-    """Every tensor of a quantised weight, wherever bitsandbytes keeps it now."""
-    weight = layer.weight
-    if hasattr(weight, "SCB"):
-        scale = weight.SCB if weight.SCB is not None else layer.state.SCB
-        return {"data": weight.data.clone(), "SCB": scale.clone()}
-    state = weight.quant_state.as_dict(packed=True)
-    return {"data": weight.data.clone(), **{key: value.clone() for key, value in state.items()}}
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -525,45 +382,6 @@ def test_four_bit_forward_and_gradients(nested):
     found = [found_gradients(m, x, y, probe) for m, y in zip((model, dense), outputs, strict=True)]
     for name, grad in found[0].items():
         torch.testing.assert_close(grad, found[1][name], rtol=1e-4, atol=1e-4, msg=name)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("used", [False, True])
-def test_quantised_bases_unmerge_bit_for_bit(bits, used):
-    model = quantised(bits).train()
-    x = torch.randn(3, 64, requires_grad=True)
-    if used:
-        model(x)
-    before = stored(base_of(model))
-    output = model(x)
-    for _ in range(2):
-        model.merge_adapter()
-        assert not torch.equal(stored(base_of(model))["data"], before["data"])
-        merged = model(x)
-        # the merged weight is quantised again
-        assert distance(merged.detach(), output.detach().double()) < (0.2 if bits == 4 else 0.03)
-        model.unmerge_adapter()
-        after = stored(base_of(model))
-        assert after.keys() == before.keys()
-        assert all(torch.equal(after[key], before[key]) for key in before)
-        assert torch.equal(model(x), output)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_bases_safe_merge(bits):
-    model = quantised(bits)
-    x = torch.randn(3, 64)
-    model.merge_adapter(safe_merge=True)
-    model.unmerge_adapter()
-    with torch.no_grad():
-        dora(model).lora_magnitude_vector["default"].weight[3] = float("nan")
-    before = stored(base_of(model))
-    with pytest.raises(ValueError, match=r"module 'layer'"):
-        model.merge_adapter(safe_merge=True)
-    assert not dora(model).merged
-    after = stored(base_of(model))
-    assert all(torch.equal(after[key], before[key]) for key in before)
-    assert model(x)[:, :3].isfinite().all()
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -625,16 +443,6 @@ def test_copies_are_equal_and_independent(kind, duplicate):
             parameter.mul_(1.5)
     check(twin, x)
     assert torch.equal(model(x), expected)
-
-
-def test_a_copy_of_a_merged_model_unmerges():
-    model = adapted("linear")
-    content = base_of(model).weight.detach().clone()
-    model.merge_adapter()
-    twin = copy.deepcopy(model)
-    twin.unmerge_adapter()
-    assert torch.equal(base_of(twin).weight, content)
-    assert dora(model).merged
 
 
 # ---- zero rows
