@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..bases.base import BaseWeight, Dense, base_weight
+from ..bases import BaseWeight, Dense, base_weight
 
 BLOCK_BYTES = 16 * 2**20  # rows of one weight in float64; three such blocks are alive together
 # v^2 / (w^2 + d^2) below which a row of W counts as zero: what is left there is the rounding of float64.

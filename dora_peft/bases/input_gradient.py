@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from .inspection import compute_dtype, linear_map
 
 # How far the gradient of ||W0 x||^2 / 2 along x may be from ||W0 x||^2; quantised activations are off by 1 %.
 TOLERANCE = 0.2
-_known: weakref.WeakKeyDictionary[nn.Module, tuple[Any, bool]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[type, bool]] = weakref.WeakKeyDictionary()
 
 
 def gives_gradient(layer: nn.Module) -> bool:
@@ -42,16 +41,19 @@ def gives_gradient(layer: nn.Module) -> bool:
     return known[1]
 
 
-def _try(layer: Any) -> bool:
+def _try(layer: nn.Module) -> bool:
     """For y = W0 x + b: the gradient of y along z = W0 x is W0^T z, and x . W0^T z = ||z||^2."""
     in_features = getattr(layer, "in_features", None)
     tensors = [*layer.parameters(), *layer.buffers()]
     if in_features is None or not tensors or tensors[0].is_meta:
-        return True  # nothing to try it with
+        # nothing to try it with
+        return True
     device = tensors[0].device
-    weight: Any = getattr(layer, "weight", None)
-    float_weight = isinstance(weight, Tensor) and weight.is_floating_point()
-    dtype = weight.dtype if float_weight else compute_dtype(layer, in_features)
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        dtype = weight.dtype
+    else:
+        dtype = compute_dtype(layer, in_features)
     x = torch.linspace(0, in_features, in_features, dtype=torch.float64).add(1).sin()[None]
     x = x.to(device, dtype).requires_grad_()
     # The innermost hooks alone see what is saved here: a checkpoint around the layer, which counts it, must not.
@@ -64,7 +66,8 @@ def _try(layer: Any) -> bool:
             return False
         try:
             (grad,) = torch.autograd.grad(y, x, z.to(y.dtype), allow_unused=True)
-        except RuntimeError:  # a product without a derivative
+        # a product without a derivative
+        except RuntimeError:
             return False
     if grad is None:
         return False
@@ -87,18 +90,21 @@ class _OverWeight(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             weight = ctx.seam()
             with torch.autocast(grad.device.type, enabled=False):
-                flat = grad.reshape(-1, grad.shape[-1]).to(weight.dtype)  # [N, out]
-                dx = weight.vjp(flat.T).to(ctx.dtype).view(ctx.shape)  # [N, in]
+                # [N, out]
+                flat = grad.reshape(-1, grad.shape[-1]).to(weight.dtype)
+                # [N, in] -> [..., in]
+                dx = weight.vjp(flat.T).to(ctx.dtype).view(ctx.shape)
         return dx, grad, None
 
 
-def call(layer: Any, seam: Callable[[], BaseWeight], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """layer(x, ...) with a gradient for x; equals `layer(x)` where `gives_gradient(layer)`.
+def call(layer: nn.Module, seam: Callable[[], BaseWeight], x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    """layer(x, ...) with a gradient for x; equals `layer(x)` if `gives_gradient(layer)`.
 
     Args:
         layer: What computes the base output: the base layer, or a wrapper around it.
         seam: Gives the `BaseWeight` of it, in backward.
         x: [..., in].
+        args, kwargs: What else the layer is called with.
 
     Returns:
         [..., out], as the layer gives it. Not a fresh tensor: it must not be changed in place.

@@ -1,10 +1,9 @@
-"""What has to be found out about a base layer before its weight is read: whether all of it is here, what it is made
-from, and how one whose weight cannot be read is called: in what dtype, and without its bias."""
+"""What has to be found out about a base layer itself: what its weight is made from, whether all of it is here, and how
+to call a layer whose weight cannot be read: in what dtype, and without its bias."""
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +20,22 @@ _separable: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictiona
 _PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def parts(layer: Any) -> list[Tensor] | None:
+def parts(layer: nn.Module) -> list[Tensor] | None:
     """The tensors that a quantised base weight is made from besides `DoraLayer.original_weight`.
 
     Scales and zero points, which a library may round to another dtype at the first call, or bitsandbytes' statistics,
-    which an evaluation rounds. None for torch's own layers, which have none ever.
+    which an evaluation rounds.
+
+    Returns:
+        None for torch's own layers, which never have any.
     """
     if type(layer) in _PLAIN:
         return None
     tensors = layer._parameters
-    weight: Any = tensors.get("weight")
+    weight = tensors.get("weight")
     if weight is not None:
         state = getattr(weight, "quant_state", None)
-        # what is packed for evaluation is told from the rest by its own content
+        # a weight that is packed for evaluation differs from the unpacked one in its own content already
         return [] if state is None or getattr(state, "packing_format_for_cpu", False) else [state.absmax]
     held = (*tensors.items(), *layer._buffers.items())
     return [tensor for name, tensor in held if tensor is not None and name not in ("bias", "qweight", "W_q")]
@@ -42,23 +44,27 @@ def parts(layer: Any) -> list[Tensor] | None:
 def linear_map(layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor | None]:
     """A module that computes W0 x, and the bias that it adds all the same.
 
-    In low precision an output with b has lost what b drowns, and subtracting b does not bring it back: where that is
+    In low precision an output with b has lost what b drowns, and subtracting b does not bring it back: if that is
     possible the module is a twin of the layer without b.
 
     Args:
+        layer: A linear base layer.
         x: [N, in], N > 0, such as it will be called with.
+
+    Returns:
+        The module, and b [out] if its output includes b, else None.
     """
     twin = _without_bias(layer)
     if twin is not None and layer not in _separable:
         try:
             with torch.no_grad():
                 _separable[layer] = not bool(twin(torch.zeros_like(x[:1])).any())
-        except Exception:  # whatever a library raises that cannot do without its bias
+        # whatever a library raises that cannot do without its bias
+        except Exception:
             _separable[layer] = False
     if twin is not None and _separable[layer]:
         return twin, None
-    bias: Any = getattr(layer, "bias", None)
-    return layer, bias
+    return layer, getattr(layer, "bias", None)
 
 
 def _without_bias(layer: nn.Module) -> nn.Module | None:
@@ -67,14 +73,15 @@ def _without_bias(layer: nn.Module) -> nn.Module | None:
     What its forward sets, such as scales in the dtype of x, it sets in the twin: the layer is left as it is.
 
     Returns:
-        None where the twin could differ from the layer: hooks, a forward of this very object, or a bias that is
+        None if the twin could differ from the layer: hooks, a forward of this very object, or a bias that is
         neither a parameter nor a buffer.
     """
     if "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks:
         return None
     twin = object.__new__(type(layer))
     twin.__dict__.update(layer.__dict__)
-    twin.__dict__.pop("_compiled_call_impl", None)  # Module.compile() binds it to the layer
+    # Module.compile() binds it to the layer
+    twin.__dict__.pop("_compiled_call_impl", None)
     for kind in ("_parameters", "_buffers"):
         held = layer.__dict__[kind].items()
         twin.__dict__[kind] = {name: None if name == "bias" else tensor for name, tensor in held}
@@ -85,7 +92,7 @@ def compute_dtype(layer: nn.Module, in_features: int) -> torch.dtype:
     """The dtype that a layer whose weight cannot be read computes its product in.
 
     What it says itself in `compute_dtype` or `dtype`; else by its forward: the most precise dtype that it takes, or the
-    one it returns where that is another. Only where no call succeeds, the dtype of its first float tensor: scales are
+    one it returns if that is another. Only if no call succeeds, the dtype of its first float tensor: scales are
     often kept in another one than the layer computes in, and some libraries cast them at the first call.
     """
     for name in ("compute_dtype", "dtype"):
@@ -105,15 +112,21 @@ def _dtype_by_calling(layer: nn.Module, in_features: int, dtypes: list[torch.dty
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 # not by `layer(x)`: hooks of others are not to see it
                 out = (_without_bias(layer) or layer).forward(torch.zeros(1, in_features, dtype=dtype, device=device))
-        except Exception:  # whatever a library raises for a dtype that it does not take
+        # whatever a library raises for a dtype that it does not take
+        except Exception:
             continue
         if isinstance(out, Tensor) and out.dtype in FLOATS:
             return out.dtype
     return next((dtype for dtype in dtypes if dtype in FLOATS), torch.float32)
 
 
-def check_creatable(layer: Any, name: str, init_lora_weights: bool | str) -> None:
-    """Nothing where an adapter can be created on a base layer whose seam there is.
+def check_creatable(layer: nn.Module, name: str, init_lora_weights: bool | str) -> None:
+    """Refuse a base layer on which no adapter can be created, although it has a seam.
+
+    Args:
+        layer: The base layer.
+        name: Its module name, for errors.
+        init_lora_weights: The config's.
 
     Raises:
         ValueError: Only a part of its weight is in this process, or the initialisation would write to one that is

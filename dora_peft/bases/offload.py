@@ -9,59 +9,63 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate.hooks import AlignDevicesHook, ModelHook
 
 _RESIDENT = "_dora_peft_resident"
 
 
-def hook_of(layer: Any) -> Any:
-    """The hook that keeps a module's weights elsewhere between calls, None where there is none."""
+def hook_of(layer: nn.Module) -> AlignDevicesHook | None:
+    """The hook that keeps a module's weights elsewhere between calls, None if there is none."""
     hook = layer.__dict__.get("_hf_hook")
     if hook is None:
         return None
     from accelerate.hooks import AlignDevicesHook
 
-    for one in (*getattr(hook, "hooks", ()), hook):  # those of a SequentialHook
+    # a SequentialHook holds others
+    for one in (*getattr(hook, "hooks", ()), hook):
         if isinstance(one, AlignDevicesHook) and one.offload:
             return one
     return None
 
 
-def is_away(layer: Any) -> bool:
+def is_away(layer: nn.Module) -> bool:
     """Whether a hook would have to bring the module's weights in."""
     return hook_of(layer) is not None and any(p is not None and p.is_meta for p in layer._parameters.values())
 
 
-def execution_device(layer: Any) -> torch.device:
-    """Where the hook brings the weights."""
-    device = hook_of(layer).execution_device
+def execution_device(layer: nn.Module) -> torch.device:
+    """Where the hook brings the weights, the CPU if it does not say or there is none."""
+    device = getattr(hook_of(layer), "execution_device", None)
     return torch.device("cpu" if device is None else device)
 
 
-def read(layer: Any, name: str) -> Any:
-    """One tensor of a module, brought in alone where a hook keeps it elsewhere."""
-    tensor, hook = getattr(layer, name), hook_of(layer)
+def read(layer: nn.Module, name: str) -> Tensor:
+    """One tensor of a module, brought in alone if a hook keeps it elsewhere."""
+    tensor, hook = cast(Tensor, getattr(layer, name)), hook_of(layer)
     if not tensor.is_meta or hook is None:
         return tensor
     return hook.weights_map[name].to(execution_device(layer))
 
 
 @contextmanager
-def at_hand(layer: Any) -> Iterator[None]:
-    """Have a base layer's weights here; nothing happens where no hook keeps them elsewhere, or they are here already.
+def at_hand(layer: nn.Module) -> Iterator[None]:
+    """Have a base layer's weights here; nothing happens if no hook keeps them elsewhere, or they are here already.
 
     What was made of the weights inside stays valid afterwards; the parameters themselves are on the meta device again.
 
     Args:
         layer: The base layer itself, as `get_base_layer()` gives it.
     """
-    if not is_away(layer):
+    hook = hook_of(layer)
+    if hook is None or not is_away(layer):
         yield
         return
-    hook = hook_of(layer)
     hook.pre_forward(layer)
     try:
         yield
@@ -77,10 +81,10 @@ def keep_resident(module: nn.Module) -> None:
 def staying_add_hook(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """accelerate.hooks.add_hook_to_module, but for modules that stay: these are moved once, and get no hook."""
 
-    def add_hook_to_module(module: nn.Module, hook: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    def add_hook_to_module(module: nn.Module, hook: ModelHook, *args: object, **kwargs: object) -> nn.Module:
         if not getattr(module, _RESIDENT, False) or not hasattr(hook, "execution_device"):
             return original(module, hook, *args, **kwargs)
-        device, weights = hook.execution_device, getattr(hook, "weights_map", None)
+        device, weights = getattr(hook, "execution_device", None), getattr(hook, "weights_map", None)
         for owner in module.modules():
             for name, parameter in owner._parameters.items():
                 if parameter is None:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import norms, reference
-from ..bases import input_gradient, offload
-from ..bases.base import BaseWeight, base_weight, unpack_for_gradient
+from ..bases import BaseWeight, base_weight, input_gradient, offload, unpack_for_gradient
 from ..bases.inspection import check_creatable, linear_map
 from ..config import DoraConfig
 from ..norms import ties

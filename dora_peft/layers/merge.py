@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ..bases.base import BaseWeight
+from ..bases import BaseWeight
 from ..ops import merging
 
 # rows start:stop of W0, start and stop -> the same rows of W'

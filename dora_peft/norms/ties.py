@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import norms
-from ..bases.base import BaseWeight, Dense
+from ..bases import BaseWeight, Dense
 
 
 def rows_to_keep_zero(weight: BaseWeight, init_lora_weights: bool | str) -> Tensor | None:

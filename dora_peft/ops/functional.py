@@ -20,7 +20,7 @@ from .kept_output import KeptOutput, Outputs
 from .linear import DROWNED, TINY, compose_weight
 
 if TYPE_CHECKING:
-    from ..bases.base import BaseWeight
+    from ..bases import BaseWeight
 
 # Where v^2 is below this fraction of ||W0||^2 + s^2 ||BA||^2 the factored sum cancels: in fp32 its error grows to 1e-6
 # at 10 % and 1e-5 at 1 %. Such rows are computed densely, a few at a time.

@@ -17,7 +17,7 @@ from peft.tuners.lora import variants
 from torch import Tensor, nn
 
 from .. import norms
-from ..bases.base import unpack_for_gradient
+from ..bases import unpack_for_gradient
 from ..layers.kinds import Embedding, Linear, _ConvNd
 from ..layers.layer import DoraLayer
 from ..norms import ties

@@ -18,7 +18,8 @@ from benchmark_common import tensors_in
 from dora_peft import DoraConfig
 from dora_peft.analysis import decomposition
 from dora_peft.analysis.decomposition import Change, compare_low_rank, compare_weights, decompose, decompose_folder
-from dora_peft.bases.base import Opaque, base_weight
+from dora_peft.bases import base_weight
+from dora_peft.bases.opaque import Opaque
 
 # PEFT 0.20 only: it looks for the config of a base model without a name
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume")

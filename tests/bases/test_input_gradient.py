@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dora_peft import DoraConfig
-from dora_peft.bases.base import base_weight
+from dora_peft.bases import base_weight
 from dora_peft.bases.input_gradient import call, gives_gradient
 
 

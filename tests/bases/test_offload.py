@@ -10,8 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from dora_peft import DoraConfig, DoraLayer
-from dora_peft.bases.base import Offloaded, base_weight
+from dora_peft.bases import base_weight
 from dora_peft.bases.offload import at_hand, hook_of, is_away
+from dora_peft.bases.offloaded import Offloaded
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups"),

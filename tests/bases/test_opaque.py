@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from base_fixtures import MapsOnly, build, close
 from peft import PeftModel, get_peft_model
 from torch import nn
 
 from dora_peft import DoraConfig
-from dora_peft.bases.base import base_weight
+from dora_peft.bases import base_weight, opaque
 from dora_peft.bases.input_gradient import gives_gradient
 from dora_peft.bases.inspection import linear_map, parts
 
@@ -159,6 +160,30 @@ def test_the_norm_follows_the_scales():
         layer.get_base_layer().scales.mul_(2)  # the same direction, of twice the length: m alone decides
         after = model(x) - layer.get_base_layer().bias
     torch.testing.assert_close(after, before, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["opaque", "opaque-no-bias"])
+def test_opaque_weights_are_read_in_blocks_of_columns(kind, monkeypatch):
+    monkeypatch.setattr(opaque, "BLOCK_BYTES", 4 * 11 * 3)
+    layer, matrix = build(kind)
+    calls = []
+    layer.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
+    weight = base_weight(layer, "layer")
+    assert not weight.has_rows
+    assert not weight.mergeable
+    close(weight.row_norms_squared(), matrix.square().sum(1))
+    assert calls == [3, 3, 3, 2]
+
+
+def test_opaque_weights_of_low_precision_are_called_in_it():
+    layer = MapsOnly(11, 7, dtype=torch.bfloat16)
+    dtypes = set()
+    layer.register_forward_hook(lambda module, args, out: dtypes.add(args[0].dtype))
+    found = base_weight(layer, "layer").times(torch.eye(11))
+    assert dtypes == {torch.bfloat16}
+    assert found.dtype == torch.float32
+    matrix = (layer.qweight.bfloat16() * layer.scales[:, None]).float()
+    torch.testing.assert_close(found, matrix, rtol=2e-2, atol=2e-2 * matrix.abs().max().item())
 
 
 def test_which_tensors_are_parts():

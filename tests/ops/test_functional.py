@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dora_peft import reference
-from dora_peft.bases.base import base_weight
+from dora_peft.bases import base_weight
 from dora_peft.ops import functional
 
 S = 0.8

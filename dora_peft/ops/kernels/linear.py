@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...bases.base import FourBit
+from ...bases import FourBit
 from ..choice import interpreted
 from ..linear import DROWNED, TINY
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...bases.base import FourBit
+from ...bases import FourBit
 from ..functional import CANCELLATION
 from .linear import elements, ranks_at_once, stored_arguments
 

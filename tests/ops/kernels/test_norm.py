@@ -9,7 +9,7 @@ if platform.system() != "Linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
 from dora_peft import reference
-from dora_peft.bases.base import base_weight
+from dora_peft.bases import base_weight
 from dora_peft.ops.functional import CANCELLATION
 from dora_peft.ops.kernels import norm as subject
 
