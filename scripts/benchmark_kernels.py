@@ -67,8 +67,8 @@ def main() -> None:
     u = torch.randn(n, r, device=device, dtype=dtype)
     B, c = torch.randn(width, r, device=device), 1 + 0.1 * torch.rand(width, device=device)
 
-    y = kernels.compose(z[0], u, B, c, None, 0.5, out=torch.empty_like(z[0]))
-    check("compose", y, c.double() * z[0].double() + u.double() @ (0.5 * c[:, None] * B).to(dtype).double().T)
+    y = kernels.scaled_sum(z[0], u, B, c, None, 0.5, out=torch.empty_like(z[0]))
+    check("scaled_sum", y, c.double() * z[0].double() + u.double() @ (0.5 * c[:, None] * B).to(dtype).double().T)
     scaled, sums = kernels.scale_and_sum(g[0], c, z[0], None)
     check("scale_and_sum", scaled, c.double() * g[0].double())
     assert sums is not None
@@ -77,7 +77,7 @@ def main() -> None:
     tensor = n * width * dtype.itemsize
     runs: dict[str, tuple[int, Callable[[int], object]]] = {
         "copy": (2 * tensor, lambda i: out[i].copy_(z[i])),
-        "compose": (2 * tensor, lambda i: kernels.compose(z[i], u, B, c, None, 0.5, out=out[i])),
+        "scaled_sum": (2 * tensor, lambda i: kernels.scaled_sum(z[i], u, B, c, None, 0.5, out=out[i])),
         "scale_and_sum": (3 * tensor, lambda i: kernels.scale_and_sum(g[i], c, z[i], None)),
     }
     rates = {name: size / median_seconds(run, device, options.rounds) / 1e9 for name, (size, run) in runs.items()}

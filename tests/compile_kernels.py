@@ -1,7 +1,7 @@
 """Compile every Triton kernel to machine code, which needs no GPU: python tests/compile_kernels.py ARCH...
 
 Triton's interpreter takes what its compiler refuses, such as a variable that changes its type in a loop. Run by
-tests/test_kernels.py in a process of its own, since a process either interprets or compiles. Prints the number of
+tests/ops/kernels/test_linear.py in another process, since a process either interprets or compiles. Prints the number of
 compiled variants and the most shared memory that one takes, in bytes.
 """
 
@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from dora_peft.ops.kernels import dropout as dropout_kernels
 from dora_peft.ops.kernels import linear as kernels
 from dora_peft.ops.kernels import norm as norm_kernels
+from dora_peft.ops.kernels import sample
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 NAMES |= {torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}
@@ -54,7 +55,7 @@ def compile_all(target, dtype, factors, ranks):
     for bias in (False, True):
         options = {"HAS_BIAS": bias, "FOLDED": bias, **small}
         compile_kernel(
-            kernels._compose, target, options, z=dtype, u=dtype, lora_B=factors, c=FP32, bias=dtype, out=dtype
+            kernels._scaled_sum, target, options, z=dtype, u=dtype, lora_B=factors, c=FP32, bias=dtype, out=dtype
         )
         options = {"HAS_BIAS": bias, "SUM": not bias}
         compile_kernel(
@@ -96,9 +97,9 @@ def compile_all(target, dtype, factors, ranks):
             weight=torch.uint8 if four_bit else bits[dtype.itemsize],
         )  # fmt: skip
     bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
-    sample = {"y": bits, "rows": bits, "diagonal": bits}
-    compile_kernel(kernels._take_sample, target, {"BLOCK": 1024}, **sample)
-    compile_kernel(kernels._compare_sample, target, {"BLOCK": 1024}, **sample, gone=torch.int32)
+    pointers = {"y": bits, "rows": bits, "diagonal": bits}
+    compile_kernel(sample._take_sample, target, {"BLOCK": 1024}, **pointers)
+    compile_kernel(sample._compare_sample, target, {"BLOCK": 1024}, **pointers, gone=torch.int32)
     for on_host in (False, True):
         seed, options = {} if on_host else {"seed": SEED}, {"ON_HOST": on_host, **small}
         compile_kernel(dropout_kernels._dropped_product, target, options, x=dtype, lora_A=factors, out=dtype, **seed)

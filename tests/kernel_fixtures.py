@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dora_peft import reference
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 S, P = 0.7, 0.3
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -26,6 +28,15 @@ def poisoned_memory():
 def randn(*shape, dtype=FP32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def tensors(dtype=FP32, length=6, width=16, out=8, r=3):
+    """x, W0, b, A, B, m and v, those that are trained with a gradient."""
+    weight, A, B = randn(out, width, seed=1), randn(r, width, seed=2), randn(out, r, seed=3)
+    norm = reference.weight_norm(weight, A, B, S)
+    leaves = [randn(length, width, seed=4), randn(out, seed=5), A, B]
+    x, bias, A, B = (leaf.to(dtype).requires_grad_() for leaf in leaves)
+    return x, weight.to(dtype), bias.detach(), A, B, norm.clone().requires_grad_(), norm
 
 
 def assert_close(found, expected, times=1.0):

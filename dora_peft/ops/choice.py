@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .constants import interpreted
 
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
 _implementation = "auto"
@@ -59,11 +60,6 @@ def _require_triton() -> None:
         obstacle = "torch sees no GPU"
     if obstacle is not None:
         raise RuntimeError(f"implementation('triton') is not available: {obstacle}. Use 'auto' or 'torch'.")
-
-
-def interpreted() -> bool:
-    """Whether Triton's kernels run on the CPU, in its interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 
 
 def use_reference() -> bool:
@@ -131,12 +127,12 @@ def fused(tensor: Tensor, *others: Tensor) -> Any:
 @torch.compiler.assume_constant_result
 def load_operators() -> None:
     """Register torch.ops.dora_peft.linear."""
-    _module("kernels.fused")
+    _module("kernels.operators")
 
 
 def kernels() -> Any:
-    """The module `kernels`, where Triton is known to be there."""
-    return _module("kernels.linear")
+    """The module `kernels.sample`, where Triton is known to be there."""
+    return _module("kernels.sample")
 
 
 def norm_kernels(device: torch.device, dtype: torch.dtype) -> Any:

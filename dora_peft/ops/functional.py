@@ -16,15 +16,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .choice import norm_kernels
+from .constants import CANCELLATION, drowned, tiny
 from .kept_output import KeptOutput, Outputs
-from .linear import DROWNED, TINY, compose_weight
+from .linear import compose_weight
 
 if TYPE_CHECKING:
     from ..bases import BaseWeight
 
-# Where v^2 is below this fraction of ||W0||^2 + s^2 ||BA||^2 the factored sum cancels: in fp32 its error grows to 1e-6
-# at 10 % and 1e-5 at 1 %. Such rows are computed densely, a few at a time.
-CANCELLATION = 0.25
 # Rows of W0 + s B A that the norm makes at a time on a CPU: larger temporaries fall out of its cache, and the system
 # has to give their memory anew each time; smaller ones cost more to start than they save.
 NORM_BLOCK_BYTES = 4 * 2**20
@@ -211,7 +209,7 @@ def _has_lost(y: Tensor, c: Tensor, bias: Tensor | None) -> bool:
     """
     if not y.numel():
         return False
-    if bool((c.abs() < TINY.get(y.dtype, 1e-30)).any()):
+    if bool((c.abs() < tiny(y.dtype)).any()):
         return True
     if bias is None:
         return False
@@ -219,8 +217,8 @@ def _has_lost(y: Tensor, c: Tensor, bias: Tensor | None) -> bool:
     others = [d for d in range(y.dim()) if d != channel]
     each = math.ceil(64 ** (1 / max(len(others), 1)))
     index = [slice(None) if d == channel else slice(None, None, max(1, y.shape[d] // each)) for d in range(y.dim())]
-    drowned = (y[tuple(index)].to(c.dtype) - bias).abs() < DROWNED.get(y.dtype, 1e-3) * bias.abs()
-    share = drowned.to(c.dtype).mean(others) if others else drowned.to(c.dtype)
+    lost = (y[tuple(index)].to(c.dtype) - bias).abs() < drowned(y.dtype) * bias.abs()
+    share = lost.to(c.dtype).mean(others) if others else lost.to(c.dtype)
     return bool((share > 0.5).any())
 
 

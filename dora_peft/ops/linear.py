@@ -33,6 +33,7 @@ from torch.autograd.function import once_differentiable
 
 from ..bases.base import BLOCK_BYTES
 from . import choice
+from .constants import LOW_PRECISION, drowned, tiny
 from .kept_output import KeptOutput, Outputs, version
 
 # Tokens that the element-wise passes take at once on a CPU: their temporaries stay in the cache, and a fresh
@@ -41,7 +42,6 @@ from .kept_output import KeptOutput, Outputs, version
 CHUNK = 1024
 LANES = 2**18  # elements that a sum over tokens runs in side by side: half of a core's cache
 COMPOSED_BYTES = BLOCK_BYTES  # the most that c (W0 + s B A) may take
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
 _NO_GRADIENTS = (None,) * 8  # of _Linear's arguments after c
 
 
@@ -181,12 +181,13 @@ class _Linear(torch.autograd.Function):
     ):
         rows = _rows(x).to(dtype)  # [N, in]
         mask, k = None, scaling
-        ctx.fused, ctx.p, ctx.seed = choice.fused(rows, c), dropout_p, None
+        ctx.fused = choice.fused(rows, c)
         if ctx.fused is not None:
-            if dropout_p > 0:
-                ctx.seed = ctx.fused.dropout_kernels.draw_seed(rows.device)  # the mask is drawn from it
-            base_rows = None if weight is not None else _rows(base_out)
-            y, u, k = ctx.fused.forward(rows, base_rows, weight, bias, lora_A, lora_B, c, scaling, ctx.seed, dropout_p)
+            # the mask is drawn from it
+            seed = ctx.fused.draw_seed(rows.device) if dropout_p > 0 else None
+            ctx.options = ctx.fused.KernelOptions.of(scaling, dropout_p, seed, ctx.needs_input_grad[:6])
+            k, base_rows = ctx.options.k, None if weight is not None else _rows(base_out)
+            y, u = ctx.fused.forward(rows, base_rows, weight, bias, lora_A, lora_B, c, ctx.options)
             return _Linear.keep(
                 ctx, _shaped_like(x, y), x, u, None, bias, lora_A, lora_B, c,
                 weight, base_product, k, autocast_dtype, outputs,
@@ -265,10 +266,10 @@ class _Linear(torch.autograd.Function):
             stored = ctx.weight
             if stored is None and need_c and hasattr(ctx.base_product, "stored"):
                 stored = ctx.base_product.stored()
-            needed = ctx.needs_input_grad[:6]
             dx, d_base, *others = ctx.fused.gradients(
-                g, rows, u, y, weight, bias, lora_A, lora_B, c, k, ctx.seed, ctx.p, needed, stored, d_magnitude, gone
-            )
+                g, rows, u, y, weight, bias, lora_A, lora_B, c, ctx.options,
+                stored=stored, d_magnitude=d_magnitude, gone=gone,
+            )  # fmt: skip
             dx = None if dx is None else dx.view(x.shape)
             d_base = None if d_base is None else d_base.view(grad.shape)
             return dx, d_base, *others, *_NO_GRADIENTS
@@ -323,7 +324,7 @@ def composes(rows: Tensor, weight: Tensor) -> bool:
         and not choice.uses_kernels(weight.device, weight.dtype)
         and not torch.is_autocast_enabled("cpu")
         and rows.dtype is weight.dtype
-        and weight.dtype not in _LOW_PRECISION
+        and weight.dtype not in LOW_PRECISION
         and weight.nbytes <= COMPOSED_BYTES
         and 2 * length * (out_features + in_features) >= 3 * out_features * in_features
     )
@@ -483,29 +484,23 @@ def magnitude_gradient(
     """
     if y is None or sums is None:
         return (g * z_at(None)).sum(0)
-    tiny = TINY.get(y.dtype, 1e-30)
+    least = tiny(y.dtype)
     if bias is None:
-        if not len(y) or torch.linalg.vector_norm(c, -torch.inf) >= tiny:  # the smallest |c|
+        if not len(y) or torch.linalg.vector_norm(c, -torch.inf) >= least:  # the smallest |c|
             return sums / c
-        lost = c.abs() < tiny
+        lost = c.abs() < least
     else:
         # the rounding of y = c z + b against the size of c z, on a sample of the tokens; its median, since the first
         # token is often far larger than all others
         sample = y[:: max(1, len(y) // 64)].to(c.dtype) - bias
-        lost = c.abs() < tiny
+        lost = c.abs() < least
         if len(y):
-            lost |= sample.abs_().median(0).values < DROWNED.get(y.dtype, 1e-3) * bias.abs()
+            lost |= sample.abs_().median(0).values < drowned(y.dtype) * bias.abs()
     index = lost.nonzero()[:, 0]
     if not len(index):
         return sums / c
     exact = (g[:, index] * z_at(index)).sum(0)
     return (sums / c.masked_fill(lost, 1)).index_copy_(0, index, exact)
-
-
-# Below this c, y = c z is subnormal or close to it; fp16's smallest normal number is 6e-5.
-TINY = {torch.float16: 2.0**-8}
-# |c z| / |b| below which too few digits of z are left in y; 2 bits of the 8 or 11 may go, in fp32 10 of 24.
-DROWNED = {torch.float16: 0.25, torch.bfloat16: 0.25}
 
 
 def _step(length: int, device: torch.device) -> int:

@@ -139,7 +139,7 @@ def drawn_mask(shape, p, dtype):
     from dora_peft.ops.kernels import dropout as dropout_kernels
 
     seed = dropout_kernels.draw_seed(torch.device("cpu"))
-    return dropout_kernels.dropout_mask(shape, seed, p, torch.device("cpu")), dropout_kernels.threshold(p)[1]
+    return dropout_kernels.drawn_mask(shape, seed, p, torch.device("cpu")), dropout_kernels.threshold(p)[1]
 
 
 def gradients(y, leaves, probe, **options):

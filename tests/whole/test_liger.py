@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from transformers.models.llama import modeling_llama
 
 from dora_peft import DoraConfig, accelerate_use_dora, implementation
-from dora_peft.ops.choice import interpreted
+from dora_peft.ops.constants import interpreted
 
 liger = pytest.importorskip("liger_kernel.transformers", reason="the extra `libraries` has no liger-kernel")
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the low-rank branch under dropout, whose mask is drawn anew wherever it is needed, never stored.
+"""Triton kernels of the low-rank branch under dropout, whose mask is drawn again whenever it is needed, never stored.
 
     dropped_product     (mask * x) A^T
     add_low_rank        dx + mask * (du A), in place
@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .linear import dot, narrow, precision, ranks_at_once, token_bucket, tuned
-
-Seed = int | Tensor  # or an int64 tensor [1] on the device
+from .elements import dot, narrow
+from .options import Seed, threshold
+from .tuning import precision, ranks_at_once, token_bucket, tuned
 
 
 @triton.jit
@@ -140,23 +140,15 @@ def _dropped_gradient(
     tl.store(out + ranks[:, None] * features + inputs[None, :], narrow(total, out.dtype.element_ty), inside)
 
 
-# ---- launchers
-
-
 def draw_seed(device: torch.device) -> Seed:
     """A seed for one dropout mask: a number from the CPU's generator, which costs no launch.
 
-    Into a CUDA graph goes a draw on the device instead, which is another one at every replay.
+    In a CUDA graph it is drawn on the device instead, so that every replay draws another one.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return torch.randint(2**62, (1,), dtype=torch.int64, device=device)
-    return int(torch.randint(2**32, 2**62, (), dtype=torch.int64, device="cpu"))  # of 64 bits, so one kernel serves all
-
-
-def threshold(p: float) -> tuple[int, float]:
-    """The number of the 2^16 draws that are dropped, and the exact probability to keep an element."""
-    dropped = round(p * 2**16)
-    return dropped, 1 - dropped / 2**16
+    # of 64 bits, since Triton compiles one kernel for smaller numbers and one for these
+    return int(torch.randint(2**32, 2**62, (), dtype=torch.int64, device="cpu"))
 
 
 def dropped_product(x: Tensor, lora_A: Tensor, seed: Seed, p: float) -> Tensor:
@@ -173,7 +165,7 @@ def dropped_product(x: Tensor, lora_A: Tensor, seed: Seed, p: float) -> Tensor:
 
 
 def add_low_rank(dx: Tensor | None, du: Tensor, lora_A: Tensor, seed: Seed, p: float) -> Tensor:
-    """dx + mask * (du A) [N, in] in place; without the sum where dx is None."""
+    """dx + mask * (du A) [N, in] in place; without the sum if dx is None."""
     (length, rank), features = du.shape, lora_A.shape[1]
     out = torch.empty(length, features, dtype=du.dtype, device=du.device) if dx is None else dx
     if length:
@@ -196,7 +188,7 @@ def dropped_gradient(du: Tensor, x: Tensor, seed: Seed, p: float, dtype: torch.d
     return out
 
 
-def dropout_mask(shape: torch.Size, seed: Seed, p: float, device: torch.device) -> Tensor:
+def drawn_mask(shape: torch.Size, seed: Seed, p: float, device: torch.device) -> Tensor:
     """The mask [N, in] that the kernels use, as a tensor of 0 and 1, for tests."""
     ones = torch.ones(shape[0], 1, device=device)
     return add_low_rank(None, ones, torch.ones(1, shape[1], device=device), seed, p)

@@ -1,28 +1,31 @@
-"""The linear layer by Triton kernels: forward and backward, in eager mode and as operators for torch.compile.
+"""The linear layer by Triton kernels: forward, backward, and the sum of evaluation.
 
 Per adapted layer at equal dtypes and without dropout, beside c = m / v:
 
-    forward   x W0^T + b, x A^T, and one kernel that composes y in place over the first
+    forward   x W0^T + b, x A^T, and one kernel that writes y over the first
     backward  one pass that reads g and y, writes g' = c * g and sums g (y - b); the magnitude's gradient from the sums;
               g'^T u, g' B, du^T x, g' W0, and du A accumulated into that
 
-linear.py has the equations, and what is kept between the two.
+ops/linear.py makes an autograd function of it, with the equations and what is kept between the two; operators.py makes
+operators for torch.compile.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import kept_output
+from ...bases import FourBit
 from . import dropout as dropout_kernels
 from . import linear as kernels
-from .dropout import Seed
+from .dropout import draw_seed
+from .options import KernelOptions
+from .sample import compare_sample, take_sample
+
+__all__ = ["KernelOptions", "compare_sample", "compose_folded", "draw_seed", "forward", "gradients", "take_sample"]
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -35,30 +38,50 @@ def forward(
     lora_A: Tensor,
     lora_B: Tensor,
     c: Tensor,
-    scaling: float,
-    seed: Seed | None,
-    p: float,
-) -> tuple[Tensor, Tensor, float]:
-    """y [N, out], u = (mask * x) A^T [N, r] and k = s / (1 - p), for x [N, in] and `base_out` [N, out] or `weight`."""
+    options: KernelOptions,
+) -> tuple[Tensor, Tensor]:
+    """y = c * (x W0^T + k u B^T) + b and u = (mask * x) A^T.
+
+    Args:
+        rows: x [N, in].
+        base_out: x W0^T + b [N, out]; None if `weight` is given.
+        weight: W0 [out, in]; None if `base_out` is given.
+        bias: b [out].
+        lora_A, lora_B: [r, in] and [out, r].
+        c: [out].
+
+    Returns:
+        [N, out] and [N, r], in x's dtype.
+    """
     dtype = rows.dtype
-    if seed is None:
-        u, k = F.linear(rows, lora_A.to(dtype)), scaling
+    if options.seed is None:
+        u = F.linear(rows, lora_A.to(dtype))
     else:
-        kept = dropout_kernels.threshold(p)[1]
-        u, k = dropout_kernels.dropped_product(rows, _rowwise(lora_A), seed, p), scaling / kept if kept else 0.0
+        u = dropout_kernels.dropped_product(rows, _rowwise(lora_A), options.seed, options.p)
     if weight is not None:
         z = out = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
     else:
         assert base_out is not None
         z = _rowwise(base_out)
         out = torch.empty_like(z, memory_format=torch.contiguous_format)
-    return kernels.compose(z, u, _rowwise(lora_B), c, bias, k, out=out), u, k
+    return kernels.scaled_sum(z, u, _rowwise(lora_B), c, bias, options.k, out=out), u
 
 
 def compose_folded(z: Tensor, u: Tensor, folded_B: Tensor, c: Tensor, bias: Tensor | None, *, in_place: bool) -> Tensor:
-    """c * (z - b) + u folded_B^T + b for evaluation, over z where `in_place`."""
+    """y = c * (z - b) + u folded_B^T + b for evaluation; equals `forward` for folded_B = s c B.
+
+    Args:
+        z: x W0^T + b [N, out].
+        u: x A^T [N, r], in z's dtype.
+        folded_B: [out, r].
+        c, bias: [out].
+        in_place: Write y over z.
+
+    Returns:
+        [N, out], in z's dtype.
+    """
     z = _rowwise(z)
-    return kernels.compose(z, u, _rowwise(folded_B), c, bias, None, out=z if in_place else torch.empty_like(z))
+    return kernels.scaled_sum(z, u, _rowwise(folded_B), c, bias, None, out=z if in_place else torch.empty_like(z))
 
 
 def gradients(
@@ -71,170 +94,69 @@ def gradients(
     lora_A: Tensor,
     lora_B: Tensor,
     c: Tensor,
-    k: float,
-    seed: Seed | None,
-    p: float,
-    needed: tuple[bool, ...],
-    stored: Any,
+    options: KernelOptions,
+    *,
+    stored: Tensor | FourBit | None,
     d_magnitude: Callable[[Tensor | None], Tensor],
     gone: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of x [N, in], base_out, bias, A, B and c; None for those that are not `needed`, in this order.
+    """Gradients of x [N, in], base_out, bias, A, B and c; None for those that are not `options.needed`, in this order.
+
+        g' = c * g          du = k g' B          dx = g' W0 + mask * (du A)
+        dA = du^T (mask * x)          dB = k g'^T u          dc: see `magnitude_gradient`
 
     Args:
         g: dL/dy [N, out].
-        y: The layer's output, None where it was changed since.
-        stored: W0 for `kernels.magnitude_gradient`, None where it is neither dense nor 4-bit.
-        d_magnitude: Computes the gradient of c from sum_n g (y - b), None where y is, without kernels: where y is gone,
-            or the base weight is no dense tensor.
-        gone: A number [1] on the device that is not 0 if somebody wrote over y, see `kept_output.KeptOutput.read`.
+        rows, u, weight, bias, lora_A, lora_B, c: As `forward` takes and gives them.
+        y: The layer's output [N, out], None if it was overwritten since.
+        stored: W0, see `BaseWeight.stored`; None if it is neither dense nor 4-bit.
+        d_magnitude: Falls back to the gradient of c without kernels, if y was overwritten or `stored` is None: takes
+            sum_n g (y - b), or None if y is None.
+        gone: A number [1] on the device that is not 0 if y was overwritten, see `KeptOutput.read`.
     """
-    need_x, need_base, need_bias, need_A, need_B, need_c = needed
-    dtype = rows.dtype
-    if y is not None:
-        y = _rowwise(y)
-    scaled, sums = kernels.scale_and_sum(g, c, y if need_c else None, bias)  # [N, out], [stripes, out]
+    need_x, need_base, need_bias, need_A, need_B, need_c = options.needed
+    k, dtype = options.k, rows.dtype
+    y = None if y is None else _rowwise(y)
+    # [N, out], [stripes, out]
+    scaled, sums = kernels.scale_and_sum(g, c, y if need_c else None, bias)
     dx = d_bias = d_A = d_B = d_c = None
-    if need_c:
-        if sums is None or y is None or stored is None:
-            overwritten = gone is not None and bool(gone)  # waits for the host, as all of this road does
-            d_c = d_magnitude(None if sums is None or overwritten else sums.sum(0))
-        else:
-            d_c = kernels.magnitude_gradient(sums, g, y, rows, stored, u, _rowwise(lora_B), c, bias, k, gone)  # [out]
+    if need_c and sums is not None and y is not None and stored is not None:
+        # [out]
+        d_c = kernels.magnitude_gradient(sums, g, y, rows, stored, u, _rowwise(lora_B), c, bias, k, gone)
+    elif need_c:
+        # waits for the host, as all of this fallback does
+        overwritten = sums is None or (gone is not None and bool(gone))
+        d_c = d_magnitude(None if overwritten or sums is None else sums.sum(0))
     if need_B:
-        d_B = scaled.new_empty(lora_B.shape).addmm_(scaled.T, u, beta=0, alpha=k)  # [out, r]
+        # [out, r]
+        d_B = scaled.new_empty(lora_B.shape).addmm_(scaled.T, u, beta=0, alpha=k)
     if need_A or need_x:
-        du = torch.empty_like(u).addmm_(scaled, lora_B.to(dtype), beta=0, alpha=k)  # [N, r]
-    if need_A:
-        if seed is None:
-            d_A = du.T @ rows  # [r, in]
-        else:
-            d_A = dropout_kernels.dropped_gradient(du, rows, seed, p, lora_A.dtype)
-    if need_x:
-        dx = None if weight is None else scaled @ weight.to(dtype)  # [N, in]
-        if seed is not None:
-            dx = dropout_kernels.add_low_rank(dx, du, _rowwise(lora_A), seed, p)
-        else:
-            dx = du @ lora_A.to(dtype) if dx is None else dx.addmm_(du, lora_A.to(dtype))
+        # [N, r]
+        du = torch.empty_like(u).addmm_(scaled, lora_B.to(dtype), beta=0, alpha=k)
+        d_A = _gradient_of_A(du, rows, lora_A, options) if need_A else None
+        dx = _gradient_of_x(scaled, du, weight, lora_A, options) if need_x else None
     if need_bias:
         d_bias = g.sum(0, dtype=c.dtype)
-        if weight is None:  # the rest comes through base_out
-            d_bias = (1 - c) * d_bias
+        # without `weight` the rest comes through base_out
+        d_bias = (1 - c) * d_bias if weight is None else d_bias
     return dx, scaled if need_base else None, d_bias, d_A, d_B, d_c
+
+
+def _gradient_of_A(du: Tensor, rows: Tensor, lora_A: Tensor, options: KernelOptions) -> Tensor:
+    """du^T (mask * x) [r, in]."""
+    if options.seed is None:
+        return du.T @ rows
+    return dropout_kernels.dropped_gradient(du, rows, options.seed, options.p, lora_A.dtype)
+
+
+def _gradient_of_x(scaled: Tensor, du: Tensor, weight: Tensor | None, lora_A: Tensor, options: KernelOptions) -> Tensor:
+    """g' W0 + mask * (du A) [N, in]; without the first if W0 is not given."""
+    dx = None if weight is None else scaled @ weight.to(du.dtype)
+    if options.seed is not None:
+        return dropout_kernels.add_low_rank(dx, du, _rowwise(lora_A), options.seed, options.p)
+    return du @ lora_A.to(du.dtype) if dx is None else dx.addmm_(du, lora_A.to(du.dtype))
 
 
 def _rowwise(matrix: Tensor) -> Tensor:
     """The kernels step through these rows without a stride."""
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
-
-
-# ---- operators for torch.compile, which sees through neither the kernels nor an autograd function that keeps y
-
-
-@torch.library.custom_op("dora_peft::linear", mutates_args=())
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    c: Tensor,
-    seed: Tensor | None,
-    scaling: float,
-    p: float,
-    places: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, u, and what tells whether y was overwritten before backward: see `kept_output.sample`."""
-    y, u, _ = forward(x.reshape(-1, x.shape[-1]), None, weight, bias, lora_A, lora_B, c, scaling, seed, p)
-    return y.view(*x.shape[:-1], len(weight)), u, *kept_output.sample(y, places)
-
-
-@_linear.register_fake
-def _(x, weight, bias, lora_A, lora_B, c, seed, scaling, p, places):
-    length, width = math.prod(x.shape[:-1]), weight.shape[0]
-    rows, diagonal = kept_output.sample_sizes(length, width)
-    return (
-        x.new_empty(*x.shape[:-1], width),
-        x.new_empty(length, lora_A.shape[0]),
-        x.new_empty(rows, width),
-        x.new_empty(diagonal),
-    )
-
-
-@torch.library.custom_op("dora_peft::linear_backward", mutates_args=())
-def _linear_backward(
-    grad: Tensor,
-    x: Tensor,
-    u: Tensor,
-    y: Tensor,
-    rows: Tensor,
-    diagonal: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    c: Tensor,
-    seed: Tensor | None,
-    scaling: float,
-    p: float,
-    places: int,
-    need_x: bool,
-    need_bias: bool,
-    need_A: bool,
-    need_B: bool,
-    need_c: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kept = 1.0 if seed is None else dropout_kernels.threshold(p)[1]
-    gone = kept_output.differs(y, rows, diagonal, places)
-    dx, _, d_bias, d_A, d_B, d_c = gradients(
-        grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), u, y.reshape(-1, y.shape[-1]), weight, bias,
-        lora_A, lora_B, c, scaling / kept if kept else 0.0, seed, p,
-        (need_x, False, need_bias, need_A, need_B, need_c), weight, _never, gone,
-    )  # fmt: skip
-    none = c.new_empty(0)
-    return (
-        none if dx is None else dx.view(x.shape),
-        none.clone() if d_bias is None or bias is None else d_bias.to(bias.dtype),
-        none.clone() if d_A is None else d_A.to(lora_A.dtype),
-        none.clone() if d_B is None else d_B.to(lora_B.dtype),
-        none.clone() if d_c is None else d_c,
-    )
-
-
-def _never(_: Tensor | None) -> Tensor:
-    raise AssertionError("the operators have y and a dense weight")
-
-
-@_linear_backward.register_fake
-def _(
-    grad, x, u, y, rows, diagonal, weight, bias, lora_A, lora_B, c, seed, scaling, p, places,
-    need_x, need_bias, need_A, need_B, need_c,
-):  # fmt: skip
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else c.new_empty(0),
-        torch.empty_like(bias) if need_bias else c.new_empty(0),
-        torch.empty_like(lora_A, memory_format=torch.contiguous_format) if need_A else c.new_empty(0),
-        torch.empty_like(lora_B, memory_format=torch.contiguous_format) if need_B else c.new_empty(0),
-        torch.empty_like(c) if need_c else c.new_empty(0),
-    )
-
-
-def _keep(ctx, inputs, output):
-    x, weight, bias, lora_A, lora_B, c, seed, ctx.scaling, ctx.p, ctx.places = inputs
-    y, u, rows, diagonal = output
-    ctx.save_for_backward(x, u, y, rows, diagonal, weight, bias, lora_A, lora_B, c, seed)
-    ctx.mark_non_differentiable(u, rows, diagonal)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad, *_):
-    if grad is None:
-        return (None,) * 10
-    need_x, _, need_bias, need_A, need_B, need_c = ctx.needs_input_grad[:6]
-    needed = (need_x, need_bias, need_A, need_B, need_c)
-    out = torch.ops.dora_peft.linear_backward(grad, *ctx.saved_tensors, ctx.scaling, ctx.p, ctx.places, *needed)
-    dx, d_bias, d_A, d_B, d_c = (d if need else None for d, need in zip(out, needed, strict=True))
-    return dx, None, d_bias, d_A, d_B, d_c, None, None, None, None
-
-
-_linear.register_autograd(_backward, setup_context=_keep)

@@ -1,21 +1,18 @@
 """Triton kernels of the linear layer, and their launchers. fused.py makes a layer of them.
 
-    compose             y = c * (z - b) + u (s c B)^T + b, over z in place
+    scaled_sum          y = c * (z - b) + u (s c B)^T + b, over z in place
     scale_and_sum       g' = c * g, and sum_n g (y - b) a stripe of tokens at a time
-    magnitude_gradient  dc from those sums, and exactly where y does not tell z
+    magnitude_gradient  dc from those sums, and exactly if y does not determine z
 
 Each is one pass over its [N, features] tensors, with fp32 accumulation; the sums over tokens are made in two stages, so
 that every result is deterministic. Nothing here synchronises with the host: what depends on values is decided inside
-the kernels. The low-rank branch under dropout has kernels of its own, in dropout_kernels.py.
+the kernels. The low-rank branch under dropout has other kernels, in dropout.py.
 
-This module imports Triton; import it through `functional.kernels`. With TRITON_INTERPRET=1 in the environment before
-Triton is first imported, the kernels run on the CPU in Triton's interpreter, which is how the tests run them.
+This module imports Triton, so `ops.choice` imports it only if kernels are to run. With TRITON_INTERPRET=1 in the
+environment before Triton is first imported, the kernels run on the CPU in Triton's interpreter, as in the tests.
 """
 
 from __future__ import annotations
-
-import inspect
-from typing import Any
 
 import torch
 import triton
@@ -23,81 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ...bases import FourBit
-from ..choice import interpreted
-from ..linear import DROWNED, TINY
+from ..constants import drowned, tiny
+from .elements import dot, elements, narrow, stored_arguments
+from .tuning import precision, ranks_at_once, token_bucket, tuned
 
-INTERPRETED = interpreted()
-# Tokens that tell whether the bias drowns a column: half of them, since the first is often far larger than the others.
+# Tokens that are looked at to decide whether the bias hides a column: half of them must agree, because the first token
+# is often an outlier.
 _SAMPLE = 64
-
-
-def tuned(keys: list[str], configs: list[dict[str, int]], restored: list[str] | None = None) -> Any:
-    """`triton.autotune` with results kept on disk; the first configuration, untimed, in the interpreter."""
-
-    def decorate(kernel: Any) -> Any:
-        choices = [
-            triton.Config(
-                {name: value for name, value in config.items() if name.isupper()},
-                num_warps=config.get("num_warps", 4),
-                num_stages=config.get("num_stages", 3),
-            )
-            for config in (configs[:1] if INTERPRETED else configs)
-        ]
-        kept = {"cache_results": True} if "cache_results" in inspect.signature(triton.autotune).parameters else {}
-        return triton.autotune(choices, key=keys, restore_value=restored, **kept)(kernel)
-
-    return decorate
-
-
-def token_bucket(length: int) -> int:
-    """Token counts that share a configuration: up to the next power of two."""
-    return triton.next_power_of_2(max(length, 16))
-
-
-def precision(dtype: torch.dtype) -> str:
-    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-# ---- kernels
-
-_UPCAST = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bit patterns of bf16
-
-
-@triton.jit
-def dot(left, right, total, PRECISION: tl.constexpr):
-    """total + left @ right in fp32, `right` in the dtype of `left`."""
-    right = right if right.dtype == left.dtype else narrow(right.to(tl.float32), left.dtype)
-    if _UPCAST:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    return tl.dot(left, right, total, input_precision=PRECISION)
-
-
-@triton.jit
-def narrow(value, DTYPE: tl.constexpr):
-    """fp32 `value` in DTYPE, rounded to nearest; the interpreter's own conversion to bf16 cuts digits off."""
-    if _UPCAST and tl.bfloat16 == DTYPE:
-        bits = value.to(tl.int32, bitcast=True)
-        value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return value.to(DTYPE)
-
-
-@triton.jit
-def elements(
-    weight, absmax, code, rows, columns, inside, w_row, w_column, blocksize,
-    FOUR_BIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr,
-):  # fmt: skip
-    """W0 [len(rows), len(columns)] in fp32, rounded as dequantisation does."""
-    index = rows[:, None].to(tl.int64) * w_row + columns[None, :].to(tl.int64) * w_column
-    if FOUR_BIT:
-        byte = tl.load(weight + index // 2, inside, other=0).to(tl.int32)
-        nibble = tl.where(index % 2 == 0, byte >> 4, byte & 15)
-        value = tl.load(code + nibble) * tl.load(absmax + index // blocksize, inside, other=0.0)
-        if HALF:
-            value = value.to(tl.float16).to(tl.float32)
-        if BRAIN:
-            value = narrow(value, tl.bfloat16).to(tl.float32)
-        return value
-    return tl.load(weight + index, inside, other=0.0).to(tl.float32)
 
 
 @tuned(
@@ -111,7 +40,7 @@ def elements(
     restored=["out"],
 )
 @triton.jit
-def _compose(
+def _scaled_sum(
     z, u, lora_B, c, bias, out, length, width, rank, scaling, z_row, u_row, b_row, out_row, bucket,
     HAS_BIAS: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr, RANKS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -171,7 +100,8 @@ def _scale_and_sum(
             out = tl.load(y + rows[:, None] * y_row + columns[None, :], inside, other=0.0).to(tl.float32)
             if HAS_BIAS:
                 out -= offset[None, :]
-            total += grad * out  # outside the tensor grad is 0
+            # outside the tensor grad is 0
+            total += grad * out
         place = scaled + rows[:, None] * width + columns[None, :]
         tl.store(place, narrow(grad * scale[None, :], scaled.dtype.element_ty), inside)
     if SUM:
@@ -252,79 +182,23 @@ def _magnitude_gradient(
     tl.store(out + columns, result, in_columns)
 
 
-@triton.jit(do_not_specialize=["offset", "start"])
-def _take_sample(y, rows, diagonal, offset, start, step, size, count, BLOCK: tl.constexpr):
-    """Copies `size` elements from `offset` on, and `count` elements from `start` on, `step` apart."""
-    lanes = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(rows + lanes, tl.load(y + offset + lanes, lanes < size), lanes < size)
-    places = start + lanes.to(tl.int64) * step
-    tl.store(diagonal + lanes, tl.load(y + places, lanes < count), lanes < count)
-
-
-@triton.jit(do_not_specialize=["offset", "start"])
-def _compare_sample(y, rows, diagonal, gone, offset, start, step, size, count, BLOCK: tl.constexpr):
-    """Sets gone[0] to 1 if y holds other bits there."""
-    lanes = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = lanes < size
-    differs = tl.load(y + offset + lanes, inside, other=0) != tl.load(rows + lanes, inside, other=0)
-    inside = lanes < count
-    places = start + lanes.to(tl.int64) * step
-    differs = differs | (tl.load(y + places, inside, other=0) != tl.load(diagonal + lanes, inside, other=0))
-    tl.atomic_max(gone, tl.max(differs.to(tl.int32), 0))
-
-
-# ---- launchers
-
-
-def take_sample(y: Tensor, offset: int, start: int, step: int, size: int, count: int) -> tuple[Tensor, Tensor]:
-    """Elements of a contiguous y, copied: [size] from `offset` on, and [count] from `start` on, `step` apart."""
-    rows, diagonal = y.new_empty(size), y.new_empty(count)
-    if y.numel():
-        _take_sample[(triton.cdiv(max(size, count), 1024),)](
-            _bits(y), _bits(rows), _bits(diagonal), offset, start, step, size, count, BLOCK=1024, num_warps=4
-        )
-    return rows, diagonal
-
-
-def compare_sample(y: Tensor, rows: Tensor, diagonal: Tensor, offset: int, start: int, step: int) -> Tensor:
-    """A number [1], int32, that is not 0 if y holds other bits than `take_sample` copied."""
-    gone = torch.zeros(1, dtype=torch.int32, device=y.device)
-    if y.numel():
-        size, count = rows.numel(), diagonal.numel()
-        _compare_sample[(triton.cdiv(max(size, count), 1024),)](
-            _bits(y), _bits(rows), _bits(diagonal), gone, offset, start, step, size, count, BLOCK=1024, num_warps=4
-        )
-    return gone
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The same memory as whole numbers: NaN is equal to itself there."""
-    return tensor.detach().view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
-
-
-def stored_arguments(stored: Any, unused: Tensor) -> tuple[Any, ...]:
-    """A weight's data, statistics and code, its strides and quantisation block, and how `elements` is to read it."""
-    if isinstance(stored, FourBit):
-        options = {"FOUR_BIT": True, "HALF": stored.dtype is torch.float16, "BRAIN": stored.dtype is torch.bfloat16}
-        return stored.packed, stored.absmax, stored.code, stored.shape[1], 1, stored.blocksize, options
-    return stored, unused, unused, *stored.stride(), 1, {"FOUR_BIT": False, "HALF": False, "BRAIN": False}
-
-
-def ranks_at_once(rank: int) -> int:
-    """How many ranks a product takes at once; 16 is the least that the matrix units take."""
-    return min(64, max(16, triton.next_power_of_2(rank)))
-
-
-def compose(
+def scaled_sum(
     z: Tensor, u: Tensor, lora_B: Tensor, c: Tensor, bias: Tensor | None, scaling: float | None, *, out: Tensor
 ) -> Tensor:
     """out = c * (z - b) + u (s c B)^T + b for z = x W0^T + b [N, out] and u [N, r]; `out` may be z.
 
-    Where `scaling` is None, `lora_B` is s c B already, in u's dtype: the same bits as made here on the way.
+    Args:
+        z, u: Of one dtype, with rows of stride 1.
+        lora_B: [out, r].
+        c, bias: [out].
+        scaling: s; None if `lora_B` is s c B already, in u's dtype: the same bits as are made here on the way.
+
+    Returns:
+        `out`.
     """
     length, width = z.shape
     if z.numel():
-        _compose[lambda meta: (triton.cdiv(length, meta["ROWS"]) * triton.cdiv(width, meta["COLUMNS"]),)](
+        _scaled_sum[lambda meta: (triton.cdiv(length, meta["ROWS"]) * triton.cdiv(width, meta["COLUMNS"]),)](
             z, u, lora_B, c, c if bias is None else bias, out, length, width, u.shape[1],
             0.0 if scaling is None else scaling, z.stride(0), u.stride(0), lora_B.stride(0), out.stride(0),
             token_bucket(length), HAS_BIAS=bias is not None, FOLDED=scaling is None,
@@ -334,7 +208,16 @@ def compose(
 
 
 def scale_and_sum(g: Tensor, c: Tensor, y: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """c * g [N, out], and sum_n g (y - b) [stripes, out] where y is given, both contiguous."""
+    """g' = c * g, and sum_n g (y - b) for each stripe of tokens.
+
+    Args:
+        g: dL/dy [N, out].
+        c, bias: [out].
+        y: The layer's output [N, out], None if no sums are needed.
+
+    Returns:
+        [N, out] and [stripes, out], contiguous; None for the sums without y.
+    """
     length, width = g.shape
     scaled = torch.empty(length, width, dtype=g.dtype, device=g.device)
     # enough stripes to fill a GPU, of enough tokens to make the second stage small beside the first
@@ -355,7 +238,7 @@ def magnitude_gradient(
     g: Tensor,
     y: Tensor,
     x: Tensor,
-    stored: Any,
+    stored: Tensor | FourBit,
     u: Tensor,
     lora_B: Tensor,
     c: Tensor,
@@ -363,23 +246,30 @@ def magnitude_gradient(
     k: float,
     gone: Tensor | None = None,
 ) -> Tensor:
-    """dc_j = sum_n g_nj z_nj [out] with z = (y - b) / c where y tells z, and z = x W0^T + k u B^T elsewhere.
+    """dc_j = sum_n g_nj z_nj [out] with z = (y - b) / c if y determines z, and z = x W0^T + k u B^T if not.
 
     Args:
         sums: From `scale_and_sum`.
         g, y: [N, out].
-        x: [N, in], u [N, r], lora_B [out, r].
-        stored: W0 as a matrix [out, in] of any strides, or as `base_weight.FourBit`.
-        gone: A number [1]; y tells nothing if it is not 0.
+        x: [N, in].
+        stored: W0, see `BaseWeight.stored`.
+        u: [N, r].
+        lora_B: [out, r].
+        c, bias: [out].
+        k: s / (1 - p).
+        gone: A number [1]; y determines nothing if it is not 0.
+
+    Returns:
+        [out], in c's dtype.
     """
     out = torch.empty_like(c)
     length, width = g.shape
     block = 32
-    weight, absmax, code, *layout, options = stored_arguments(stored, c)
+    weight, absmax, code, layout, options = stored_arguments(stored, c)
     _magnitude_gradient[(triton.cdiv(width, block),)](
         sums, g, y, x, weight, absmax, code, u, lora_B, c, c if bias is None else bias, c if gone is None else gone,
         out, len(sums), length, width, x.shape[1], u.shape[1], k,
-        TINY.get(y.dtype, 1e-30), DROWNED.get(y.dtype, 1e-3),
+        tiny(y.dtype), drowned(y.dtype),
         *g.stride(), y.stride(0), *x.stride(), *layout, u.stride(0), lora_B.stride(0),
         HAS_BIAS=bias is not None, PRECISION=precision(x.dtype), SAMPLE=_SAMPLE, CHECKED=gone is not None, **options,
         ROWS=64, COLUMNS=block, BLOCK=64, num_warps=4, num_stages=2,

@@ -6,14 +6,12 @@ W0 A^T runs on the matrix units with the precision of fp32: three tf32 products,
 4-bit element is exact. Rows where the sum cancels are computed again from W0 + s B A, decided inside the kernel.
 
 `checked_norm` decides on the device whether v is due, so that nothing waits for the host and a captured CUDA graph
-decides anew in each replay: one kernel sums a mixture of every bit of A and B and of a sample of W0 with its place, the
-other computes v if the sums differ from those of the last time, and hands out the v that it remembers if not.
-See functional.py and norms/ for when this is used; importing this module imports Triton.
+decides again in each replay: one kernel sums a mixture of every bit of A and B and of a sample of W0 with its place,
+the other computes v if the sums differ from those of the last time, and hands out the v that it remembers if not.
+See norms/ for when this is used. Importing this module imports Triton.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -21,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...bases import FourBit
-from ..functional import CANCELLATION
-from .linear import elements, ranks_at_once, stored_arguments
+from ..constants import CANCELLATION
+from .elements import elements, stored_arguments
+from .tuning import ranks_at_once
 
 # Elements of W0 that every check sums.
 SAMPLE = 1024
@@ -177,11 +176,11 @@ def _checked_norm(
         tl.store(out + rows, tl.load(remembered + rows, in_rows, other=1.0), in_rows)
 
 
-def norm(stored: Any, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def norm(stored: Tensor | FourBit, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """v [out], fp32; not floored.
 
     Args:
-        stored: W0 as a matrix [out, in] of any strides, or as `base_weight.FourBit`.
+        stored: W0 as `BaseWeight.stored` gives it.
         base_squared: ||W0||^2 per row [out], fp32.
         lora_A, lora_B: [r, in] and [out, r], fp32.
     """
@@ -189,7 +188,7 @@ def norm(stored: Any, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scal
     product = lora_B @ (lora_A @ lora_A.T)  # [out, r]
     (height, rank), width = lora_B.shape, lora_A.shape[1]
     out = torch.empty_like(base_squared)
-    weight, absmax, code, *layout, options = stored_arguments(stored, out)
+    weight, absmax, code, layout, options = stored_arguments(stored, out)
     rows = 64 if height >= 4096 else 16
     _norm[(triton.cdiv(height, rows),)](
         weight, absmax, code, lora_A, lora_B, product, base_squared, out, height, width, rank, scaling, *layout,
@@ -216,7 +215,7 @@ class Memory:
 
 def checked_norm(
     memory: Memory,
-    stored: Any,
+    stored: Tensor | FourBit,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -229,7 +228,7 @@ def checked_norm(
 
     Args:
         memory: What was computed before.
-        stored: W0 as a matrix [out, in] of any strides, or as `base_weight.FourBit`.
+        stored: W0 as `BaseWeight.stored` gives it.
         lora_A, lora_B: [r, in] and [out, r], fp32.
         original: A and B as stored, whose bits are summed.
         due: Whether something else changed that the host knows: s, or W0's version.
@@ -250,7 +249,7 @@ def checked_norm(
         _sum(bits_A[:0], bits_B[:0], bits_W, sums[1:], bits_W.numel(), 0, 1)
     looked_at = 4 if another else 3
     out = torch.empty_like(memory.remembered)
-    weight, absmax, code, *layout, options = stored_arguments(stored, out)
+    weight, absmax, code, layout, options = stored_arguments(stored, out)
     rows = 64 if height >= 4096 else 16
     _checked_norm[(triton.cdiv(height, rows),)](
         weight, absmax, code, lora_A, lora_B, product, sums, memory.known, memory.remembered, out, int(due),

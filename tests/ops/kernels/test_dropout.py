@@ -15,7 +15,7 @@ from dora_peft.ops.kernels import dropout
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 0.9])
 def test_mask_statistics(p):
     shape = torch.Size([300, 257])
-    mask = dropout.dropout_mask(shape, seed(1), p, DEVICE)
+    mask = dropout.drawn_mask(shape, seed(1), p, DEVICE)
     assert set(mask.unique().tolist()) == {0.0, 1.0}
     n, kept = mask.numel(), dropout.threshold(p)[1]
     deviation = (kept * (1 - kept) / n) ** 0.5
@@ -28,13 +28,13 @@ def test_mask_statistics(p):
     ]:
         correlation = (one * other).mean().item() / (kept * (1 - kept))
         assert abs(correlation) < 5 / n**0.5
-    assert not torch.equal(mask, dropout.dropout_mask(shape, seed(2), p, DEVICE))
-    assert torch.equal(mask[:7, :9], dropout.dropout_mask(torch.Size([7, 9]), seed(1), p, DEVICE))  # whatever the block
+    assert not torch.equal(mask, dropout.drawn_mask(shape, seed(2), p, DEVICE))
+    assert torch.equal(mask[:7, :9], dropout.drawn_mask(torch.Size([7, 9]), seed(1), p, DEVICE))  # whatever the block
 
 
 def test_masks_of_nothing_and_of_all():
-    assert dropout.dropout_mask(torch.Size([9, 17]), seed(1), 0.0, DEVICE).all()
-    assert not dropout.dropout_mask(torch.Size([9, 17]), seed(1), 1.0, DEVICE).any()
+    assert dropout.drawn_mask(torch.Size([9, 17]), seed(1), 0.0, DEVICE).all()
+    assert not dropout.drawn_mask(torch.Size([9, 17]), seed(1), 1.0, DEVICE).any()
 
 
 def test_seeds_follow_torchs():
@@ -59,7 +59,7 @@ def seed(number):
 def test_products_with_dropout(dtype, factors, size):
     """One mask in all three, though they go through x in blocks of different shapes."""
     t = Tensors(size, dtype, factors)
-    mask = dropout.dropout_mask(t.x.shape, seed(3), P, DEVICE).double()
+    mask = dropout.drawn_mask(t.x.shape, seed(3), P, DEVICE).double()
     A, dropped = t.A.to(dtype).double(), mask * t.x.double()
     assert_close(dropout.dropped_product(t.x, t.A, seed(3), P), dropped @ A.T)
     du = randn(size[0], size[3], dtype=dtype, seed=8)
@@ -77,8 +77,8 @@ def test_products_with_dropout(dtype, factors, size):
 @pytest.mark.parametrize("number", [3, 2**32 + 1, 2**62 - 1])
 def test_seeds_on_the_host_and_on_the_device_draw_the_same_mask(number):
     shape = torch.Size([70, 33])
-    mask = dropout.dropout_mask(shape, number, P, DEVICE)
-    assert torch.equal(mask, dropout.dropout_mask(shape, seed(number), P, DEVICE))
+    mask = dropout.drawn_mask(shape, number, P, DEVICE)
+    assert torch.equal(mask, dropout.drawn_mask(shape, seed(number), P, DEVICE))
     t = Tensors((70, 33, 8, 5))
     for function, inputs in [
         (dropout.dropped_product, (t.x, t.A)),

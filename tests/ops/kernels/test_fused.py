@@ -1,13 +1,13 @@
-"""The linear layer by Triton kernels: how many it launches, the operators for torch.compile, and CUDA graphs.
+"""The linear layer by Triton kernels: how many it launches, that it waits for nothing, and CUDA graphs.
 
-That values and gradients are right is what tests/test_linear.py asserts, run with `--implementation triton`.
+That values and gradients are right is what tests/ops/test_linear.py asserts, run with `--implementation triton`.
 """
 
 import platform
-from itertools import product
 
 import pytest
 import torch
+from kernel_fixtures import BF16, DEVICE, S, randn, tensors
 from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,34 +15,16 @@ if platform.system() != "Linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
 import dora_peft
-from dora_peft import reference
 from dora_peft.ops import linear
 from dora_peft.ops.kernels import dropout as dropout_kernels
-from dora_peft.ops.kernels import fused as subject
 from dora_peft.ops.kernels import linear as kernels
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FP32, BF16 = torch.float32, torch.bfloat16
-S = 0.7
+from dora_peft.ops.kernels import sample
 
 
 @pytest.fixture(autouse=True)
 def _by_kernels():
     with dora_peft.implementation("triton"):
         yield
-
-
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def tensors(dtype=FP32, length=6, width=16, out=8, r=3):
-    """x, W0, b, A, B, m and v, those that are trained with a gradient."""
-    weight, A, B = randn(out, width, seed=1), randn(r, width, seed=2), randn(out, r, seed=3)
-    norm = reference.weight_norm(weight, A, B, S)
-    leaves = [randn(length, width, seed=4), randn(out, seed=5), A, B]
-    x, bias, A, B = (leaf.to(dtype).requires_grad_() for leaf in leaves)
-    return x, weight.to(dtype), bias.detach(), A, B, norm.clone().requires_grad_(), norm
 
 
 class Launches(TorchDispatchMode):
@@ -62,7 +44,7 @@ class Launches(TorchDispatchMode):
 
 
 KERNELS = (
-    "_compose",
+    "_scaled_sum",
     "_scale_and_sum",
     "_magnitude_gradient",
     "_dropped_product",
@@ -87,7 +69,7 @@ def launched(monkeypatch):
             return self.kernel[grid]
 
     for name in KERNELS:
-        module = kernels if hasattr(kernels, name) else dropout_kernels
+        module = next(one for one in (kernels, dropout_kernels, sample) if hasattr(one, name))
         monkeypatch.setattr(module, name, Counted(module, name))
     return names
 
@@ -104,7 +86,7 @@ def test_how_many_kernels_a_layer_launches(launched, p, forward, backward):
         c = m / v
         y = linear.linear(x, A, B, c, S, weight=weight, bias=bias, dropout_p=p)
     own = [name for name in torchs.names[before:] if name in ("div", "linear", "addmm", "mm")]
-    assert launched.count("_compose") == 1
+    assert launched.count("_scaled_sum") == 1
     assert len(own) + len(launched) == forward, (own, launched)
     launched.clear()
     grad = torch.ones_like(y)
@@ -183,57 +165,6 @@ def test_a_cuda_graph_replays_a_step(p):
         before = y.clone()
         graph.replay()
         assert not torch.equal(before, y)  # another mask
-
-
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("bias", [False, True])
-def test_the_operators_keep_torchs_rules(bias, p):
-    x, weight, b, A, B, m, v = tensors()
-    seed = torch.tensor([2**40 + 1], device=x.device) if p else None
-    c = (m / v).detach().requires_grad_()
-    args = (x, weight, b if bias else None, A, B, c, seed, S, p, 7)
-    torch.library.opcheck(torch.ops.dora_peft.linear.default, args)
-
-
-@pytest.mark.parametrize("needed", list(product([False, True], repeat=4))[1:])
-def test_the_operator_gives_what_the_function_gives(needed):
-    x, weight, bias, A, B, m, v = tensors()
-    for leaf, need in zip((x, A, B, m), needed, strict=True):
-        leaf.requires_grad_(need)
-    leaves = [leaf for leaf, need in zip((x, A, B, m), needed, strict=True) if need]
-    expected = linear.linear(x, A, B, m / v, S, weight=weight, bias=bias)
-    found = linear.linear_operator(x, weight, bias, A, B, m / v, S, 0.0, 7)
-    assert torch.equal(found, expected)
-    probe = randn(*found.shape, seed=8)
-    gradients = zip(
-        torch.autograd.grad(found, leaves, probe), torch.autograd.grad(expected, leaves, probe), strict=True
-    )
-    for one, other in gradients:
-        assert torch.equal(one, other)
-
-
-def test_the_operator_sees_that_its_output_was_overwritten():
-    """By a kernel outside of the compiled graph, by raw pointer."""
-    x, weight, bias, A, B, m, v = tensors()
-    probe = randn(len(x), len(weight), seed=8)
-    expected = torch.autograd.grad(linear.linear(x, A, B, m / v, S, weight=weight, bias=bias), (x, A, B, m), probe)
-    y = linear.linear_operator(x, weight, bias, A, B, m / v, S, 0.0, 7)
-    y.detach().view(-1).data.mul_(3) if DEVICE != "cpu" else y.detach().numpy().__imul__(3)
-    for one, other in zip(torch.autograd.grad(y, (x, A, B, m), probe), expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-def test_the_fake_operators_know_shapes_and_dtypes():
-    x, weight, bias, A, B, m, v = tensors(BF16)
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        y, u, rows, diagonal = torch.ops.dora_peft.linear(
-            x.new_empty(2, 3, 16), weight, bias, A, B, m / v, None, S, 0.0, 7
-        )
-    assert (y.shape, y.dtype) == ((2, 3, 8), BF16)
-    assert (u.shape, u.dtype) == ((6, 3), BF16)
-    assert (rows.shape, rows.dtype) == ((6, 8), BF16)
-    assert (diagonal.shape, diagonal.dtype) == ((6 * 8 // 9,), BF16)
-    assert subject.forward(x, None, weight, bias, A, B, m / v, S, None, 0.0)[1].shape == (6, 3)
 
 
 @pytest.mark.parametrize("lost", [False, True])

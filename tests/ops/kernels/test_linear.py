@@ -33,28 +33,28 @@ from dora_peft.ops.kernels import linear as subject
 @pytest.mark.parametrize("size", ALL)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("dtype", "factors"), DTYPES)
-def test_compose(dtype, factors, bias, size):
+def test_scaled_sum(dtype, factors, bias, size):
     t = Tensors(size, dtype, factors, bias)
     out = torch.empty_like(t.z)
-    assert subject.compose(t.z, t.u, t.B, t.c, t.bias, S, out=out) is out
+    assert subject.scaled_sum(t.z, t.u, t.B, t.c, t.bias, S, out=out) is out
     assert_close(out, t.y(), times=4)  # the parts may be larger than their sum
     folded = (t.B * (S * t.c)[:, None]).to(dtype)
-    assert torch.equal(subject.compose(t.z, t.u, folded, t.c, t.bias, None, out=torch.empty_like(t.z)), out)
+    assert torch.equal(subject.scaled_sum(t.z, t.u, folded, t.c, t.bias, None, out=torch.empty_like(t.z)), out)
     in_place = t.z.clone()
-    assert torch.equal(subject.compose(in_place, t.u, t.B, t.c, t.bias, S, out=in_place), out)
+    assert torch.equal(subject.scaled_sum(in_place, t.u, t.B, t.c, t.bias, S, out=in_place), out)
 
 
-def test_compose_of_an_adapter_that_changes_nothing_gives_the_bits_of_the_base():
+def test_scaled_sum_of_an_adapter_that_changes_nothing_gives_the_bits_of_the_base():
     t = Tensors((17, 33, 65, 5), BF16)
     t.B.zero_()
     t.c.fill_(1)
-    assert torch.equal(subject.compose(t.z, t.u, t.B, t.c, t.bias, S, out=torch.empty_like(t.z)), t.z)
+    assert torch.equal(subject.scaled_sum(t.z, t.u, t.B, t.c, t.bias, S, out=torch.empty_like(t.z)), t.z)
 
 
-def test_compose_leaves_the_columns_around_it_alone():
+def test_scaled_sum_leaves_the_columns_around_it_alone():
     t = Tensors((17, 33, 65, 5))
     wide = torch.full((17, 100), 7.0, device=DEVICE)
-    subject.compose(t.z, t.u, t.B, t.c, t.bias, S, out=wide[:, :65])
+    subject.scaled_sum(t.z, t.u, t.B, t.c, t.bias, S, out=wide[:, :65])
     assert_close(wide[:, :65], t.y())
     assert (wide[:, 65:] == 7).all()
 
@@ -124,7 +124,7 @@ def test_the_plain_formula_loses_what_the_kernel_computes_again():
 
 def test_no_tokens():
     t = Tensors((0, 9, 7, 3))
-    assert subject.compose(t.z, t.u, t.B, t.c, t.bias, S, out=t.z).shape == (0, 7)
+    assert subject.scaled_sum(t.z, t.u, t.B, t.c, t.bias, S, out=t.z).shape == (0, 7)
     scaled, sums = subject.scale_and_sum(t.g, t.c, t.z, t.bias)
     assert scaled.shape == (0, 7)
     d_c = subject.magnitude_gradient(sums, t.g, t.z, t.x, t.weight, t.u, t.B, t.c, t.bias, S)

@@ -10,7 +10,7 @@ if platform.system() != "Linux":
 
 from dora_peft import reference
 from dora_peft.bases import base_weight
-from dora_peft.ops.functional import CANCELLATION
+from dora_peft.ops.constants import CANCELLATION
 from dora_peft.ops.kernels import norm as subject
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
