@@ -22,9 +22,16 @@ Everything here builds the dense [out, in] matrices, which is what a fast path m
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def initial_scaling(lora_alpha: float, r: int, use_rslora: bool = False) -> float:
+    """s = alpha / r, or alpha / sqrt(r) with rsLoRA, for an adapter that nobody has rescaled."""
+    return float(lora_alpha / (math.sqrt(r) if use_rslora else r))
 
 
 def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:

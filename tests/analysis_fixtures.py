@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from dora_peft import DoraConfig
 from dora_peft.analysis import Change, to_history
@@ -44,6 +44,21 @@ def trained(kind, **options):
             if "magnitude" in name:
                 parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
     return model
+
+
+def fit(model, folder, callback, max_steps=5, resume=None, extra=None, **options):
+    rows = torch.randint(3, 32, (8, 6), generator=torch.Generator().manual_seed(0))
+    defaults = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "use_cpu": True, "report_to": [],
+                "disable_tqdm": True, "save_strategy": "no", "dataloader_pin_memory": False}  # fmt: skip
+    arguments = TrainingArguments(str(folder), max_steps=max_steps, **(defaults | options))
+    data = [{"input_ids": row, "labels": row.clone()} for row in rows]
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback, *([extra] if extra else [])])
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def at(history, step):
+    return {e["module"]: Change(e["magnitude"], e["direction"]) for e in history if e["step"] == step}
 
 
 def nudged(model):

@@ -186,3 +186,8 @@ def test_combine_leaves_its_weight_alone():
     before = weight.clone()
     reference.combine(weight, [(A.detach(), B.detach(), m.detach(), S)], [1.0])
     assert torch.equal(weight, before)
+
+
+def test_initial_scaling():
+    assert reference.initial_scaling(16, 4) == 4.0
+    assert reference.initial_scaling(16, 4, use_rslora=True) == 8.0

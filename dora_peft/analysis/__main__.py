@@ -1,5 +1,5 @@
-"""`python -m dora_peft.analysis`, see the package."""
+"""`python -m dora_peft.analysis`, see command.py."""
 
-from . import main
+from .command import main
 
 main()

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-History = list[dict[str, Any]]
+from .history import History
 
 
 class Correlation(NamedTuple):
-    """Pearson's r of dD and dM, its confidence interval, and the number of points; nan where undefined."""
+    """Pearson's r of dD and dM, its confidence interval, and the number of points; nan if undefined."""
 
     r: float
     low: float
     high: float
-    count: int  # type: ignore[assignment]  # over tuple.count, which nobody calls here
+    # over tuple.count, which nobody calls here
+    count: int  # type: ignore[assignment]
 
 
 def correlate(history: History, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Correlation:
     """Pearson's correlation of dD and dM over modules and checkpoints, as in the paper's Fig. 2.
 
     The points of one module at several checkpoints are not independent, so the percentile bootstrap of the interval
-    draws modules, each with all of its points. r is nan where dD or dM is constant or not finite, the interval also
-    with one module.
+    draws modules, each with all of its points.
+
+    Args:
+        history: The records.
+        level: Of the interval.
+        draws: How often modules are drawn.
+        seed: Of the draws.
+
+    Returns:
+        r is nan if dD or dM is constant or not finite, the interval also with one module.
+
+    Raises:
+        ValueError: No level between 0 and 1, or no draw.
     """
     if not 0 < level < 1 or draws < 1:
         raise ValueError(f"expected a level between 0 and 1 and at least 1 draw, found {level} and {draws}")
@@ -63,7 +75,7 @@ def correlate_by_step(
 
 
 def _pearson(sums: Tensor) -> Tensor:
-    """r from the sums [..., 6] of 1, x, y, x^2, y^2 and xy; nan where x or y is constant up to rounding."""
+    """r from the sums [..., 6] of 1, x, y, x^2, y^2 and xy; nan if x or y is constant up to rounding."""
     n, x, y, xx, yy, xy = sums.unbind(-1)
     var_x, var_y = xx - x * x / n, yy - y * y / n
     r = (xy - x * y / n) / (var_x * var_y).clamp(min=0).sqrt()

@@ -6,10 +6,17 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Literal
 
 from .._files import staged_directory
-from .correlation import History, correlate, correlate_by_step
+from .correlation import correlate, correlate_by_step
+from .history import History
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+
+Target = str | os.PathLike[str] | IO[bytes]
 
 
 def layer_kind(module_path: str) -> str:
@@ -22,9 +29,7 @@ def _depth(module_path: str) -> int:
     return next((int(part) for part in module_path.split(".") if part.isdigit()), 0)
 
 
-def draw_pattern(
-    histories: Mapping[str, History], title: str, path: str | os.PathLike[str] | Any, *, level: float = 0.95
-) -> None:
+def draw_pattern(histories: Mapping[str, History], title: str, path: Target, *, level: float = 0.95) -> None:
     """Draw dM over dD, one panel per method: colour by optimizer step, size by depth, regression line, r.
 
     Args:
@@ -36,15 +41,17 @@ def draw_pattern(
     figure, panels = _figure(title, 1, list(histories), (4.2, 4.0))
     entries = [entry for history in histories.values() for entry in history]
     steps, depths = [e["step"] for e in entries], [_depth(e["module"]) for e in entries]
-    points: Any = None
+    points = []
     for axes, (method, history) in zip(panels[0], histories.items(), strict=True):
         x, y = [e["direction"] for e in history], [e["magnitude"] for e in history]
         largest = 60 if len(history) < 200 else 25
         size = [8 + largest * _depth(e["module"]) / max(1, *depths) for e in history]
-        shades = {"cmap": "viridis", "vmin": min(steps), "vmax": max(steps)}
-        points = axes.scatter(
-            x, y, s=size, c=[e["step"] for e in history], alpha=0.7, edgecolors="white", linewidths=0.4, **shades
-        )
+        points.append(
+            axes.scatter(
+                x, y, s=size, c=[e["step"] for e in history], cmap="viridis", vmin=min(steps), vmax=max(steps),
+                alpha=0.7, edgecolors="white", linewidths=0.4,
+            )
+        )  # fmt: skip
         r, low, high, _ = correlate(history, level)
         if math.isfinite(r):
             mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
@@ -60,13 +67,13 @@ def draw_pattern(
     panels[0, 0].set_ylabel("change of magnitude \u0394M")
     if len(set(steps)) > 1:
         ticks = sorted(set(steps)) if len(set(steps)) < 10 else None
-        figure.colorbar(points, ax=list(panels[0]), label="optimizer step", ticks=ticks)
+        figure.colorbar(points[-1], ax=list(panels[0]), label="optimizer step", ticks=ticks)
     if len(set(depths)) > 1:
         figure.supxlabel("larger markers: deeper layers", fontsize="small")
     _save(figure, path)
 
 
-def draw_trajectories(histories: Mapping[str, History], title: str, path: str | os.PathLike[str] | Any) -> None:
+def draw_trajectories(histories: Mapping[str, History], title: str, path: Target) -> None:
     """Draw the mean dM and dD over the optimizer steps, one panel of each per kind of layer, one line per method.
 
     Args:
@@ -76,7 +83,8 @@ def draw_trajectories(histories: Mapping[str, History], title: str, path: str | 
     width = min(4, len(kinds))
     blocks = [kinds[start : start + width] for start in range(0, len(kinds), width)]
     figure, panels = _figure(title, 2 * len(blocks), ["" for _ in range(width)], (2.4, 2.0))
-    for number, (key, label) in enumerate({"magnitude": "\u0394M", "direction": "\u0394D"}.items()):
+    measures: list[tuple[Literal["magnitude", "direction"], str]] = [("magnitude", "\u0394M"), ("direction", "\u0394D")]
+    for number, (key, label) in enumerate(measures):
         # magnitudes that are trained alone turn nothing, and 0 has no logarithm
         scale = "log" if all(e[key] > 0 for history in histories.values() for e in history) else "linear"
         for place, kind in enumerate(kinds):
@@ -92,7 +100,8 @@ def draw_trajectories(histories: Mapping[str, History], title: str, path: str | 
             axes.locator_params(axis="x", nbins=4)
             if place % width == 0:
                 axes.set_ylabel(f"mean {label}")
-            if place + width >= len(kinds):  # nothing stands below, or only the other half of the figure
+            # nothing stands below, or only the other half of the figure
+            if place + width >= len(kinds):
                 axes.tick_params(labelbottom=True)
                 axes.set_xlabel("optimizer step")
     for axes in panels.flat:
@@ -103,7 +112,7 @@ def draw_trajectories(histories: Mapping[str, History], title: str, path: str | 
 
 
 def draw_correlations(
-    groups: Mapping[str, Mapping[str, History]], title: str, path: str | os.PathLike[str] | Any, *, level: float = 0.95
+    groups: Mapping[str, Mapping[str, History]], title: str, path: Target, *, level: float = 0.95
 ) -> None:
     """Draw r of dD and dM at each checkpoint with its interval, one panel per group, one line per method.
 
@@ -129,7 +138,7 @@ def draw_correlations(
     _save(figure, path)
 
 
-def _figure(title: str, rows: int, columns: Sequence[str], size: tuple[float, float]) -> tuple[Any, Any]:
+def _figure(title: str, rows: int, columns: Sequence[str], size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
     if not columns:
         raise ValueError("expected records of at least one method to draw, found none")
     try:
@@ -143,8 +152,8 @@ def _figure(title: str, rows: int, columns: Sequence[str], size: tuple[float, fl
     )
 
 
-def _save(figure: Any, path: Any) -> None:
-    if hasattr(path, "write"):
+def _save(figure: Figure, path: Target) -> None:
+    if not isinstance(path, (str, os.PathLike)):
         figure.savefig(path, format="png", dpi=150)
         return
     with staged_directory(str(Path(path).parent)) as staging:

@@ -1,4 +1,4 @@
-"""The weight-decomposition analysis during training, and as a command."""
+"""The weight-decomposition analysis during training."""
 
 import copy
 import json
@@ -6,30 +6,14 @@ import time
 
 import pytest
 import torch
-from analysis_fixtures import assert_equal, config, dense, llama, nudged, trained
+from analysis_fixtures import assert_equal, at, config, dense, fit, llama, trained
 from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from dora_peft import analysis
-from dora_peft.analysis import Change, DecompositionCallback, correlate, decompose, decompose_folder
+from dora_peft.analysis import DecompositionCallback, decompose, decompose_folder
 
 # PEFT 0.20 only: it looks for the config of a base model without a name
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume")
-
-
-def fit(model, folder, callback, max_steps=5, resume=None, extra=None, **options):
-    rows = torch.randint(3, 32, (8, 6), generator=torch.Generator().manual_seed(0))
-    defaults = {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "use_cpu": True, "report_to": [],
-                "disable_tqdm": True, "save_strategy": "no", "dataloader_pin_memory": False}  # fmt: skip
-    arguments = TrainingArguments(str(folder), max_steps=max_steps, **(defaults | options))
-    data = [{"input_ids": row, "labels": row.clone()} for row in rows]
-    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback, *([extra] if extra else [])])
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def at(history, step):
-    return {e["module"]: Change(e["magnitude"], e["direction"]) for e in history if e["step"] == step}
 
 
 @pytest.mark.parametrize("kind", ["lora", "peft_dora", "dora", "full"])
@@ -150,51 +134,3 @@ def test_other_processes_and_bad_intervals():
         DecompositionCallback(1, adapter="other").on_train_begin(None, state, None, model=trained("dora"))
     with pytest.raises(ValueError, match="at least 1, found 0"):
         DecompositionCallback(0)
-
-
-def test_the_command_compares_runs_and_single_folders(tmp_path, capsys):
-    llama().save_pretrained(tmp_path / "base")
-    dora = get_peft_model(llama(), config("dora", init_lora_weights=True))
-    fit(dora, tmp_path / "trained", DecompositionCallback(2), 4, save_strategy="steps", save_steps=2)
-    trained("lora").save_pretrained(tmp_path / "lora")
-    nudged(llama()).save_pretrained(tmp_path / "full")
-    output = tmp_path / "figures" / "pattern.png"
-    runs = [str(tmp_path / name) for name in ("trained", "lora", "full")]
-    analysis.main([str(tmp_path / "base"), *runs, "--output", str(output), "--modules", "q_proj|v_proj"])
-
-    content = json.loads(output.with_suffix(".json").read_text())
-    assert list(content["runs"]) == ["trained", "lora", "full"]
-    run = content["runs"]["trained"]
-    assert {entry["step"] for entry in run["history"]} == {2, 4}
-    assert_equal(at(run["history"], 4), decompose(dora, target="q_proj|v_proj"), rel=1e-12)
-    assert list(run["kinds"]) == ["q_proj", "v_proj"]
-    expected = correlate(run["history"])
-    assert run["correlation"] == pytest.approx(expected._asdict())
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("trained"))
-    count, r, low, high = (float(part.strip("[],")) for part in line.replace("[", " ").split()[1:])
-    assert (count, r, low, high) == pytest.approx((expected.count, *expected[:3]), abs=5.1e-3)
-    assert output.read_bytes().startswith(b"\x89PNG")
-    assert output.with_name("pattern_trajectories.png").is_file()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["{base}", "{missing}"], "no such folder"),
-        (["{missing}", "{lora}"], "missing"),
-        (["{base}", "{lora}", "--modules", "banana"], "path matches 'banana'"),
-        (["{base}", "{lora}", "--modules", "("], "missing \\)"),
-        (["{base}", "{lora}", "--model_class", "AutoBanana"], "AutoBanana"),
-    ],
-)
-def test_errors_of_the_command(arguments, message, tmp_path, capsys):
-    folders = {"base": tmp_path / "base", "lora": tmp_path / "lora", "missing": tmp_path / "missing"}
-    llama().save_pretrained(folders["base"])
-    trained("lora").save_pretrained(folders["lora"])
-    output = tmp_path / "out" / "pattern.png"
-    with pytest.raises(SystemExit):
-        analysis.main([part.format(**folders) for part in arguments] + ["--output", str(output)])
-    error = capsys.readouterr().err
-    assert "error: " in error
-    assert message.replace("\\", "") in error
-    assert not output.parent.exists()
