@@ -58,7 +58,7 @@ class Dense(BaseWeight):
 
 
 class GroupedConv(Dense):
-    """A grouped convolution: row o reads the channels of its own group only, while A crosses all groups.
+    """A grouped convolution: row o reads the channels of its group only, while A crosses all groups.
 
     The composed kernel is [out, in_channels, *kernel], block-diagonal in W0; `in` here is that of the composed kernel.
     It is not the kernel of a grouped convolution, so nothing can be merged.

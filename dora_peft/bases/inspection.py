@@ -35,7 +35,7 @@ def parts(layer: nn.Module) -> list[Tensor] | None:
     weight = tensors.get("weight")
     if weight is not None:
         state = getattr(weight, "quant_state", None)
-        # a weight that is packed for evaluation differs from the unpacked one in its own content already
+        # a weight that is packed for evaluation has other content than the unpacked one already
         return [] if state is None or getattr(state, "packing_format_for_cpu", False) else [state.absmax]
     held = (*tensors.items(), *layer._buffers.items())
     return [tensor for name, tensor in held if tensor is not None and name not in ("bias", "qweight", "W_q")]

@@ -1,6 +1,6 @@
 """Base weights that accelerate keeps elsewhere (device_map, cpu_offload, disk_offload), and adapters that stay here.
 
-Between calls such a weight is on the meta device; an AlignDevicesHook brings it in around the forward pass of its own
+Between calls such a weight is on the meta device; an AlignDevicesHook brings it in around the forward pass of its
 module. Whoever reads it outside of that does so inside `at_hand`. The tensors of an adapter are read without a call of
 their modules, and are small: they stay on the execution device whatever becomes of their layer.
 """

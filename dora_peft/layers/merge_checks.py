@@ -1,6 +1,6 @@
 """What has to be known about a whole model before one of its base weights is written: who else uses it.
 
-Two modules may share a weight parameter: merging gives the adapted one a parameter of its own, and says so. One module
+Two modules may share a weight parameter: merging gives the adapted one another parameter, and says so. One module
 object may stand in the model under two names, of which only one leads through the adapter: a merged weight would change
 the other as well, so merging is refused.
 """
@@ -8,12 +8,22 @@ the other as well, so merging is refused.
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import Protocol, cast
 
 from torch import nn
 
 
-def note_other_names(model: nn.Module, layers: list[tuple[str, Any]]) -> None:
+class Layer(Protocol):
+    """What is used here of a `DoraLayer`, which is a module as well."""
+
+    name: str
+    other_names: list[str]
+
+    def get_base_layer(self) -> nn.Module: ...
+
+
+def note_other_names(model: nn.Module, layers: Sequence[tuple[str, Layer]]) -> None:
     """Write into each DoRA layer's `other_names` under which names the model reaches its base module besides.
 
     Args:
@@ -25,9 +35,9 @@ def note_other_names(model: nn.Module, layers: list[tuple[str, Any]]) -> None:
         layer.other_names = []
     for name, parent in model.named_modules():
         for child_name, child in parent._modules.items():
-            layer = bases.get(id(child))
-            if layer is not None and not any(module is parent for module in layer.modules()):
-                layer.other_names.append(f"{name}.{child_name}" if name else child_name)
+            wrapper = bases.get(id(child))
+            if wrapper is not None and not any(part is parent for part in cast(nn.Module, wrapper).modules()):
+                wrapper.other_names.append(f"{name}.{child_name}" if name else child_name)
 
 
 def owners_of_weights(model: nn.Module) -> dict[int, list[str]]:
@@ -40,9 +50,15 @@ def owners_of_weights(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def warn_of_untying(layer: Any, owners: list[str], unmergeable_later: bool) -> None:
-    """Say that merging gives `layer` a weight of its own. `unmergeable_later`: it stays merged for good."""
-    again = "" if unmergeable_later else " Unmerging ties them again."
+def warn_of_untying(layer: Layer, owners: list[str], for_good: bool) -> None:
+    """Say that merging gives `layer` another weight than its sharers have.
+
+    Args:
+        layer: The layer that is going to be merged.
+        owners: The names of the modules that hold its weight.
+        for_good: Whether it cannot be unmerged later.
+    """
+    again = "" if for_good else " Unmerging ties them again."
     warnings.warn(
         f"Merging unties module '{layer.name}': its weight is shared ({', '.join(sorted(owners))}), and only the "
         f"adapted module gets the merged one.{again}",

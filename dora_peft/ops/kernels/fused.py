@@ -85,21 +85,10 @@ def compose_folded(z: Tensor, u: Tensor, folded_B: Tensor, c: Tensor, bias: Tens
 
 
 def gradients(
-    g: Tensor,
-    rows: Tensor,
-    u: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    c: Tensor,
-    options: KernelOptions,
-    *,
-    stored: Tensor | FourBit | None,
-    d_magnitude: Callable[[Tensor | None], Tensor],
-    gone: Tensor | None = None,
-) -> Gradients:
+    g: Tensor, rows: Tensor, u: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    lora_A: Tensor, lora_B: Tensor, c: Tensor, options: KernelOptions, *,
+    stored: Tensor | FourBit | None, d_magnitude: Callable[[Tensor | None], Tensor], gone: Tensor | None = None,
+) -> Gradients:  # fmt: skip
     """Gradients of x [N, in], base_out, bias, A, B and c; None for those that are not `options.needed`, in this order.
 
         g' = c * g          du = k g' B          dx = g' W0 + mask * (du A)
@@ -117,22 +106,18 @@ def gradients(
     need_x, need_base, need_bias, need_A, need_B, need_c = options.needed
     k, dtype = options.k, rows.dtype
     y = None if y is None else _rowwise(y)
-    # [N, out], [stripes, out]
-    scaled, sums = kernels.scale_and_sum(g, c, y if need_c else None, bias)
+    scaled, sums = kernels.scale_and_sum(g, c, y if need_c else None, bias)  # [N, out], [stripes, out]
     dx = d_bias = d_A = d_B = d_c = None
     if need_c and sums is not None and y is not None and stored is not None:
-        # [out]
-        d_c = kernels.magnitude_gradient(sums, g, y, rows, stored, u, _rowwise(lora_B), c, bias, k, gone)
+        d_c = kernels.magnitude_gradient(sums, g, y, rows, stored, u, _rowwise(lora_B), c, bias, k, gone)  # [out]
     elif need_c:
         # waits for the host, as all of this fallback does
         overwritten = sums is None or (gone is not None and bool(gone))
         d_c = d_magnitude(None if overwritten or sums is None else sums.sum(0))
     if need_B:
-        # [out, r]
-        d_B = scaled.new_empty(lora_B.shape).addmm_(scaled.T, u, beta=0, alpha=k)
+        d_B = scaled.new_empty(lora_B.shape).addmm_(scaled.T, u, beta=0, alpha=k)  # [out, r]
     if need_A or need_x:
-        # [N, r]
-        du = torch.empty_like(u).addmm_(scaled, lora_B.to(dtype), beta=0, alpha=k)
+        du = torch.empty_like(u).addmm_(scaled, lora_B.to(dtype), beta=0, alpha=k)  # [N, r]
         d_A = _gradient_of_A(du, rows, lora_A, options) if need_A else None
         dx = _gradient_of_x(scaled, du, weight, lora_A, options) if need_x else None
     if need_bias:

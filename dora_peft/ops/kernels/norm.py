@@ -3,7 +3,7 @@
     v^2 = ||W0||^2 + 2 s rowsum((W0 A^T) * B) + s^2 rowsum((B (A A^T)) * B)
 
 W0 A^T runs on the matrix units with the precision of fp32: three tf32 products, in which a bf16, fp16 or dequantised
-4-bit element is exact. Rows where the sum cancels are computed again from W0 + s B A, decided inside the kernel.
+4-bit element is exact. Rows whose sum cancels are computed again from W0 + s B A, decided inside the kernel.
 
 `checked_norm` decides on the device whether v is due, so that nothing waits for the host and a captured CUDA graph
 decides again in each replay: one kernel sums a mixture of every bit of A and B and of a sample of W0 with its place,
@@ -31,8 +31,8 @@ SAMPLE = 1024
 def _mixed(place, bits):
     """64 bits of which each depends on every bit of `place` and `bits` [n], by the finaliser of MurmurHash3.
 
-    A sum of them is told apart from that of other bits or places; sums of the bits alone are not, where signs change in
-    pairs or numbers change places.
+    A sum of them differs from that of other bits or places; sums of the bits alone do not if signs change in pairs or
+    numbers change places.
     """
     word = (place.to(tl.int64) << 32) ^ (bits.to(tl.int64) & 0xFFFFFFFF)
     # the masks make arithmetic shifts logical ones
@@ -103,7 +103,8 @@ def _value(
         change += tl.sum(tl.load(product + place, inside, other=0.0) * factor, 1)
     if not SQUARES:
         squares = tl.load(base + rows, in_rows, other=1.0)
-    sizes = squares + scaling * scaling * change  # ||W0||^2 + s^2 ||BA||^2
+    # ||W0||^2 + s^2 ||BA||^2
+    sizes = squares + scaling * scaling * change
     squared = sizes + 2 * scaling * cross
     cancels = in_rows & (squared < CANCELS * sizes)
     if tl.max(cancels.to(tl.int32), 0) > 0:
@@ -242,7 +243,8 @@ def checked_norm(
     bits_W = _bits(stored.packed if isinstance(stored, FourBit) else stored)
     step = max(1, bits_W.numel() // SAMPLE)
     _sum(bits_A, bits_B, bits_W, sums, min(SAMPLE, bits_W.numel()), (step // 3) | 1 if step > 1 else 0, step)
-    if isinstance(stored, FourBit):  # whose statistics an evaluation on some processors rounds
+    # an evaluation on some processors rounds the statistics of a 4-bit weight
+    if isinstance(stored, FourBit):
         scales, stride = stored.absmax, max(1, stored.absmax.numel() // SAMPLE)
         _sum(bits_A[:0], bits_B[:0], _bits(scales), sums, min(SAMPLE, scales.numel()), 0, stride)
     if another:

@@ -33,7 +33,7 @@ def _linear(
     p: float,
     places: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, u, and what tells whether y was overwritten before backward: see `kept_output.sample`."""
+    """y, u, and a sample of y by which backward finds out whether it was overwritten: see `kept_output.sample`."""
     options = KernelOptions.of(scaling, p, seed, ())
     y, u = fused.forward(x.reshape(-1, x.shape[-1]), None, weight, bias, lora_A, lora_B, c, options)
     return y.view(*x.shape[:-1], len(weight)), u, *kept_output.sample(y, places)
