@@ -13,7 +13,6 @@ read in blocks.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..bases.base import BaseWeight, Dense, base_weight
+from ..reference import alpha_divisor
 
 BLOCK_BYTES = 16 * 2**20  # rows of one weight in float64; three such blocks are alive together
 # v^2 / (w^2 + d^2) below which a row of W counts as zero: what is left there is the rounding of float64.
@@ -271,7 +271,7 @@ def _decompose_adapter(root: nn.Module, folder: Path, target: str | None) -> dic
                 raise ValueError(
                     f"expected rank {rank} in module '{name}', from the config, found {len(tensors['A'])}."
                 )
-            scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            scaling = alpha / alpha_divisor(rank, bool(config.get("use_rslora")))
             factors = tensors["A"].flatten(1), tensors["B"].flatten(1)
             base = base_weight(modules[name], name)
             changes[name] = _named(name, compare_low_rank, base, *factors, scaling, tensors.get("magnitude_vector"))

@@ -17,10 +17,12 @@ from peft.helpers import rescale_adapter_scale
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import SafetensorError
 from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
 
 import dora_peft
-from dora_peft import DoraConfig, DoraLayer, DoraModel
-from dora_peft.plugin import registry as _registry
+from dora_peft import DoraConfig, DoraModel, plugin
+from dora_peft.plugin.configs import plain_peft_configs
+from dora_peft.plugin.peft_type import add_peft_type
 
 ROOT = Path(__file__).parents[2]
 OPTIONAL = ("triton", "bitsandbytes", "torchao", "matplotlib", "datasets", "trl")
@@ -41,8 +43,10 @@ def mlp():
 
 def patches():
     """Every patched attribute, as (owner, name)."""
-    named = [(PeftModel, n) for n in ("save_pretrained", "load_adapter", "from_pretrained", "add_adapter")]
-    named += [(PeftConfigMixin, n) for n in ("_get_peft_type", "from_peft_type")]
+    methods = ("__init__", "save_pretrained", "load_adapter", "from_pretrained", "add_adapter", "set_adapter")
+    named = [(PeftModel, name) for name in (*methods, "delete_adapter", "_upload_modified_files")]
+    named += [(PeftAdapterMixin, n) for n in ("load_adapter", "add_adapter", "set_adapter", "delete_adapter")]
+    named += [(PeftConfigMixin, n) for n in ("_get_peft_type", "from_peft_type", "from_pretrained", "from_json_file")]
     return [*named, (peft.peft_model, "load_peft_weights"), (peft.utils.save_and_load, "load_peft_weights")]
 
 
@@ -80,7 +84,7 @@ def test_the_other_members_are_unchanged():
 
 def test_adding_it_again_changes_nothing():
     before, member = list(PeftType), PeftType.DORA
-    _registry.add_peft_type()
+    add_peft_type()
     assert list(PeftType) == before
     assert PeftType.DORA is member
 
@@ -126,7 +130,7 @@ import dora_peft
 light = set({OPTIONAL}) & sys.modules.keys() == before
 members, member = list(PeftType), PeftType.DORA
 original = PeftModel.save_pretrained._dora_peft_original
-importlib.reload(dora_peft.plugin.registry)
+importlib.reload(dora_peft.plugin)
 importlib.reload(dora_peft)
 for name in [n for n in sys.modules if n.partition(".")[0] == "dora_peft"]:
     del sys.modules[name]
@@ -139,13 +143,14 @@ print(light, same, once, works)
     assert run_python(code) == "True True True True"
 
 
-def test_another_class_under_the_same_type_is_refused():
+def test_a_type_that_another_package_has_taken_is_refused(monkeypatch):
     class OtherConfig(peft.PeftConfig):
         pass
 
-    with pytest.raises(ImportError, match=r"dora_peft\.config\.DoraConfig.*one of the two"):
-        _registry.register(OtherConfig, object, object)
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.DORA] is DoraConfig
+    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.DORA, OtherConfig)
+    with pytest.raises(ImportError, match=r"taken by .*OtherConfig.*one of the two"):
+        plugin.register()
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.DORA] is OtherConfig
 
 
 def test_every_public_name_exists():
@@ -162,7 +167,7 @@ def test_patches_do_not_stack():
 
     before = originals()
     assert None not in before
-    _registry.register(DoraConfig, DoraModel, DoraLayer)
+    plugin.register()
     assert originals() == before
     assert not any(hasattr(original, "_dora_peft_original") for original in before)
 
@@ -234,7 +239,7 @@ def test_plain_peft_configs_is_left_again_after_an_error(tmp_path):
     inside = []
 
     def fail():
-        with _registry.plain_peft_configs():
+        with plain_peft_configs():
             inside.append(kind())
             raise RuntimeError("inside")
 

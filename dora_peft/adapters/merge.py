@@ -1,0 +1,53 @@
+"""Merging a model's adapters into its base weights: what is checked before anything is written, then layer by layer."""
+
+from __future__ import annotations
+
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.tuners.tuners_utils import onload_layer
+from torch import nn
+
+from ..layers import merge_checks
+from ..layers.layer import DoraLayer
+from .undo import Undo
+
+
+def check_and_warn(model: nn.Module, adapter_names: list[str] | None, for_good: bool) -> None:
+    """Check that every weight which merging these adapters writes to can be written, and say which it unties.
+
+    Args:
+        model: The model whose modules are adapted.
+        adapter_names: The active ones if None.
+        for_good: Whether the adapters will be unloaded, so that nothing can be unmerged.
+
+    Raises:
+        NotImplementedError: A weight cannot be written. Nothing has been touched.
+    """
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, DoraLayer)]
+    merge_checks.note_other_names(model, layers)
+    concerned = [layer for _, layer in layers if layer.adapters_to_merge(adapter_names)]
+    for layer in concerned:
+        layer.check_mergeable(brought_in=False)
+    owners = merge_checks.owners_of_weights(model)
+    for layer in concerned:
+        shared = owners.get(id(layer.original_weight()), [])
+        if len(shared) > 1 and not layer.merged:
+            merge_checks.warn_of_untying(layer, shared, for_good)
+
+
+def merge_layers(model: nn.Module, adapter_names: list[str] | None, safe_merge: bool, offload_original: bool) -> None:
+    """Merge the adapters of every DoRA layer; see `DoraModel.merge_adapter`."""
+    owners = merge_checks.owners_of_weights(model)
+    for layer in model.modules():
+        if isinstance(layer, DoraLayer):
+            alone = len(owners.get(id(layer.original_weight()), ())) < 2
+            with onload_layer(layer):
+                layer.merge(safe_merge, adapter_names, offload_original=offload_original and alone)
+
+
+def remember_token_tables(model: nn.Module, undo: Undo) -> None:
+    """Have embeddings restored into which PEFT merges trained tokens: it gives the same parameter other data."""
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer):
+            weight = module.get_base_layer().weight
+            if isinstance(weight, nn.Parameter):
+                undo.remember(weight, weight.data)

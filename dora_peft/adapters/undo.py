@@ -1,0 +1,115 @@
+"""Taking back an operation that an error or Ctrl-C ended half-way.
+
+Creating, loading, merging or deleting an adapter goes through the layers one by one. Every such operation runs inside
+`restored_on_failure`, so that the model is as it was before unless the operation has succeeded.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+class Undo:
+    """What a model was like when this was made; calling it makes the model so again.
+
+    It holds the attributes of every module, config and accelerate hook, and the contents of the dicts, lists and sets
+    among them: children, parameters, hooks, active and merged adapters. Tensors are held by reference. Whoever writes
+    to one in place calls `remember` before.
+
+    Args:
+        model: The model.
+        adapter_name: An adapter whose tensors may be overwritten, biases included; nothing happens if there is none.
+    """
+
+    def __init__(self, model: nn.Module, adapter_name: str | None = None) -> None:
+        modules = list(model.modules())
+        objects = [*modules, *_configs_and_hooks(modules)]
+        self._attributes = [(vars(o), dict(vars(o))) for o in {id(o): o for o in objects}.values()]
+        values = [value for _, saved in self._attributes for value in saved.values() if type(value) in _CONTAINERS]
+        self._contents = [(value, list(value.items() if isinstance(value, dict) else value)) for value in values]
+        self._parameters = [(p, p.requires_grad, p.device) for p in model.parameters()]
+        # the weights that unmerging would bring back, in another dtype if the model was cast since
+        originals = [vars(m)["_original"][0] for m in modules if vars(m).get("_original") is not None]
+        self._data = [(original, original.data) for original in originals]
+        self._copies: list[tuple[nn.Parameter, Tensor]] = []
+        if adapter_name is not None:
+            for parameter in [*_tensors_of(modules, adapter_name), *_biases(model)]:
+                self.remember(parameter, parameter.detach().clone())
+
+    def remember(self, parameter: nn.Parameter, copy: Tensor) -> None:
+        """Have `parameter`, which is about to be overwritten, restored from `copy`, which may be on another device."""
+        self._copies.append((parameter, copy))
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        for attributes, saved in self._attributes:
+            attributes.clear()
+            attributes.update(saved)
+        for container, contents in self._contents:
+            if isinstance(container, list):
+                container[:] = contents
+            else:
+                container.clear()
+                container.update(contents)
+        for parameter, data in self._data:
+            parameter.data = data
+        for parameter, copy in self._copies:
+            if parameter.dtype == copy.dtype and parameter.shape == copy.shape and not parameter.is_meta:
+                parameter.copy_(copy)
+            else:
+                parameter.data = copy
+        for parameter, requires_grad, device in self._parameters:
+            if parameter.device != device:
+                parameter.data = parameter.data.to(device)
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def restored_on_failure(model: nn.Module, adapter_name: str | None = None) -> Iterator[Undo]:
+    """Leave the model as it was if the body does not succeed, whatever ends it.
+
+    Args:
+        model: The model that the body changes.
+        adapter_name: See `Undo`.
+    """
+    undo = Undo(model, adapter_name)
+    try:
+        yield undo
+    except BaseException:
+        undo()
+        raise
+
+
+def _configs_and_hooks(modules: list[nn.Module]) -> list[object]:
+    """Objects that modules hold and that operations write to: configs (replicated layers), accelerate's weights."""
+    found: list[object] = []
+    for module in modules:
+        configs = vars(module).get("peft_config")
+        hook = vars(module).get("_hf_hook")
+        held = [vars(module).get("config"), hook, *getattr(hook, "hooks", ())]
+        held += configs.values() if isinstance(configs, dict) else []
+        found += [one for one in held if hasattr(one, "__dict__")]
+    return found
+
+
+def _tensors_of(modules: list[nn.Module], adapter_name: str) -> list[nn.Parameter]:
+    """The parameters of one adapter, in adapted layers and in modules that are trained in full."""
+    found: list[nn.Parameter] = []
+    for module in modules:
+        for name in getattr(module, "adapter_layer_names", ()):
+            held = getattr(module, name, None)
+            if isinstance(held, (nn.ModuleDict, nn.ParameterDict)) and adapter_name in held:
+                tensors = held[adapter_name]
+                found += [tensors] if isinstance(tensors, nn.Parameter) else tensors.parameters()
+    return found
+
+
+def _biases(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if name.rpartition(".")[2] == "bias"]
