@@ -10,9 +10,8 @@ from typing import cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, replicate_layers
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, save_and_load
 from peft.utils.other import get_pattern_key
-from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
 from .adapters import combine, hotswap, initial, mixed_batch, targets
@@ -330,7 +329,7 @@ class DoraModel(BaseTuner):
         output_state_dict: dict[str, Tensor],
         kwargs: object,
     ) -> dict[str, Tensor]:
-        tensors = load_peft_weights(path_initial_model_for_weight_conversion, device="cpu")
+        tensors = save_and_load.load_peft_weights(path_initial_model_for_weight_conversion, device="cpu")
         return initial.subtract_initial(output_state_dict, tensors, cast(DoraConfig, peft_config))
 
     def subtract_mutated_init(

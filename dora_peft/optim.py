@@ -57,7 +57,7 @@ def param_groups(
     return [group for group in groups if group["params"]]
 
 
-def _warn_about_decay(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _warn_about_decay(optimizer: torch.optim.Optimizer, *_: object) -> None:
     if optimizer in _seen:
         return
     _seen.add(optimizer)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+from peft.utils import save_and_load
 from peft.utils.other import get_pattern_key
-from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
 from ..config import DoraConfig
@@ -50,7 +50,9 @@ def swap(
             layer.lora_alpha[adapter_name] = config.alpha_pattern.get(pattern, config.lora_alpha)
             layer.set_scale(adapter_name, 1.0)
             layer.detach_norm[adapter_name] = config.detach_norm
-        tensors = from_checkpoint(model, adapter_name, load_peft_weights(path, device=torch_device), config)
+        # By its module, where plugin/models.py has put one with better errors.
+        tensors = save_and_load.load_peft_weights(path, device=torch_device)
+        tensors = from_checkpoint(model, adapter_name, tensors, config)
         _copy(model, adapter_name, to_parameter_names(model, adapter_name, tensors), path)
         config.inference_mode = old.inference_mode
         configs[adapter_name] = config

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from peft.utils import get_peft_model_state_dict
+from peft.utils import save_and_load
 from torch import Tensor, nn
 
 from .._row_ranges import bare, to_mask
@@ -69,7 +69,8 @@ def subtract_loaded_initial(
         initial_name: The name of the initial adapter.
         config: The initial adapter's config.
     """
-    initial = get_peft_model_state_dict(tuner, adapter_name=initial_name)
+    # By its module, where plugin/peft_020.py has put one for DoRA.
+    initial = save_and_load.get_peft_model_state_dict(tuner, adapter_name=initial_name)
     config = copy.copy(config)
     # Asked of the tuner, the record names modules from there; the base model is its attribute `model`.
     config.tied_rows = {name.removeprefix("model."): rows for name, rows in (config.tied_rows or {}).items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
+from typing import cast
 
 import peft.peft_model
 import peft.utils.save_and_load
@@ -196,7 +197,7 @@ def _save_pretrained(original: Function) -> Function:
                 original(*bound.args, **bound.kwargs)
                 selected = bound.arguments["selected_adapters"] or [self.active_adapter]
                 name = self.active_adapter if self.active_adapter in selected else selected[0]
-                complete_model_card(staging, self.peft_config[name])
+                complete_model_card(staging, cast(DoraConfig, self.peft_config[name]))
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"Could not save the adapter in '{target}': {error}. Nothing was written or replaced there. Free "
@@ -214,7 +215,7 @@ def _upload_modified_files(original: Function) -> Function:
         if _is_dora(self):
             remove_generic_card(str(working_dir))
             self.create_or_update_model_card(str(working_dir))
-            complete_model_card(str(working_dir), self.active_peft_config, repo_id)
+            complete_model_card(str(working_dir), cast(DoraConfig, self.active_peft_config), repo_id)
         return original(self, working_dir, repo_id, *args, **kwargs)
 
     return _upload_modified_files

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.utils import save_and_load
@@ -65,7 +65,7 @@ def _check_loaded(model: PreTrainedModel, adapter_name: str, arguments: dict[str
         options: dict[str, Any] = {**(arguments["adapter_kwargs"] or {}), **arguments["kwargs"]}
         hub = {key: options[key] for key in _HUB_OPTIONS if options.get(key) is not None}
         tensors = save_and_load.load_peft_weights(arguments["peft_model_id"], device="cpu", **hub)
-    config = model.peft_config[adapter_name]
+    config = cast(DoraConfig, model.peft_config[adapter_name])
     converted = from_checkpoint(model, adapter_name, tensors, config)
     with torch.no_grad():
         for name, layer in layers(model, adapter_name):
