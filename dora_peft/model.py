@@ -82,24 +82,28 @@ class DoraModel(BaseTuner):
         Raises:
             ValueError: A module that the config names is not there or cannot be adapted.
         """
-        with restored_on_failure(model) as undo:
-            self._undo = undo
-            try:
+        try:
+            with restored_on_failure(model) as self._undo:
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            except ValueError as error:
-                if "not found in the base model" in str(error):
-                    raise targets.with_names(error, model) from error
+                targets.check_found(model, adapter_name, self.peft_config[adapter_name])
+                self._introduce_layers(model)
+        except ValueError as error:
+            clearer = targets.with_names(error, model)
+            if clearer is None:
                 raise
-            finally:
-                self._undo = None
-            targets.check_found(model, adapter_name, self.peft_config[adapter_name])
-            layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, DoraLayer)]
-            merge_checks.note_other_names(model, layers)
-            reports = [layer._outputs.report for _, layer in layers if layer._outputs.report is not None]
-            report = reports[0] if reports else Report()
-            # what is said once per model
-            for _, layer in layers:
-                layer.notices, layer._outputs.report = layers[0][1].notices, report
+            raise clearer from error
+        finally:
+            self._undo = None
+
+    @staticmethod
+    def _introduce_layers(model: nn.Module) -> None:
+        """Have the layers know of each other, and say once per model what they would each say."""
+        layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, DoraLayer)]
+        merge_checks.note_other_names(model, layers)
+        reports = [layer._outputs.report for _, layer in layers if layer._outputs.report is not None]
+        report = reports[0] if reports else Report()
+        for _, layer in layers:
+            layer.notices, layer._outputs.report = layers[0][1].notices, report
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, str]) -> PeftConfig:
         config = cast(DoraConfig, peft_config)

@@ -95,11 +95,19 @@ def check_found(model: nn.Module, adapter_name: str, config: DoraConfig) -> None
         missing = f"Target modules {config.target_modules}"
     else:
         return
-    raise with_names(ValueError(f"{missing} not found in the base model."), model)
+    # In the words of PEFT, which finds out most of these itself.
+    raise ValueError(f"{missing} not found in the base model.")
 
 
-def with_names(error: ValueError, model: nn.Module) -> ValueError:
-    """The same error about modules that are not there, with the names of those that can be adapted."""
+def with_names(error: ValueError, model: nn.Module) -> ValueError | None:
+    """An error about modules that are not there, with the names of those that can be adapted; None for another error.
+
+    Args:
+        error: An error that ended the creation of an adapter.
+        model: The model, without the adapter.
+    """
+    if "not found in the base model" not in str(error):
+        return None
     names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if layer_class(m) is not None})
     return type(error)(
         f"{error} Modules of {type(model).__name__} that can be adapted are named {', '.join(names[:20])}; "

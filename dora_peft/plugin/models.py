@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .._files import staged_directory
-from ..adapters.card import complete_model_card, remove_generic_card
+from ..adapters import card
 from ..adapters.undo import Undo, restored_on_failure
 from ..config import MARKER, ROW_RECORDS, DoraConfig
 from ..layers.layer import DoraLayer
@@ -197,7 +197,7 @@ def _save_pretrained(original: Function) -> Function:
                 original(*bound.args, **bound.kwargs)
                 selected = bound.arguments["selected_adapters"] or [self.active_adapter]
                 name = self.active_adapter if self.active_adapter in selected else selected[0]
-                complete_model_card(staging, cast(DoraConfig, self.peft_config[name]))
+                card.complete_model_card(staging, cast(DoraConfig, self.peft_config[name]))
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"Could not save the adapter in '{target}': {error}. Nothing was written or replaced there. Free "
@@ -213,9 +213,9 @@ def _upload_modified_files(original: Function) -> Function:
         self: PeftModel, working_dir: Path, repo_id: str, *args: object, **kwargs: object
     ) -> object:
         if _is_dora(self):
-            remove_generic_card(str(working_dir))
+            card.remove_generic_card(str(working_dir))
             self.create_or_update_model_card(str(working_dir))
-            complete_model_card(str(working_dir), cast(DoraConfig, self.active_peft_config), repo_id)
+            card.complete_model_card(str(working_dir), cast(DoraConfig, self.active_peft_config), repo_id)
         return original(self, working_dir, repo_id, *args, **kwargs)
 
     return _upload_modified_files
