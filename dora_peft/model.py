@@ -15,10 +15,10 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from .adapters import combine, hotswap, initial, mixed_batch, targets
-from .adapters import merge as merging
 from .adapters.checkpoint import from_checkpoint, to_checkpoint
+from .adapters.merge import check_merge, merge_layers, remember_token_tables
 from .adapters.names import exactly
-from .adapters.undo import Undo, restored_on_failure
+from .adapters.undo import Undo, restored_on_failure, switched
 from .bases.peft_names import all_linear
 from .config import DoraConfig
 from .layers import merge_checks
@@ -198,7 +198,7 @@ class DoraModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one or several adapters the active ones."""
-        with restored_on_failure(self):
+        with restored_on_failure(self, modules=switched(self)):
             super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -233,9 +233,9 @@ class DoraModel(BaseTuner):
             ValueError: With `safe_merge`, a merged weight is not finite. The model is as before in either case.
         """
         self._check_merge_allowed()
-        merging.check_and_warn(self.model, adapter_names, for_good=False)
+        check_merge(self.model, adapter_names, for_good=False)
         with restored_on_failure(self):
-            merging.merge_layers(self.model, adapter_names, safe_merge, offload_original)
+            merge_layers(self.model, adapter_names, safe_merge, offload_original)
 
     def unmerge_adapter(self) -> None:
         """Restore the original base weights, bit for bit."""
@@ -254,10 +254,10 @@ class DoraModel(BaseTuner):
                 super()._unload_and_optionally_merge(False, progressbar)
             return self.model
         self._check_merge_allowed()
-        merging.check_and_warn(self.model, adapter_names, for_good=True)
+        check_merge(self.model, adapter_names, for_good=True)
         with restored_on_failure(self) as undo, warnings.catch_warnings():
-            merging.remember_token_tables(self.model, undo)
-            merging.merge_layers(self.model, adapter_names, safe_merge, offload_original=True)
+            remember_token_tables(self.model, undo)
+            merge_layers(self.model, adapter_names, safe_merge, offload_original=True)
             # PEFT goes through the layers again, to unload them.
             warnings.filterwarnings("ignore", message="All adapters are already merged")
             super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)

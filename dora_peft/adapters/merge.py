@@ -11,7 +11,7 @@ from ..layers.layer import DoraLayer
 from .undo import Undo
 
 
-def check_and_warn(model: nn.Module, adapter_names: list[str] | None, for_good: bool) -> None:
+def check_merge(model: nn.Module, adapter_names: list[str] | None, for_good: bool) -> None:
     """Check that every weight which merging these adapters writes to can be written, and say which it unties.
 
     Args:

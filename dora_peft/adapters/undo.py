@@ -11,7 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+
+from ..layers.layer import DoraLayer
 
 _CONTAINERS = (dict, OrderedDict, list, set)
 
@@ -26,17 +30,22 @@ class Undo:
     Args:
         model: The model.
         adapter_name: An adapter whose tensors may be overwritten, biases included; nothing happens if there is none.
+        modules: Those that may be changed; all if None.
     """
 
-    def __init__(self, model: nn.Module, adapter_name: str | None = None) -> None:
-        modules = list(model.modules())
+    def __init__(
+        self, model: nn.Module, adapter_name: str | None = None, modules: list[nn.Module] | None = None
+    ) -> None:
+        modules = list(model.modules()) if modules is None else modules
         objects = [*modules, *_configs_and_hooks(modules)]
         self._attributes = [(vars(o), dict(vars(o))) for o in {id(o): o for o in objects}.values()]
-        values = [value for _, saved in self._attributes for value in saved.values() if type(value) in _CONTAINERS]
-        self._contents = [(value, list(value.items() if isinstance(value, dict) else value)) for value in values]
+        # Most are empty (every module has a dozen dicts of hooks), and copying these would take longest.
+        held = [value for _, saved in self._attributes for value in saved.values() if type(value) in _CONTAINERS]
+        self._empty = [value for value in held if not value]
+        self._contents = [(value, value.copy()) for value in held if value]
         self._parameters = [(p, p.requires_grad, p.device) for p in model.parameters()]
         # the weights that unmerging would bring back, in another dtype if the model was cast since
-        originals = [vars(m)["_original"][0] for m in modules if vars(m).get("_original") is not None]
+        originals = [m._original[0] for m in modules if isinstance(m, DoraLayer) and m._original is not None]
         self._data = [(original, original.data) for original in originals]
         self._copies: list[tuple[nn.Parameter, Tensor]] = []
         if adapter_name is not None:
@@ -52,15 +61,18 @@ class Undo:
         for attributes, saved in self._attributes:
             attributes.clear()
             attributes.update(saved)
+        for container in self._empty:
+            container.clear()
         for container, contents in self._contents:
+            container.clear()
             if isinstance(container, list):
-                container[:] = contents
+                container.extend(contents)
             else:
-                container.clear()
                 container.update(contents)
         for parameter, data in self._data:
             parameter.data = data
-        for parameter, copy in self._copies:
+        # The first copy of a parameter is the oldest.
+        for parameter, copy in reversed(self._copies):
             if parameter.dtype == copy.dtype and parameter.shape == copy.shape and not parameter.is_meta:
                 parameter.copy_(copy)
             else:
@@ -72,19 +84,27 @@ class Undo:
 
 
 @contextmanager
-def restored_on_failure(model: nn.Module, adapter_name: str | None = None) -> Iterator[Undo]:
+def restored_on_failure(
+    model: nn.Module, adapter_name: str | None = None, modules: list[nn.Module] | None = None
+) -> Iterator[Undo]:
     """Leave the model as it was if the body does not succeed, whatever ends it.
 
     Args:
         model: The model that the body changes.
-        adapter_name: See `Undo`.
+        adapter_name, modules: See `Undo`.
     """
-    undo = Undo(model, adapter_name)
+    undo = Undo(model, adapter_name, modules)
     try:
         yield undo
     except BaseException:
         undo()
         raise
+
+
+def switched(model: nn.Module) -> list[nn.Module]:
+    """The modules that a change of the active adapters writes to, a tenth of all; switching has to be quick."""
+    layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    return [model, *layers, *(base for layer in layers if (base := layer._modules.get("base_layer")) is not None)]
 
 
 def _configs_and_hooks(modules: list[nn.Module]) -> list[object]:

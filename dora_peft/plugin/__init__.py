@@ -20,7 +20,7 @@ What `register`, called when the package is imported, installs:
                                     folders are taken as DoRA by a DoRA model
       .from_pretrained              leaves a half-loaded adapter behind
       .add_adapter                  the same; and it refuses another kind of adapter without saying what to do
-      .set_adapter, .delete_adapter change the model's active adapter apart from the tuner's
+      .set_adapter                  changes its active adapter before those of the layers, which may fail
       .save_pretrained              writes its files in place: they go to a temporary directory first, and the model
                                     card is completed
       ._upload_modified_files       transformers' push_to_hub overwrites that card with a generic one: it is made again

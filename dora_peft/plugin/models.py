@@ -39,25 +39,12 @@ def install() -> None:
     patch(PeftModel, "from_pretrained", _from_pretrained)
     patch(PeftModel, "load_adapter", _load_adapter)
     patch(PeftModel, "add_adapter", _add_adapter)
-    patch(PeftModel, "set_adapter", restoring)
-    patch(PeftModel, "delete_adapter", restoring)
+    patch(PeftModel, "set_adapter", _set_adapter)
     patch(PeftModel, "save_pretrained", _save_pretrained)
     patch(PeftModel, "_upload_modified_files", _upload_modified_files)
     # by both names under which PEFT's own functions call it
     for module in (peft.peft_model, peft.utils.save_and_load):
         patch(module, "load_peft_weights", _load_peft_weights)
-
-
-def restoring(original: Function) -> Function:
-    """A method that leaves a DoRA model as it was if it does not succeed."""
-
-    def method(self: nn.Module, *args: object, **kwargs: object) -> object:
-        if not any(isinstance(module, DoraLayer) for module in self.modules()):
-            return original(self, *args, **kwargs)
-        with restored_on_failure(self):
-            return original(self, *args, **kwargs)
-
-    return method
 
 
 def shape_error(error: RuntimeError, model_id: object) -> AdapterShapeError | None:
@@ -154,6 +141,19 @@ def _add_adapter(original: Function) -> Function:
             return original(self, adapter_name, peft_config, *args, **kwargs)
 
     return add_adapter
+
+
+def _set_adapter(original: Function) -> Function:
+    def set_adapter(self: PeftModel, *args: object, **kwargs: object) -> object:
+        before = self.active_adapter
+        try:
+            return original(self, *args, **kwargs)
+        except BaseException:
+            if _is_dora(self):
+                self.active_adapter = before
+            raise
+
+    return set_adapter
 
 
 def _load_peft_weights(original: Function) -> Function:

@@ -14,8 +14,9 @@ from transformers.integrations.peft import PeftAdapterMixin
 from ..adapters.checkpoint import from_checkpoint, keys_of
 from ..adapters.undo import Undo, restored_on_failure
 from ..config import DoraConfig
+from ..layers.layer import DoraLayer
 from ..norms.ties import layers
-from .models import restoring, shape_error
+from .models import shape_error
 from .patching import Function, patch
 
 _HUB_OPTIONS = ("token", "revision", "subfolder", "cache_dir")
@@ -25,8 +26,8 @@ def install() -> None:
     """Patch PeftAdapterMixin."""
     patch(PeftAdapterMixin, "load_adapter", _load_adapter)
     patch(PeftAdapterMixin, "add_adapter", _add_adapter)
-    patch(PeftAdapterMixin, "set_adapter", restoring)
-    patch(PeftAdapterMixin, "delete_adapter", restoring)
+    patch(PeftAdapterMixin, "set_adapter", _restoring)
+    patch(PeftAdapterMixin, "delete_adapter", _restoring)
 
 
 def _load_adapter(original: Function) -> Function:
@@ -85,3 +86,13 @@ def _add_adapter(original: Function) -> Function:
             return original(self, adapter_config, *args, **kwargs)
 
     return add_adapter
+
+
+def _restoring(original: Function) -> Function:
+    def method(self: PreTrainedModel, *args: object, **kwargs: object) -> object:
+        if not any(isinstance(module, DoraLayer) for module in self.modules()):
+            return original(self, *args, **kwargs)
+        with restored_on_failure(self):
+            return original(self, *args, **kwargs)
+
+    return method

@@ -30,7 +30,7 @@ OPTIONAL = ("triton", "bitsandbytes", "torchao", "matplotlib", "datasets", "trl"
 
 def run_python(code):
     """Run `code` in a fresh interpreter and return its last printed line."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
@@ -44,7 +44,7 @@ def mlp():
 def patches():
     """Every patched attribute, as (owner, name)."""
     methods = ("__init__", "save_pretrained", "load_adapter", "from_pretrained", "add_adapter", "set_adapter")
-    named = [(PeftModel, name) for name in (*methods, "delete_adapter", "_upload_modified_files")]
+    named = [(PeftModel, name) for name in (*methods, "_upload_modified_files")]
     named += [(PeftAdapterMixin, n) for n in ("load_adapter", "add_adapter", "set_adapter", "delete_adapter")]
     named += [(PeftConfigMixin, n) for n in ("_get_peft_type", "from_peft_type", "from_pretrained", "from_json_file")]
     return [*named, (peft.peft_model, "load_peft_weights"), (peft.utils.save_and_load, "load_peft_weights")]
