@@ -1,9 +1,7 @@
 """The entry in PEFT's registry and the patches: present once, in any order of imports, and for DoRA alone."""
 
-import copy
 import inspect
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +13,11 @@ from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.config import PeftConfigMixin
 from peft.helpers import rescale_adapter_scale
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from safetensors import SafetensorError
 from torch import nn
 from transformers.integrations.peft import PeftAdapterMixin
 
 import dora_peft
 from dora_peft import DoraConfig, DoraModel, plugin
-from dora_peft.plugin.configs import plain_peft_configs
-from dora_peft.plugin.peft_type import add_peft_type
 
 ROOT = Path(__file__).parents[2]
 OPTIONAL = ("triton", "bitsandbytes", "torchao", "matplotlib", "datasets", "trl")
@@ -48,45 +43,6 @@ def patches():
     named += [(PeftAdapterMixin, n) for n in ("load_adapter", "add_adapter", "set_adapter", "delete_adapter")]
     named += [(PeftConfigMixin, n) for n in ("_get_peft_type", "from_peft_type", "from_pretrained", "from_json_file")]
     return [*named, (peft.peft_model, "load_peft_weights"), (peft.utils.save_and_load, "load_peft_weights")]
-
-
-# ---- the enum
-
-
-def test_dora_is_a_proper_member_of_the_enum():
-    member = PeftType.DORA
-    assert isinstance(member, PeftType)
-    assert member is PeftType("DORA") is PeftType["DORA"] is PeftType("DORA")
-    assert member in PeftType
-    assert "DORA" in PeftType.__members__
-    assert list(PeftType).count(member) == 1
-    assert len(PeftType) == len(set(PeftType)) == len(PeftType.__members__)
-    assert (member.name, member.value) == ("DORA", "DORA")
-    assert member == "DORA"
-    assert hash(member) == hash("DORA")
-    # as every other member does it
-    for shown in (repr, str, format):
-        assert shown(member) == shown(PeftType.LORA).replace("LORA", "DORA")
-
-
-@pytest.mark.parametrize(
-    "clone", [copy.copy, copy.deepcopy, *(lambda m, p=p: pickle.loads(pickle.dumps(m, p)) for p in range(6))]
-)
-def test_the_member_survives_copies(clone):
-    assert clone(PeftType.DORA) is PeftType.DORA
-
-
-def test_the_other_members_are_unchanged():
-    assert PeftType("LORA") is PeftType.LORA
-    with pytest.raises(ValueError, match="NO_SUCH_TYPE"):
-        PeftType("NO_SUCH_TYPE")
-
-
-def test_adding_it_again_changes_nothing():
-    before, member = list(PeftType), PeftType.DORA
-    add_peft_type()
-    assert list(PeftType) == before
-    assert PeftType.DORA is member
 
 
 def test_the_mappings():
@@ -212,41 +168,6 @@ print("dora_peft" in sys.modules)
         loaded.set_adapter("second")
         assert torch.equal(first, loaded(x))
         assert not torch.allclose(first, mlp()(x))
-
-
-def test_the_error_of_a_damaged_lora_file_is_still_safetensors_own(tmp_path):
-    get_peft_model(mlp(), LoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(SafetensorError, match=r"adapter_model\.safetensors"):
-        PeftModel.from_pretrained(mlp(), tmp_path)
-
-
-def test_lora_models_keep_pefts_message_for_other_kinds():
-    model = get_peft_model(mlp(), LoraConfig(target_modules=["0"]))
-    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types") as caught:
-        model.add_adapter("other", peft.IA3Config(target_modules=["0"], feedforward_modules=[]))
-    assert "dora" not in str(caught.value).lower()
-
-
-def test_plain_peft_configs_is_left_again_after_an_error(tmp_path):
-    get_peft_model(mlp(), DoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
-
-    def kind():
-        return type(peft.PeftConfig.from_pretrained(str(tmp_path)))
-
-    assert kind() is DoraConfig
-    inside = []
-
-    def fail():
-        with plain_peft_configs():
-            inside.append(kind())
-            raise RuntimeError("inside")
-
-    with pytest.raises(RuntimeError, match="inside"):
-        fail()
-    assert inside == [LoraConfig]
-    assert kind() is DoraConfig
 
 
 def test_rescale_adapter_scale_still_takes_lora():
