@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .adapters import combine, hotswap, initial, mixed_batch, targets
 from .adapters.checkpoint import from_checkpoint, to_checkpoint
-from .adapters.merge import check_merge, merge_layers, remember_token_tables
+from .adapters.merge import check_merge, merge_layers, remember_token_tables, unmerge_layers
 from .adapters.names import exactly
 from .adapters.undo import Undo, restored_on_failure, switched
 from .bases.peft_names import all_linear
@@ -240,7 +240,7 @@ class DoraModel(BaseTuner):
     def unmerge_adapter(self) -> None:
         """Restore the original base weights, bit for bit."""
         with restored_on_failure(self):
-            super().unmerge_adapter()
+            unmerge_layers(self.model)
 
     def _unload_and_optionally_merge(  # type: ignore[override]
         self,
@@ -257,7 +257,7 @@ class DoraModel(BaseTuner):
         check_merge(self.model, adapter_names, for_good=True)
         with restored_on_failure(self) as undo, warnings.catch_warnings():
             remember_token_tables(self.model, undo)
-            merge_layers(self.model, adapter_names, safe_merge, offload_original=True)
+            merge_layers(self.model, adapter_names, safe_merge, offload_original=True, progressbar=progressbar)
             # PEFT goes through the layers again, to unload them.
             warnings.filterwarnings("ignore", message="All adapters are already merged")
             super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
