@@ -187,16 +187,16 @@ class DoraConfig(PeftConfig):
             "magnitude_key": ("weight", "peft"),
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, allowed))}, found {getattr(self, name)!r}"
-                )
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, found {value!r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), found {self.lora_dropout!r}")
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower() in _REFUSED_INIT:
             reason = _REFUSED_INIT[self.init_lora_weights.lower()]
             raise ValueError(f"init_lora_weights={self.init_lora_weights!r} is not available for DoRA: {reason}.")
-        checked = self.to_lora_config()  # PEFT's own checks of the shared fields, and its defaults for the sub-configs
+        # PEFT's own checks of the shared fields, and its defaults for the sub-configs.
+        checked = self.to_lora_config()
         for name in ("loftq_config", "corda_config", "lora_ga_config"):
             setattr(self, name, getattr(checked, name))
 
@@ -301,7 +301,8 @@ class DoraConfig(PeftConfig):
                 f"Unexpected keyword arguments {unknown} for class DoraConfig, these are ignored.", stacklevel=2
             )
         config = cls(auto_mapping=auto_mapping or None, **{k: v for k, v in kwargs.items() if k in known})
-        if "rank_pattern" in own:  # the file has more entries than ours: those of the magnitude-only modules
+        # The file has more entries than ours: those of the magnitude-only modules.
+        if "rank_pattern" in own:
             config.magnitude_only_ranks.update({k: v for k, v in in_file.items() if k not in config.rank_pattern})
         for name in ROW_RECORDS:
             setattr(config, name, own.get(name))

@@ -18,7 +18,7 @@ from .adapters import combine, hotswap, initial, mixed_batch, targets
 from .adapters.checkpoint import from_checkpoint, to_checkpoint
 from .adapters.merge import check_merge, merge_layers, remember_token_tables, unmerge_layers
 from .adapters.names import exactly
-from .adapters.undo import Undo, restored_on_failure, switched
+from .adapters.undo import restored_on_failure, switched
 from .bases.peft_names import all_linear
 from .config import DoraConfig
 from .layers import merge_checks
@@ -44,8 +44,6 @@ class DoraModel(BaseTuner):
     tuner_layer_cls = DoraLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING  # type: ignore[assignment]
     peft_config: dict[str, DoraConfig]  # type: ignore[assignment]
-    # what takes back the creation that is going on
-    _undo: Undo | None = None
 
     def __init__(
         self,
@@ -59,8 +57,6 @@ class DoraModel(BaseTuner):
             super().__init__(
                 model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
             )
-
-    # ---- finding and wrapping
 
     def inject_adapter(
         self,
@@ -83,7 +79,7 @@ class DoraModel(BaseTuner):
             ValueError: A module that the config names is not there or cannot be adapted.
         """
         try:
-            with restored_on_failure(model) as self._undo:
+            with restored_on_failure(model):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
                 targets.check_found(model, adapter_name, self.peft_config[adapter_name])
                 self._introduce_layers(model)
@@ -92,8 +88,6 @@ class DoraModel(BaseTuner):
             if clearer is None:
                 raise
             raise clearer from error
-        finally:
-            self._undo = None
 
     @staticmethod
     def _introduce_layers(model: nn.Module) -> None:
@@ -149,8 +143,7 @@ class DoraModel(BaseTuner):
             # The smallest rank that the layer can have; plain PEFT learns it from the exact rank_pattern entry.
             r = getattr(base, "groups", 1)
             config.magnitude_only_ranks[exactly(current_key)] = r
-        if self._undo is not None:
-            initial.remember_weight(self._undo, base, config)
+        initial.remember_weight(base, config)
         options: targets.LayerOptions = {
             "r": r,
             "lora_alpha": lora_alpha,
@@ -174,15 +167,13 @@ class DoraModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if autocast_adapter_dtype:
             return
-        # asked for by name: every adapter tensor in the dtype of its base layer, magnitudes included
+        # Asked for by name: every adapter tensor in the dtype of its base layer, magnitudes included.
         for layer in self.model.modules():
             if isinstance(layer, DoraLayer) and adapter_name in layer.lora_magnitude_vector:
                 dtype = layer.factor_parameters(adapter_name)[0].dtype
                 magnitude = layer.lora_magnitude_vector[adapter_name]
                 if isinstance(magnitude, Magnitude):
                     magnitude.cast(dtype)
-
-    # ---- mixed batches
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: object, **kwargs: object) -> Iterator[None]:
@@ -194,8 +185,6 @@ class DoraModel(BaseTuner):
         with mixed_batch.named(self, adapter_names, beams=cast("int | None", kwargs.get("num_beams")) or 1):
             yield
 
-    # ---- switching and deleting
-
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one or several adapters the active ones."""
         with restored_on_failure(self, modules=switched(self)):
@@ -205,8 +194,6 @@ class DoraModel(BaseTuner):
         """Delete an adapter."""
         with restored_on_failure(self):
             super().delete_adapter(adapter_name)
-
-    # ---- merging and combining
 
     def _check_merge_allowed(self) -> None:
         with warnings.catch_warnings():
@@ -255,8 +242,8 @@ class DoraModel(BaseTuner):
             return self.model
         self._check_merge_allowed()
         check_merge(self.model, adapter_names, for_good=True)
-        with restored_on_failure(self) as undo, warnings.catch_warnings():
-            remember_token_tables(self.model, undo)
+        with restored_on_failure(self), warnings.catch_warnings():
+            remember_token_tables(self.model)
             merge_layers(self.model, adapter_names, safe_merge, offload_original=True, progressbar=progressbar)
             # PEFT goes through the layers again, to unload them.
             warnings.filterwarnings("ignore", message="All adapters are already merged")
@@ -303,7 +290,7 @@ class DoraModel(BaseTuner):
         """
         hotswap.swap(self.model, self.peft_config, path, adapter_name, torch_device)
 
-    # ---- checkpoints (PEFT 0.21 calls these; plugin/peft_020.py does for 0.20)
+    # PEFT 0.21 calls these two for checkpoints; for 0.20 plugin/peft_020.py does.
 
     @classmethod
     def _get_adapter_state_dict(

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from .._row_ranges import bare, to_mask
 from ..config import DoraConfig
 from .names import exactly
-from .undo import Undo
+from .undo import remember
 
 
-def remember_weight(undo: Undo, base: nn.Module, config: DoraConfig) -> None:
-    """Keep a base weight that the initialisation is about to change, on the CPU, until all layers are adapted."""
+def remember_weight(base: nn.Module, config: DoraConfig) -> None:
+    """Keep a base weight that the initialisation is about to change, on the CPU, until the adapter has been created."""
     changes_base = isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian"
     weight = base._parameters.get("weight")
     if changes_base and weight is not None and not weight.is_meta and weight.is_floating_point():
-        undo.remember(weight, weight.detach().to("cpu", copy=True))
+        remember(weight, weight.detach().to("cpu", copy=True))
 
 
 def subtract_initial(trained: dict[str, Tensor], initial: dict[str, Tensor], config: DoraConfig) -> dict[str, Tensor]:

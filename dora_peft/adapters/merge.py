@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ..layers import merge_checks
 from ..layers.layer import DoraLayer
-from .undo import Undo
+from .undo import remember
 
 
 def check_merge(model: nn.Module, adapter_names: list[str] | None, for_good: bool) -> None:
@@ -69,10 +69,10 @@ def unmerge_layers(model: nn.Module) -> None:
                 merged.data = merged.data.cpu()
 
 
-def remember_token_tables(model: nn.Module, undo: Undo) -> None:
+def remember_token_tables(model: nn.Module) -> None:
     """Have embeddings restored into which PEFT merges trained tokens: it gives the same parameter other data."""
     for module in model.modules():
         if isinstance(module, TrainableTokensLayer):
             weight = module.get_base_layer().weight
             if isinstance(weight, nn.Parameter):
-                undo.remember(weight, weight.data)
+                remember(weight, weight.data)

@@ -72,7 +72,8 @@ def fill_grouped(
     groups, per_group = layer.get_base_layer().groups, lora_B.shape[1]
     parts = lora_A.flatten(1).view(groups, per_group, groups, -1)
     for o in rows.nonzero()[:, 0].tolist():
-        part = parts[o % groups, :, o % groups]  # [r / groups, in / groups]
+        # [r / groups, in / groups]
+        part = parts[o % groups, :, o % groups]
         j = int(part.abs().amax(1).argmax())
         if not part[j].any():
             part[j, 0] = _first(half)

@@ -7,8 +7,9 @@ Creating, loading, merging or deleting an adapter goes through the layers one by
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -56,6 +57,10 @@ class Undo:
         """Have `parameter`, which is about to be overwritten, restored from `copy`, which may be on another device."""
         self._copies.append((parameter, copy))
 
+    def adopt(self, other: Undo) -> None:
+        """Restore what `other` remembers as well: the operation that made it was a part of this one."""
+        self._copies += other._copies
+
     @torch.no_grad()
     def __call__(self) -> None:
         for attributes, saved in self._attributes:
@@ -83,22 +88,43 @@ class Undo:
             parameter.requires_grad_(requires_grad)
 
 
+# The innermost operation that is going on.
+_open: ContextVar[Undo | None] = ContextVar("open", default=None)
+
+
 @contextmanager
 def restored_on_failure(
-    model: nn.Module, adapter_name: str | None = None, modules: list[nn.Module] | None = None
-) -> Iterator[Undo]:
+    model: nn.Module,
+    adapter_name: str | None = None,
+    modules: list[nn.Module] | None = None,
+    concerned: Callable[[], bool] = lambda: True,
+) -> Iterator[None]:
     """Leave the model as it was if the body does not succeed, whatever ends it.
 
     Args:
         model: The model that the body changes.
         adapter_name, modules: See `Undo`.
+        concerned: Asked after a failure: whether the body has changed anything that is ours.
     """
-    undo = Undo(model, adapter_name, modules)
+    undo, outer = Undo(model, adapter_name, modules), _open.get()
+    token = _open.set(undo)
     try:
-        yield undo
+        yield
     except BaseException:
-        undo()
+        if concerned():
+            undo()
         raise
+    finally:
+        _open.reset(token)
+    if outer is not None:
+        outer.adopt(undo)
+
+
+def remember(parameter: nn.Parameter, copy: Tensor) -> None:
+    """`Undo.remember` in the operation that is going on; nothing happens if there is none."""
+    undo = _open.get()
+    if undo is not None:
+        undo.remember(parameter, copy)
 
 
 def switched(model: nn.Module) -> list[nn.Module]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from .._files import staged_directory
 from ..adapters import card
-from ..adapters.undo import Undo, restored_on_failure
+from ..adapters.undo import restored_on_failure
 from ..config import MARKER, ROW_RECORDS, DoraConfig
 from ..layers.layer import DoraLayer
 from .configs import into_dora, read_config
@@ -74,14 +74,12 @@ def _init(original: Function) -> Function:
 
 def _from_pretrained(original: Function) -> Function:
     def from_pretrained(cls: type[PeftModel], model: nn.Module, *args: object, **kwargs: object) -> object:
-        undo = Undo(model)
-        try:
-            return original(cls, model, *args, **kwargs)
-        except BaseException:
+        def concerned() -> bool:
             # Before there are any, nothing has been changed that is ours.
-            if any(isinstance(module, DoraLayer) for module in model.modules()):
-                undo()
-            raise
+            return any(isinstance(module, DoraLayer) for module in model.modules())
+
+        with restored_on_failure(model, concerned=concerned):
+            return original(cls, model, *args, **kwargs)
 
     return from_pretrained
 

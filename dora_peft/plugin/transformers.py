@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 
 from ..adapters.checkpoint import from_checkpoint, keys_of
-from ..adapters.undo import Undo, restored_on_failure
+from ..adapters.undo import restored_on_failure
 from ..config import DoraConfig
 from ..layers.layer import DoraLayer
 from ..norms.ties import layers
@@ -37,20 +37,17 @@ def _load_adapter(original: Function) -> Function:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         name = bound.arguments["adapter_name"] or "default"
-        undo = Undo(self, name)
-        try:
-            info = original(self, *args, **kwargs)
-            if _is_dora(self, name):
-                _check_loaded(self, name, bound.arguments)
-            return info
-        except BaseException as error:
-            if not _is_dora(self, name):
-                raise
-            undo()
-            clearer = shape_error(error, bound.arguments["peft_model_id"]) if isinstance(error, RuntimeError) else None
-            if clearer is None:
-                raise
-            raise clearer from error
+        with restored_on_failure(self, name, concerned=lambda: _is_dora(self, name)):
+            try:
+                info = original(self, *args, **kwargs)
+                if _is_dora(self, name):
+                    _check_loaded(self, name, bound.arguments)
+                return info
+            except RuntimeError as error:
+                clearer = shape_error(error, bound.arguments["peft_model_id"]) if _is_dora(self, name) else None
+                if clearer is None:
+                    raise
+                raise clearer from error
 
     return load_adapter
 

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -105,6 +106,11 @@ OPERATIONS = {
         base,
         lambda m, _: get_peft_model(m, config(init_lora_weights="pissa")),
         (DoraLayer, "update_layer"),
+    ),
+    "get_peft_model, PiSSA in all layers": (
+        base,
+        lambda m, _: get_peft_model(m, config(init_lora_weights="pissa")),
+        (DoraModel, "_cast_adapter_dtype"),
     ),
     "get_peft_model, OLoRA in place": (
         base,
@@ -249,3 +255,33 @@ def test_a_weight_that_is_not_finite_in_the_last_layer_leaves_all_as_they_were(o
     found["output"] = None
     assert found.pop("output") is before.pop("output")
     unchanged(found, before)
+
+
+@pytest.mark.parametrize("operation", ["merge_adapter", "merge_and_unload"])
+def test_merging_over_weights_that_accelerate_keeps_elsewhere(operation, monkeypatch):
+    torch.manual_seed(1)
+    model = get_peft_model(cpu_offload(base(), execution_device="cpu"), config()).eval()
+    with torch.no_grad():
+        before = model(IDS).logits
+        with monkeypatch.context() as patch:
+            stop(patch, DoraLayer, "merge", KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                getattr(model, operation)()
+        assert not any(layer.merged for layer in model.modules() if isinstance(layer, DoraLayer))
+        assert torch.equal(model(IDS).logits, before)
+        merged = getattr(model, operation)() or model
+        torch.testing.assert_close(merged(IDS).logits, before, rtol=1e-3, atol=1e-4)
+
+
+def test_a_first_copy_of_a_shared_base_weight_counts(monkeypatch):
+    """PiSSA over two layers with one weight: the second copy would be of what the first layer has changed."""
+    model = base()
+    first, second = (layer.self_attn for layer in model.model.layers)
+    second.q_proj.weight = first.q_proj.weight
+    before = first.q_proj.weight.detach().clone()
+    with monkeypatch.context() as patch:
+        stop(patch, DoraModel, "_cast_adapter_dtype", RuntimeError())
+        with pytest.raises(RuntimeError):
+            get_peft_model(model, config(target_modules=["q_proj"], init_lora_weights="pissa"))
+    assert second.q_proj.weight is first.q_proj.weight
+    assert torch.equal(first.q_proj.weight, before)
