@@ -15,7 +15,7 @@ from .norms import checking, refresh
 from .ops.choice import implementation
 from .ops.kept_output import on_overwritten_output
 from .optim import param_groups
-from .plugin import registry as _registry  # first: adds PeftType.DORA, which the other modules use
+from .plugin import register as _register
 from .plugin.use_dora import accelerate_use_dora
 
 __version__ = "0.1.0"
@@ -32,4 +32,4 @@ __all__ = [
     "refresh",
 ]
 
-_registry.register(DoraConfig, DoraModel, DoraLayer)
+_register()

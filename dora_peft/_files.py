@@ -22,7 +22,7 @@ def atomic_write_text(path: str, text: str) -> None:
 def staged_directory(target: str) -> Iterator[str]:
     """A temporary directory beside the files of `target`; on success its files are renamed into `target`.
 
-    On an exception nothing in `target` has changed and the temporary directory is gone.
+    Otherwise nothing in `target` has changed, and the temporary directory is gone.
     """
     created, folder = [], os.path.abspath(target)
     while not os.path.exists(folder):
@@ -41,6 +41,7 @@ def staged_directory(target: str) -> Iterator[str]:
             os.replace(source, destination)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        for folder in created:  # the deepest first
+        # The deepest comes first.
+        for folder in created:
             if not os.listdir(folder):
                 os.rmdir(folder)

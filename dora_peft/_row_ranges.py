@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 Ranges = list[list[int]]
+# What a record says about one module: its rows [out], None for no rows, False if it says nothing.
+Recorded = Tensor | bool | None
 _WRAPPERS = ("_fsdp_wrapped_module.", "_orig_mod.")
 
 
@@ -26,7 +26,7 @@ def to_ranges(mask: Tensor) -> Ranges:
 
 
 def to_mask(ranges: Ranges, out_features: int) -> Tensor | None:
-    """bool [out_features], None where there are no rows.
+    """The rows as a mask, bool [out_features]; None if there are none.
 
     Raises:
         ValueError: A range lies outside of the layer.
@@ -39,14 +39,18 @@ def to_mask(ranges: Ranges, out_features: int) -> Tensor | None:
     return mask if ranges else None
 
 
-def checked_record(record: Any, entry: str) -> dict[str, Ranges]:
+def checked_record(record: object, entry: str) -> dict[str, Ranges]:
     """The entry of an adapter_config.json, as it is.
+
+    Args:
+        record: What the file holds.
+        entry: The entry's name, for the error.
 
     Raises:
         ValueError: It is not of the form {module name: [[start, stop], ...]}.
     """
 
-    def is_range(pair: Any) -> bool:
+    def is_range(pair: object) -> bool:
         return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(type(number) is int for number in pair)
 
     if isinstance(record, dict) and all(isinstance(v, list) and all(map(is_range, v)) for v in record.values()):
@@ -58,12 +62,13 @@ def checked_record(record: Any, entry: str) -> dict[str, Ranges]:
     )
 
 
-def recorded(record: dict[str, Ranges] | None, name: str, out_features: int, modules: set[str]) -> Tensor | bool | None:
-    """What a record says about one module: its rows (bool [out]), None for no rows, False where it says nothing.
+def recorded(record: dict[str, Ranges] | None, name: str, out_features: int, modules: set[str]) -> Recorded:
+    """What a record says about one module.
 
     Args:
-        record: `tied_rows` of a config, None where the folder has none.
+        record: `tied_rows` of a config, None if the folder has none.
         name: The module, as `bare` gives it.
+        out_features: How many rows the module has.
         modules: All of the adapter's modules. A record that names others as well was made for another tree of modules
             (a loader that renames them), and its silence about this one means nothing.
     """

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import wraps
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from ._files import atomic_write_text
-from ._row_ranges import checked_record
+from ._row_ranges import Ranges, checked_record
 
 # The key inside `auto_mapping` under which our own fields travel: plain PEFT keeps unknown entries there silently,
 # while an unknown top-level key makes it warn. Its presence marks a folder as written by this package.
@@ -45,16 +45,18 @@ _REFUSED_INIT = {
     "eva": "it is computed by peft.initialize_lora_eva_weights, which accepts PEFT's LoRA models only",
     "mica": "it freezes B, a variant that PEFT cannot combine with DoRA",
 }
-_IGNORED = {"qalora_group_size": "use_qalora", "megatron_core": "megatron_config"}  # companions of refused fields
+# Companions of refused fields.
+_IGNORED = {"qalora_group_size": "use_qalora", "megatron_core": "megatron_config"}
 _LORA_FIELDS = {f.name: f for f in fields(LoraConfig)}
+_Modules = list[str] | set[str] | str | None
 
 
 def _refuse_foreign_fields(cls: type[DoraConfig]) -> type[DoraConfig]:
-    """Name the reason where a LoraConfig field has no meaning here, instead of 'unexpected keyword argument'."""
+    """Have the class give the reason if a LoraConfig field has no meaning here, not 'unexpected keyword argument'."""
     generated = cls.__init__
 
     @wraps(generated)
-    def __init__(self: DoraConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: DoraConfig, *args: object, **kwargs: object) -> None:
         for name in (REFUSED.keys() | _IGNORED.keys()) & kwargs.keys():
             value = kwargs.pop(name)
             harmless = value in (None, False) if name != "use_dora" else value is True
@@ -63,13 +65,13 @@ def _refuse_foreign_fields(cls: type[DoraConfig]) -> type[DoraConfig]:
                 continue
             reason = REFUSED[_IGNORED.get(name, name)]
             raise ValueError(f"DoraConfig does not take {name}={value!r}: {reason}.")
-        generated(self, *args, **kwargs)
+        generated(self, *args, **kwargs)  # type: ignore[arg-type]
 
     cls.__init__ = __init__  # type: ignore[method-assign]
     return cls
 
 
-def _offloads(runtime_config: Any) -> bool:
+def _offloads(runtime_config: object) -> bool:
     if isinstance(runtime_config, dict):
         return bool(runtime_config.get("ephemeral_gpu_offload"))
     return bool(getattr(runtime_config, "ephemeral_gpu_offload", False))
@@ -121,10 +123,10 @@ class DoraConfig(PeftConfig):
     """
 
     r: int = field(default=8, metadata={"help": "Rank of the direction's change"})
-    target_modules: list[str] | set[str] | str | None = field(
+    target_modules: _Modules = field(
         default=None, metadata={"help": "Module names, a regular expression, or 'all-linear'"}
     )
-    exclude_modules: list[str] | set[str] | str | None = field(
+    exclude_modules: _Modules = field(
         default=None, metadata={"help": "Module names or a regular expression to leave out"}
     )
     lora_alpha: float = field(default=8, metadata={"help": "scaling = lora_alpha / r"})
@@ -141,15 +143,13 @@ class DoraConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Embedding rows trained in full"}
     )
-    loftq_config: Any = field(default_factory=dict, metadata={"help": "For init_lora_weights='loftq'"})
-    corda_config: Any = field(default=None, metadata={"help": "For init_lora_weights='corda'"})
-    lora_ga_config: Any = field(default=None, metadata={"help": "For init_lora_weights='lora_ga'"})
+    loftq_config: object = field(default_factory=dict, metadata={"help": "For init_lora_weights='loftq'"})
+    corda_config: object = field(default=None, metadata={"help": "For init_lora_weights='corda'"})
+    lora_ga_config: object = field(default=None, metadata={"help": "For init_lora_weights='lora_ga'"})
     layer_replication: list[tuple[int, int]] | None = field(default=None, metadata={"help": "Layers to repeat"})
     detach_norm: bool = field(default=True, metadata={"help": "Treat the norm as a constant of the backward pass"})
     dropout_mode: Literal["branch", "paper"] = field(default="branch", metadata={"help": "What dropout acts on"})
-    magnitude_only_modules: list[str] | set[str] | str | None = field(
-        default=None, metadata={"help": "Modules that train the magnitude alone"}
-    )
+    magnitude_only_modules: _Modules = field(default=None, metadata={"help": "Modules that train the magnitude alone"})
     magnitude_key: Literal["weight", "peft"] = field(default="weight", metadata={"help": "Spelling of saved keys"})
 
     # read unconditionally by PEFT and TRL; not fields, because DoRA cannot have them
@@ -187,22 +187,22 @@ class DoraConfig(PeftConfig):
             "magnitude_key": ("weight", "peft"),
         }
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, allowed))}, found {getattr(self, name)!r}"
-                )
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, found {value!r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), found {self.lora_dropout!r}")
         if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower() in _REFUSED_INIT:
             reason = _REFUSED_INIT[self.init_lora_weights.lower()]
             raise ValueError(f"init_lora_weights={self.init_lora_weights!r} is not available for DoRA: {reason}.")
-        checked = self.to_lora_config()  # PEFT's own checks of the shared fields, and its defaults for the sub-configs
+        # PEFT's own checks of the shared fields, and its defaults for the sub-configs.
+        checked = self.to_lora_config()
         for name in ("loftq_config", "corda_config", "lora_ga_config"):
             setattr(self, name, getattr(checked, name))
 
     @property
     def init_weights(self) -> bool | str:
-        """Another name of `init_lora_weights`: PEFT sets it when it converts PiSSA and its kin (peft_model.py)."""
+        """Another name of `init_lora_weights`, which PEFT sets when it rewrites a PiSSA or OLoRA adapter as LoRA."""
         return self.init_lora_weights
 
     @init_weights.setter
@@ -211,9 +211,8 @@ class DoraConfig(PeftConfig):
 
     def to_lora_config(self, **overrides: Any) -> LoraConfig:
         """The fields that PEFT's LoraConfig shares, as one; `use_dora` is left off: PEFT creates the factors only."""
-        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name in _LORA_FIELDS}
-        for name in ("peft_type", "auto_mapping", "peft_version"):
-            shared.pop(name, None)
+        names = _LORA_FIELDS.keys() - {"peft_type", "auto_mapping", "peft_version"}
+        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
         return LoraConfig(**{**shared, **overrides})
 
     def to_peft_dict(self) -> dict[str, Any]:
@@ -228,10 +227,9 @@ class DoraConfig(PeftConfig):
             "magnitude_key": self.magnitude_key,
         }
         out = {f.name: _jsonable(getattr(self, f.name)) for f in fields(self) if f.name in _LORA_FIELDS}
-        # written only where set: older PEFT versions warn about a field that they do not know
-        for name in ("corda_config", "lora_ga_config", "peft_version"):
-            if out.get(name) is None:
-                out.pop(name, None)
+        # written only if set: older PEFT versions warn about a field that they do not know
+        newer = ("corda_config", "lora_ga_config", "peft_version")
+        out = {name: value for name, value in out.items() if value is not None or name not in newer}
         if self.magnitude_only_modules and self.init_lora_weights == "orthogonal":
             # plain PEFT refuses it for the odd rank of magnitude-only modules; what is loaded needs no initialisation
             own["init_lora_weights"], out["init_lora_weights"] = "orthogonal", True
@@ -250,27 +248,27 @@ class DoraConfig(PeftConfig):
         return self.__dict__.setdefault("_magnitude_only_ranks", {})
 
     @property
-    def tied_rows(self) -> dict[str, list[list[int]]] | None:
+    def tied_rows(self) -> dict[str, Ranges] | None:
         """Rows whose magnitude follows their norm, {module: [[start, stop], ...]}, as of the last saving or loading.
 
-        None where that is not known: the adapter has not been saved yet, or its folder is not ours. See ties.py.
+        None if that is not known: the adapter has not been saved yet, or its folder is not ours. See norms/ties.py.
         """
         return self.__dict__.get("_tied_rows")
 
     @tied_rows.setter
-    def tied_rows(self, record: dict[str, list[list[int]]] | None) -> None:
+    def tied_rows(self, record: dict[str, Ranges] | None) -> None:
         self.__dict__["_tied_rows"] = None if record is None else checked_record(record, "tied_rows")
 
     @property
-    def filled_rows(self) -> dict[str, list[list[int]]] | None:
-        """Tied rows where the saved B has an entry that plain PEFT needs and we take out again, in the same form."""
+    def filled_rows(self) -> dict[str, Ranges] | None:
+        """Tied rows in which the saved B has an entry for plain PEFT, which loading takes out; in the same form."""
         return self.__dict__.get("_filled_rows")
 
     @filled_rows.setter
-    def filled_rows(self, record: dict[str, list[list[int]]] | None) -> None:
+    def filled_rows(self, record: dict[str, Ranges] | None) -> None:
         self.__dict__["_filled_rows"] = None if record is None else checked_record(record, "filled_rows")
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: dict[str, str] | None) -> None:
         """Write `adapter_config.json`, in one rename."""
         if os.path.isfile(save_directory):
             raise ValueError(f"Expected a directory to save the adapter config in, found the file {save_directory}")
@@ -303,7 +301,8 @@ class DoraConfig(PeftConfig):
                 f"Unexpected keyword arguments {unknown} for class DoraConfig, these are ignored.", stacklevel=2
             )
         config = cls(auto_mapping=auto_mapping or None, **{k: v for k, v in kwargs.items() if k in known})
-        if "rank_pattern" in own:  # the file has more entries than ours: those of the magnitude-only modules
+        # The file has more entries than ours: those of the magnitude-only modules.
+        if "rank_pattern" in own:
             config.magnitude_only_ranks.update({k: v for k, v in in_file.items() if k not in config.rank_pattern})
         for name in ROW_RECORDS:
             setattr(config, name, own.get(name))
@@ -321,32 +320,30 @@ class DoraConfig(PeftConfig):
         try:
             return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except ValueError as error:
-            where = os.path.join(pretrained_model_name_or_path, subfolder or "")
-            raise ValueError(f"Cannot load a DoRA adapter config from '{where}': {error}") from error
+            folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+            raise ValueError(f"Cannot load a DoRA adapter config from '{folder}': {error}") from error
 
 
 def _own_fields(cls: type) -> set[str]:
     return {f.name for f in fields(cls)} - _LORA_FIELDS.keys() | {"target_modules", "rank_pattern", "init_lora_weights"}
 
 
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, set):
-        return sorted(value)
-    if hasattr(value, "__dataclass_fields__"):
+def _jsonable(value: object) -> object:
+    if is_dataclass(value):
         return {f.name: _jsonable(getattr(value, f.name)) for f in fields(value)}
-    return value
+    return sorted(value) if isinstance(value, set) else value
 
 
-def _union(first: Any, second: Any) -> Any:
+def _union(first: _Modules, second: _Modules) -> _Modules:
     """The target modules that match what either matches."""
-    if not first:
-        return second
+    if not first or not second:
+        return first or second
     if isinstance(first, set) and isinstance(second, set):
         return first | second
     return "|".join(f"(?:{_as_regex(names)})" for names in (first, second))
 
 
-def _as_regex(names: set[str] | str) -> str:
+def _as_regex(names: list[str] | set[str] | str) -> str:
     """A list of module names as the regular expression that PEFT would match in full."""
     if isinstance(names, str):
         return names

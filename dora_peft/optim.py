@@ -1,23 +1,26 @@
-"""Optimizer parameter groups for DoRA: weight decay on a magnitude shrinks the weight itself."""
+"""Optimizer parameter groups for DoRA, without weight decay on magnitudes, which would shrink the weight itself.
+
+Importing the module installs a hook on the steps of all torch optimizers, which warns of one that decays magnitudes.
+"""
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .layers.layer import Magnitude
+from .layers.magnitude import Magnitude
 
+# The optimizers that the hook has looked at.
 _seen: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def param_groups(
     model: nn.Module, weight_decay: float = 0.0, lr_magnitude: float | None = None
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Trainable parameters in groups for a torch optimizer, with the magnitudes left out of weight decay.
 
     Decaying lora_A and lora_B pulls the weight towards W0, as in LoRA. Decaying m pulls the adapted weight itself
@@ -27,7 +30,7 @@ def param_groups(
     Args:
         model: A model with DoRA adapters; other trainable parameters are included.
         weight_decay: For the matrices.
-        lr_magnitude: Learning rate of the magnitudes, the optimizer's own if None.
+        lr_magnitude: Learning rate of the magnitudes, the optimizer's if None.
 
     Returns:
         Up to three groups: decayed, not decayed, magnitudes; empty ones are left out.
@@ -46,10 +49,10 @@ def param_groups(
             "model.set_adapter(name)."
         )
     others = [p for p in trainable if id(p) not in magnitudes]
-    m_group: dict[str, Any] = {"params": [p for p in trainable if id(p) in magnitudes], "weight_decay": 0.0}
+    m_group: dict[str, object] = {"params": [p for p in trainable if id(p) in magnitudes], "weight_decay": 0.0}
     if lr_magnitude is not None:
         m_group["lr"] = lr_magnitude
-    groups = [
+    groups: list[dict[str, object]] = [
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
         m_group,
@@ -57,7 +60,7 @@ def param_groups(
     return [group for group in groups if group["params"]]
 
 
-def _warn_about_decay(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _warn_about_decay(optimizer: torch.optim.Optimizer, *_: object) -> None:
     if optimizer in _seen:
         return
     _seen.add(optimizer)

@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def initial_scaling(lora_alpha: float, r: int, use_rslora: bool = False) -> float:
-    """s = alpha / r, or alpha / sqrt(r) with rsLoRA, for an adapter that nobody has rescaled."""
-    return float(lora_alpha / (math.sqrt(r) if use_rslora else r))
+def alpha_divisor(r: int, use_rslora: bool) -> float:
+    """What lora_alpha is divided by to give s: r, or sqrt(r) with rsLoRA."""
+    return math.sqrt(r) if use_rslora else r
 
 
 def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -111,7 +111,7 @@ def dora_linear(
     return y if bias is None else y + bias
 
 
-def combine(weight: Tensor, adapters: list[tuple[Tensor, Tensor, Tensor, float]], weights: list[float]) -> Tensor:
+def weighted_sum(weight: Tensor, adapters: list[tuple[Tensor, Tensor, Tensor, float]], weights: list[float]) -> Tensor:
     """W0 + sum_i w_i (W'_i - W0): what a weighted sum of DoRA adapters (A, B, m, s) means, [out, in]."""
     combined = weight.clone()
     for (lora_A, lora_B, magnitude, scaling), w in zip(adapters, weights, strict=True):

@@ -11,7 +11,7 @@ from torch import nn
 
 from dora_peft import DoraConfig
 from dora_peft.config import _IGNORED, MARKER, REFUSED
-from dora_peft.plugin.registry import plain_peft_configs
+from dora_peft.plugin.configs import plain_peft_configs
 
 OWN_FIELDS = {"detach_norm", "dropout_mode", "magnitude_only_modules", "magnitude_key"}
 # set by PEFT or by the class itself, not by users

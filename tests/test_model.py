@@ -613,7 +613,7 @@ def combined(model, weights):
             )
             for adapter in weights
         ]
-        out[name] = reference.combine(layer.original_weight().detach(), parts, list(weights.values()))
+        out[name] = reference.weighted_sum(layer.original_weight().detach(), parts, list(weights.values()))
     return out
 
 
@@ -710,8 +710,11 @@ def test_hotswap_replaces_tensors_scaling_and_outputs(tmp_path):
 @pytest.mark.parametrize(
     ("within", "change"),
     [
-        ("dora_peft.model._combine_layer", lambda model, _: model.add_weighted_adapter(["default"], [2.0], "sum")),
-        ("dora_peft.model.from_checkpoint", lambda model, folder: model.hotswap_adapter(str(folder))),
+        (
+            "dora_peft.adapters.combine._fill_layer",
+            lambda model, _: model.add_weighted_adapter(["default"], [2.0], "sum"),
+        ),
+        ("dora_peft.adapters.hotswap.from_checkpoint", lambda model, folder: model.hotswap_adapter(str(folder))),
         ("peft.peft_model.load_peft_weights", PeftModel.from_pretrained),
     ],
     ids=["weighted sum", "hotswap", "load"],

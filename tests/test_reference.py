@@ -173,21 +173,21 @@ def test_combine_is_the_weighted_sum_of_the_changes():
     _, A2, B2, m2, _ = problem(r=2, seed=1)
     first, second = (A, B, m, S), (A2, B2, m2, 0.3)
     merged = [reference.dora_weight(weight, *adapter) for adapter in (first, second)]
-    torch.testing.assert_close(reference.combine(weight, [first], [1.0]), merged[0])
-    torch.testing.assert_close(reference.combine(weight, [first, second], [0.0, 0.0]), weight)
+    torch.testing.assert_close(reference.weighted_sum(weight, [first], [1.0]), merged[0])
+    torch.testing.assert_close(reference.weighted_sum(weight, [first, second], [0.0, 0.0]), weight)
     expected = weight * (1 - 0.6 + 0.25) + 0.6 * merged[0] - 0.25 * merged[1]
-    torch.testing.assert_close(reference.combine(weight, [first, second], [0.6, -0.25]), expected)
+    torch.testing.assert_close(reference.weighted_sum(weight, [first, second], [0.6, -0.25]), expected)
     with pytest.raises(ValueError, match="zip"):
-        reference.combine(weight, [first, second], [1.0])
+        reference.weighted_sum(weight, [first, second], [1.0])
 
 
 def test_combine_leaves_its_weight_alone():
     weight, A, B, m, _ = problem()
     before = weight.clone()
-    reference.combine(weight, [(A.detach(), B.detach(), m.detach(), S)], [1.0])
+    reference.weighted_sum(weight, [(A.detach(), B.detach(), m.detach(), S)], [1.0])
     assert torch.equal(weight, before)
 
 
-def test_initial_scaling():
-    assert reference.initial_scaling(16, 4) == 4.0
-    assert reference.initial_scaling(16, 4, use_rslora=True) == 8.0
+def test_alpha_divisor():
+    assert 16 / reference.alpha_divisor(4, use_rslora=False) == 4.0
+    assert 16 / reference.alpha_divisor(4, use_rslora=True) == 8.0

@@ -1,1 +1,12 @@
-"""How an adapter travels: to files, from files, and between adapters."""
+"""What is done with the adapters of a whole model, and how they travel to files, from files and between each other.
+
+targets.py       which modules an adapter goes on
+checkpoint.py    its tensors in a file that plain PEFT reads; peft_rows.py rows of norm 0 in it, names.py its keys
+card.py          the model card beside it
+initial.py       rewritten for a base weight without what its initialisation changed
+hotswap.py       another checkpoint in an adapter's place
+combine.py       weighted sums of adapters as a new one
+merge.py         into the base weights
+mixed_batch.py   one adapter per sample
+undo.py          any of these taken back if it does not succeed
+"""

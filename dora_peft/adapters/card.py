@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from huggingface_hub import ModelCard
+
+from ..config import DoraConfig
 
 _START, _END = "<!-- dora_peft: start -->", "<!-- dora_peft: end -->"
 
@@ -20,8 +21,14 @@ def remove_generic_card(folder: str) -> None:
             os.remove(path)
 
 
-def complete_model_card(folder: str, config: Any, repo_id: str | None = None) -> None:
-    """Add or replace the DoRA section, for an adapter's `config`, of the README.md that PEFT wrote into `folder`."""
+def complete_model_card(folder: str, config: DoraConfig, repo_id: str | None = None) -> None:
+    """Add or replace the DoRA section of the README.md that PEFT wrote into a folder.
+
+    Args:
+        folder: Where the adapter was saved.
+        config: The adapter's config.
+        repo_id: The Hub repository that the folder goes to, if it does.
+    """
     path = os.path.join(folder, "README.md")
     card = ModelCard.load(path)
     card.data["tags"] = sorted({*(card.data.get("tags") or []), "dora", "lora"})
@@ -32,7 +39,7 @@ def complete_model_card(folder: str, config: Any, repo_id: str | None = None) ->
     card.save(path)
 
 
-def _section(config: Any, base_model: str | None, where: str) -> str:
+def _section(config: DoraConfig, base_model: str | None, where: str) -> str:
     base = base_model or config.base_model_name_or_path or "the base model"
     auto = {"SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM", "CAUSAL_LM": "AutoModelForCausalLM"}.get(
         str(getattr(config.task_type, "value", config.task_type)), "AutoModel"

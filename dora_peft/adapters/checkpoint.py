@@ -1,24 +1,23 @@
 """Between a model's adapter tensors and a checkpoint that plain PEFT reads to the same outputs.
 
-Three things differ between the two, all of them in cases where PEFT's `use_dora` is undefined or its norm is another
-one:
+Three things are translated: a key's spelling, and the two cases in which PEFT divides by zero or uses another norm.
 
-- the magnitude's key: "...lora_magnitude_vector.weight" or, as PEFT writes it, "...lora_magnitude_vector";
-- tied rows (zero rows of W0): saved with m = v, and where v is still 0 with a small entry in B, so that PEFT divides by
-  something (peft_rows.py); the config says which rows these are (ties.py), and loading takes the entries out again;
-- grouped convolutions: PEFT's norm is not that of the composed kernel, so m is rescaled by the ratio of the two.
+- The magnitude's key is "...lora_magnitude_vector.weight" or, as PEFT writes it, "...lora_magnitude_vector".
+- Tied rows (zero rows of W0) are saved with m = v. If v is still 0, PEFT would divide by zero: B gets a small entry
+  there (peft_rows.py). The config says which rows these are (norms/ties.py), and loading takes the entries out again.
+- Grouped convolutions: PEFT's norm is not that of the composed kernel, so m is multiplied by the ratio of the two.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import norms
-from .._row_ranges import bare, recorded, to_ranges
+from .._row_ranges import Recorded, bare, recorded, to_ranges
 from ..bases.offload import at_hand
+from ..config import DoraConfig
+from ..layers.layer import DoraLayer
 from ..norms import ties
 from ..ops import functional
 from . import peft_rows
@@ -27,15 +26,18 @@ MAGNITUDE = "lora_magnitude_vector"
 
 
 def to_checkpoint(
-    model: nn.Module, adapter: str, tensors: dict[str, Tensor], config: Any, infix: str | None = None
+    model: nn.Module, adapter: str, tensors: dict[str, Tensor], config: DoraConfig, infix: str | None = None
 ) -> dict[str, Tensor]:
     """The tensors to save, from those of the model; `config` learns which rows are tied, for its own file.
 
     Args:
         tensors: One adapter's tensors, named as in the model's state dict.
         config: The adapter's DoraConfig.
-        infix: What stands between attribute and "weight" in the names: the adapter's name, or nothing where it has been
-            removed.
+        infix: What stands between attribute and "weight" in the names: the adapter's name, which is taken if None, or
+            nothing if it has been removed.
+
+    Returns:
+        The tensors under the same names, or under PEFT's spelling if the config's magnitude_key asks for it.
     """
     infix = f".{adapter}" if infix is None else infix
     out = dict(tensors)
@@ -61,7 +63,7 @@ def to_checkpoint(
 
 
 def _readable_by_peft(
-    layer: Any, adapter: str, prefix: str, infix: str, tensors: dict[str, Tensor]
+    layer: DoraLayer, adapter: str, prefix: str, infix: str, tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
     """The tensors of one layer that have to differ from the model's, its tied rows, and those with an entry for PEFT.
 
@@ -69,11 +71,10 @@ def _readable_by_peft(
     """
     grouped = getattr(layer.get_base_layer(), "groups", 1) > 1
     known = layer._norms.get(adapter)
-    if known is None or not known.settled:
-        known = norms.weight_norm(layer, adapter)
-    tied = known.tied
+    tied = known.tied if known is not None and known.settled else norms.weight_norm(layer, adapter).tied
     if tied is None and not grouped:
-        return {}, None, None  # also keeps a sharded model from being asked for its norm
+        # Asking for the norm would fail for a sharded model.
+        return {}, None, None
     a_key, b_key, m_key = _keys(prefix, infix, tensors)
     lora_A, lora_B, magnitude = tensors[a_key], tensors[b_key], tensors[m_key].detach().clone()
     tied = None if tied is None else tied.to(magnitude.device)
@@ -110,29 +111,35 @@ def _keys(prefix: str, infix: str, tensors: dict[str, Tensor]) -> tuple[str, str
     return a_key, b_key, f"{prefix}{MAGNITUDE}{infix}.weight"
 
 
-def _norms_of(layer: Any, adapter: str, factors: tuple[Tensor, Tensor], tied: Tensor) -> Tensor:
+def _norms_of(layer: DoraLayer, adapter: str, factors: tuple[Tensor, Tensor], tied: Tensor) -> Tensor:
     """v [out] for tied rows and these factors; other rows hold anything."""
     zero = ties.zero_rows(layer)
-    if zero is None:  # a sharded weight, whose tied rows are zero
-        zero = tied
-    zero = zero.to(tied.device)
+    # The tied rows of a sharded weight are zero.
+    zero = tied if zero is None else zero.to(tied.device)
     norm = torch.zeros(tied.shape, device=tied.device, dtype=layer.base_weight().dtype)
     norm[tied & zero] = ties.change_norm(layer, adapter, factors, tied & zero).to(norm)
-    other = tied & ~zero  # the adapter was trained on another base, where they were zero
+    # The adapter was trained on another base, where these rows were zero.
+    other = tied & ~zero
     if bool(other.any()):
-        value: Any = norms.weight_norm(layer, adapter).value
-        norm[other] = value.to(norm)[other]
+        norm[other] = norms.weight_norm(layer, adapter).value.to(norm)[other]
     return norm
 
 
-def from_checkpoint(model: nn.Module, adapter: str, tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+def from_checkpoint(
+    model: nn.Module, adapter: str, tensors: dict[str, Tensor], config: DoraConfig
+) -> dict[str, Tensor]:
     """The tensors to load, named without the adapter, from a checkpoint of ours or of PEFT's `use_dora`.
 
-    Which rows are tied is settled here: by what the folder's config says, by the tensors where it says nothing.
+    Which rows are tied is settled here: by what the folder's config says, or else by the tensors.
 
     Args:
+        model: The model that they will be loaded into.
+        adapter: The adapter's name in it.
         tensors: As read from the file.
         config: The DoraConfig that belongs to them.
+
+    Returns:
+        The tensors, all names spelled with ".weight".
 
     Raises:
         ValueError: A magnitude or factor is missing, not floating point, or not finite, or the config names rows that
@@ -140,49 +147,58 @@ def from_checkpoint(model: nn.Module, adapter: str, tensors: dict[str, Tensor], 
     """
     out = {f"{k}.weight" if k.endswith(MAGNITUDE) else k: v for k, v in tensors.items()}
     layers = ties.layers(model, adapter)
-    modules = {bare(name) for name, _ in layers}
+    problems = _problems_of_tensors(out)
+    rows = _recorded_rows(layers, config, problems)
+    for name, _ in layers:
+        prefix = name.removeprefix("_fsdp_wrapped_module.")
+        found = [p for p in (prefix, f"base_model.model.{prefix}") if any(k.startswith(f"{p}.lora_") for k in out)]
+        # PEFT reports the keys of a module that the checkpoint says nothing about.
+        if found and f"{found[0]}.{MAGNITUDE}.weight" not in out:
+            problems.setdefault("have factors but no magnitude (a plain LoRA adapter?)", []).append(prefix)
+    if problems:
+        listed = "; ".join(f"{', '.join(k[:3])}{' ...' * (len(k) > 3)} {what}" for what, k in problems.items())
+        raise ValueError(
+            f"Cannot load DoRA adapter '{adapter}': expected finite floating point lora_A, lora_B and "
+            f"lora_magnitude_vector for every adapted module, found: {listed}. Nothing was loaded. Use an intact DoRA "
+            "checkpoint, or load a plain LoRA adapter with peft.LoraConfig."
+        )
+    for name, layer in layers:
+        keys = keys_of(f"{name}.", out)
+        _keep_dtypes(layer, adapter, keys, out)
+        _bring_in(layer, adapter, tuple(out.get(key) for key in keys))
+        # A layer that nothing is loaded into stays as it is, with the rows that are tied now.
+        if _fits(layer, adapter, tuple(out.get(key) for key in keys)):
+            with at_hand(layer.get_base_layer()):
+                _load_layer(layer, adapter, keys, out, *rows[name])
+    return out
+
+
+def _problems_of_tensors(tensors: dict[str, Tensor]) -> dict[str, list[str]]:
+    """What is wrong with an adapter's tensors, and the keys of those concerned."""
     problems: dict[str, list[str]] = {}
-    for key, tensor in out.items():
+    for key, tensor in tensors.items():
         if "lora_" not in key:
             continue
         if not tensor.is_floating_point():
             problems.setdefault(f"have dtype {tensor.dtype} instead of a floating point one", []).append(key)
         elif not tensor.is_meta and not torch.isfinite(tensor).all():
             problems.setdefault("hold NaN or infinite values", []).append(key)
+    return problems
+
+
+def _recorded_rows(
+    layers: list[tuple[str, DoraLayer]], config: DoraConfig, problems: dict[str, list[str]]
+) -> dict[str, tuple[Recorded, Recorded]]:
+    """By layer, what the config says about its tied and its filled rows; records that do not fit go to `problems`."""
+    modules = {bare(name) for name, _ in layers}
     rows = {}
     for name, layer in layers:
         try:
-            rows[name] = [
-                recorded(record, bare(name), layer.out_features, modules)
-                for record in (config.tied_rows, config.filled_rows)
-            ]
+            tied = recorded(config.tied_rows, bare(name), layer.out_features, modules)
+            rows[name] = tied, recorded(config.filled_rows, bare(name), layer.out_features, modules)
         except ValueError as error:
             problems.setdefault(f"have other rows than the config's tied_rows, {error}", []).append(name)
-        name = name.removeprefix("_fsdp_wrapped_module.")
-        prefix = next(
-            (p for p in (name, f"base_model.model.{name}") if any(k.startswith(f"{p}.lora_") for k in out)), None
-        )
-        if prefix is None:
-            continue  # the checkpoint says nothing about this module; PEFT reports missing keys
-        if f"{prefix}.{MAGNITUDE}.weight" not in out:
-            problems.setdefault("have factors but no magnitude (a plain LoRA adapter?)", []).append(name)
-    if problems:
-        found = "; ".join(
-            f"{', '.join(where[:3])}{' ...' * (len(where) > 3)} {what}" for what, where in problems.items()
-        )
-        raise ValueError(
-            f"Cannot load DoRA adapter '{adapter}': expected finite floating point lora_A, lora_B and "
-            f"lora_magnitude_vector for every adapted module, found: {found}. Nothing was loaded. Use an intact DoRA "
-            "checkpoint, or load a plain LoRA adapter with peft.LoraConfig."
-        )
-    for name, layer in layers:  # a layer that nothing is loaded into stays as it is, with the rows that are tied now
-        keys = keys_of(f"{name}.", out)
-        _keep_dtypes(layer, adapter, keys, out)
-        _bring_in(layer, adapter, tuple(out.get(key) for key in keys))
-        if _fits(layer, adapter, tuple(out.get(key) for key in keys)):
-            with at_hand(layer.get_base_layer()):
-                _load_layer(layer, adapter, keys, out, *rows[name])
-    return out
+    return rows
 
 
 def keys_of(prefix: str, tensors: dict[str, Tensor]) -> tuple[str, str, str]:
@@ -191,7 +207,7 @@ def keys_of(prefix: str, tensors: dict[str, Tensor]) -> tuple[str, str, str]:
     return found if found[0] in tensors else _keys(f"base_model.model.{prefix}", "", tensors)
 
 
-def _keep_dtypes(layer: Any, adapter: str, keys: tuple[str, ...], tensors: dict[str, Tensor]) -> None:
+def _keep_dtypes(layer: DoraLayer, adapter: str, keys: tuple[str, ...], tensors: dict[str, Tensor]) -> None:
     """With low_cpu_mem_usage the tensors of the file become the parameters: in the dtype that these were made in."""
     own = (*layer.factor_parameters(adapter), layer.magnitude(adapter))
     for key, parameter in zip(keys, own, strict=True):
@@ -199,36 +215,36 @@ def _keep_dtypes(layer: Any, adapter: str, keys: tuple[str, ...], tensors: dict[
             tensors[key] = tensors[key].to(parameter.dtype)
 
 
-def _bring_in(layer: Any, adapter: str, tensors: tuple[Tensor | None, ...]) -> None:
+def _bring_in(layer: DoraLayer, adapter: str, tensors: tuple[Tensor | None, ...]) -> None:
     """Give parameters that PEFT left on the meta device a place, as its own loading would write into nothing.
 
-    It does so over a base weight that is offloaded to disk, where it leaves them to accelerate.
+    Over a base weight that is offloaded to disk PEFT leaves them to accelerate.
     """
-    holders: list[tuple[dict[str, Any], str]] = []
+    holders: list[tuple[dict[str, nn.Parameter | None], str]] = []
     for names in (("lora_A", "lora_embedding_A"), ("lora_B", "lora_embedding_B"), (MAGNITUDE,)):
         held = next(m for name in names if adapter in (m := getattr(layer, name)))
         own = held[adapter]
         holders.append((held._parameters, adapter) if isinstance(own, nn.Parameter) else (own._parameters, "weight"))
     for (parameters, name), tensor in zip(holders, tensors, strict=True):
         old = parameters[name]
-        if old.is_meta and tensor is not None and not tensor.is_meta and tensor.shape == old.shape:
+        if old is not None and old.is_meta and tensor is not None and not tensor.is_meta and tensor.shape == old.shape:
             empty = torch.empty(old.shape, dtype=old.dtype, device=tensor.device)
             parameters[name] = nn.Parameter(empty, requires_grad=old.requires_grad)
 
 
-def _fits(layer: Any, adapter: str, tensors: tuple[Tensor | None, ...]) -> bool:
+def _fits(layer: DoraLayer, adapter: str, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether PEFT will load A, B and m; it refuses or skips those of another shape."""
     own = (*layer.factor_parameters(adapter), layer.magnitude(adapter))
     return all(t is not None and not t.is_meta and t.shape == o.shape for t, o in zip(tensors, own, strict=True))
 
 
 def _load_layer(
-    layer: Any,
+    layer: DoraLayer,
     adapter: str,
     keys: tuple[str, str, str],
     tensors: dict[str, Tensor],
-    tied: Tensor | bool | None,
-    filled: Tensor | bool | None,
+    tied: Recorded,
+    filled: Recorded,
 ) -> None:
     """Undo in `tensors` what was done for plain PEFT, and settle which rows are tied."""
     a_key, b_key, m_key = keys
@@ -255,7 +271,7 @@ def _load_layer(
 
 
 @torch.no_grad()
-def _grouped_norm(layer: Any, adapter: str, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+def _grouped_norm(layer: DoraLayer, adapter: str, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     weight, base = layer.base_weight(), norms.base_squared(layer)
     matrix_A, matrix_B = layer.as_matrices(lora_A, lora_B)
     squared = functional.norm_squared(
@@ -265,11 +281,9 @@ def _grouped_norm(layer: Any, adapter: str, lora_A: Tensor, lora_B: Tensor) -> T
 
 
 @torch.no_grad()
-def _peft_grouped_norm(layer: Any, adapter: str, lora_A: Tensor | None = None, lora_B: Tensor | None = None) -> Tensor:
+def _peft_grouped_norm(layer: DoraLayer, adapter: str, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     """The norm that PEFT 0.20 to 0.21.2 divides by: B [out, r / groups] and A [r, in] reshaped to matrices whose
     product has the kernel's number of elements, though not its meaning."""
-    if lora_A is None or lora_B is None:
-        lora_A, lora_B = layer.factor_parameters(adapter)
     kernel = layer.original_weight()
     norm_dtype = norms.base_squared(layer).dtype
     r = lora_A.shape[0]

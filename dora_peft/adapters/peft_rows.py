@@ -8,17 +8,17 @@ row's output to stay near 0. In fp32 and bf16, whose exponents reach to 1e-38, t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from ..layers.layer import DoraLayer
+
 TINY = 1e-12
-# The largest |B A| of a filled row and the least norm left alone, where fp16 is at work.
+# The largest |B A| of a filled row and the least norm left alone, if PEFT computes in fp16.
 HALF_PRODUCT, HALF_NORM = 2.0**-17, 2.0**-14
 
 
-def in_half(layer: Any, *tensors: Tensor) -> bool:
+def in_half(layer: DoraLayer, *tensors: Tensor) -> bool:
     """Whether PEFT may compute the norm in fp16: one of the saved tensors or the base is."""
     dtypes = [t.dtype for t in (*tensors, layer.original_weight()) if isinstance(t, Tensor)]
     return torch.float16 in dtypes
@@ -31,17 +31,19 @@ def limit(half: bool) -> float:
 
 @torch.no_grad()
 def fill(
-    layer: Any, adapter: str, lora_A: Tensor, lora_B: Tensor, rows: Tensor, half: bool
+    layer: DoraLayer, adapter: str, lora_A: Tensor, lora_B: Tensor, rows: Tensor, half: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A and B with an entry in each of these rows, where it does not have one that is large enough already.
+    """A and B with an entry in each of these rows, unless it has one that is large enough already.
 
     Args:
+        layer: The adapted layer.
+        adapter: The adapter.
         lora_A, lora_B: As the layer stores them; not changed.
         rows: bool [out], the empty rows.
         half: See `in_half`.
 
     Returns:
-        A, B, and the rows [out] whose B was 0 before. A differs only where all of it was 0.
+        A, B, and the rows [out] whose B was 0 before. A differs only if all of it was 0.
     """
     lora_A, lora_B = _copy(lora_A), _copy(lora_B)
     rows = rows.to(lora_B.device)
@@ -56,7 +58,7 @@ def fill(
 
 @torch.no_grad()
 def fill_grouped(
-    layer: Any, adapter: str, lora_A: Tensor, lora_B: Tensor, rows: Tensor, half: bool
+    layer: DoraLayer, adapter: str, lora_A: Tensor, lora_B: Tensor, rows: Tensor, half: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fill` for a grouped convolution, whose norm in PEFT is not that of the composed kernel.
 
@@ -70,7 +72,8 @@ def fill_grouped(
     groups, per_group = layer.get_base_layer().groups, lora_B.shape[1]
     parts = lora_A.flatten(1).view(groups, per_group, groups, -1)
     for o in rows.nonzero()[:, 0].tolist():
-        part = parts[o % groups, :, o % groups]  # [r / groups, in / groups]
+        # [r / groups, in / groups]
+        part = parts[o % groups, :, o % groups]
         j = int(part.abs().amax(1).argmax())
         if not part[j].any():
             part[j, 0] = _first(half)
@@ -85,6 +88,7 @@ def take_out(lora_A: Tensor, lora_B: Tensor, filled: Tensor | None) -> tuple[Ten
     """A and B without what `fill` put into them.
 
     Args:
+        lora_A, lora_B: As in the file; not changed.
         filled: The rows [out] that `fill` returned.
     """
     if filled is not None:
@@ -105,8 +109,8 @@ def _first(half: bool, dtype: torch.dtype = torch.float64) -> float:
     return torch.tensor(HALF_NORM if half else TINY, dtype=dtype).item()
 
 
-def _entry(layer: Any, adapter: str, row: Tensor, half: bool) -> float:
-    """What B has to hold where it multiplies this row of A."""
+def _entry(layer: DoraLayer, adapter: str, row: Tensor, half: bool) -> float:
+    """What B has to hold to multiply this row of A by."""
     scaling = abs(layer.initial_scaling(adapter)) or 1.0
     if half:
         return min(HALF_PRODUCT / (min(scaling, 1.0) * row.abs().max().item()), 2.0**15)

@@ -176,7 +176,7 @@ def _decompose_adapter(root: nn.Module, folder: Path, target: str | None) -> dic
                 raise ValueError(
                     f"expected rank {rank} in module '{name}', from the config, found {len(tensors['A'])}."
                 )
-            scaling = algorithm.initial_scaling(alpha, rank, bool(config.get("use_rslora")))
+            scaling = alpha / algorithm.alpha_divisor(rank, bool(config.get("use_rslora")))
             factors = tensors["A"].flatten(1), tensors["B"].flatten(1)
             base = base_weight(modules[name], name)
             changes[name] = _named(name, compare_low_rank, base, *factors, scaling, tensors.get("magnitude_vector"))

@@ -7,19 +7,19 @@ that checkpoints interchange with PEFT's `use_dora`. The initial factors come fr
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft.tuners import lora
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import norms, reference
 from ..bases import BaseWeight, base_weight, input_gradient, offload, unpack_for_gradient
 from ..bases.inspection import check_creatable, linear_map
+from ..bases.peft_names import in_out_features
 from ..config import DoraConfig
 from ..norms import ties
 from ..ops import choice, functional
@@ -69,8 +69,7 @@ class DoraLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # read by peft.helpers.disable_input_dtype_casting; inputs are never cast
-        features: tuple[Any, Any] = _get_in_out_features(self.get_base_layer())
-        self.in_features, self.out_features = features
+        self.in_features, self.out_features = in_out_features(self.get_base_layer())
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self._norms: dict[str, norms.Norm] = {}
         self._base_norm: norms.BaseNorm | None = None
@@ -676,8 +675,7 @@ class DoraLayer(BaseTunerLayer):
 
     def initial_scaling(self, adapter: str) -> float:
         """s before anyone rescaled the adapter, lora_alpha / r or / sqrt(r): what a checkpoint is written for."""
-        root = math.sqrt(self.r[adapter]) if self.use_rslora[adapter] else self.r[adapter]
-        return float(self.lora_alpha[adapter] / root)
+        return float(self.lora_alpha[adapter] / reference.alpha_divisor(self.r[adapter], self.use_rslora[adapter]))
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the adapter's scaling to `scale` times its initial one."""

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..bases.base import BLOCK_BYTES
+from ..bases import BLOCK_BYTES
 from . import choice
 from .constants import LOW_PRECISION, drowned, tiny
 from .kept_output import KeptOutput, Outputs, version

@@ -13,7 +13,7 @@ def merged_rows(rows: Tensor, start: int, stop: int, adapters: list[tuple[Tensor
     return rows
 
 
-def combine(
+def weighted_sum(
     adapters: list[tuple[Tensor, Tensor, float, Tensor]], weights: list[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The weighted sum W0 + sum_i w_i (W'_i - W0) of adapters (A, B, s, c) as one DoRA adapter, without loss.

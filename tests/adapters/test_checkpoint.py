@@ -12,7 +12,7 @@ from transformers import ConvNextConfig, ConvNextModel, LlamaConfig, LlamaForCau
 from transformers.pytorch_utils import Conv1D
 
 from dora_peft import DoraConfig, DoraLayer
-from dora_peft.plugin.registry import plain_peft_configs
+from dora_peft.plugin.configs import plain_peft_configs
 
 # PEFT says both, in its own tuner and where it creates the factors of ours
 pytestmark = [

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from dora_peft import DoraConfig
 from dora_peft._row_ranges import checked_record, recorded, to_mask, to_ranges
 from dora_peft.norms.ties import settle_late
-from dora_peft.plugin.registry import plain_peft_configs
+from dora_peft.plugin.configs import plain_peft_configs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to (True|False) but the target module is"),

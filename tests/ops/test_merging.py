@@ -39,10 +39,10 @@ def test_combine_equals_the_dense_weighted_sum(weights):
     torch.manual_seed(0)
     weight = torch.randn(9, 13, dtype=torch.float64)
     dense, fast = zip(*(adapter(weight, r, s, r) for r, s in ((2, S), (3, 1.5), (1, -0.4))), strict=True)
-    A, B, k = merging.combine(list(fast), weights)
+    A, B, k = merging.weighted_sum(list(fast), weights)
     assert A.shape == (6, 13)
     assert B.shape == (9, 6)
-    combined = reference.combine(weight, list(dense), weights)
+    combined = reference.weighted_sum(weight, list(dense), weights)
     torch.testing.assert_close(k[:, None] * (weight + B @ A), combined)
     # as a DoRA adapter of scaling 1, whose magnitude is k times the norm
     m = k * reference.weight_norm(weight, A, B, 1.0)
@@ -54,7 +54,7 @@ def test_combine_of_rows_whose_scale_vanishes():
     weight = torch.randn(4, 6, dtype=torch.float64)
     A, B = factors(4, 6, 2, torch.float64)
     c = torch.tensor([2.0, 2.0, 1.0, 0.5], dtype=torch.float64)  # weight -1 makes k exactly 0 in the first two rows
-    new_A, new_B, k = merging.combine([(A, B, S, c)], [-1.0])
+    new_A, new_B, k = merging.weighted_sum([(A, B, S, c)], [-1.0])
     expected = weight - (c[:, None] * (weight + S * B @ A) - weight)
     torch.testing.assert_close(k[:, None] * (weight + new_B @ new_A), expected, rtol=1e-6, atol=1e-6)
 

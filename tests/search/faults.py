@@ -25,7 +25,7 @@ HOOKS = {
     "version": ["dora_peft.ops.kept_output:same_bits", "dora_peft.linear:_version"],
     "content": ["dora_peft.ops.content:Bits.fits", "dora_peft.norm:_same"],
     "merged_rows": ["dora_peft.ops.merging:merged_rows", "dora_peft.merging:merged_rows"],
-    "combine": ["dora_peft.ops.merging:combine", "dora_peft.merging:combine"],
+    "combine": ["dora_peft.ops.merging:weighted_sum", "dora_peft.merging:combine"],
     "conv_branch": ["dora_peft.ops.functional:conv_branch", "dora_peft.functional:conv_branch"],
     "to_checkpoint": ["dora_peft.adapters.checkpoint:_readable_by_peft", "dora_peft.checkpoint:_readable_by_peft"],
 }

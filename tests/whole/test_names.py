@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from dora_peft import DoraConfig
-from dora_peft.plugin.registry import plain_peft_configs
+from dora_peft.plugin.configs import plain_peft_configs
 
 
 class Nested(nn.Module):

@@ -1,9 +1,7 @@
 """The entry in PEFT's registry and the patches: present once, in any order of imports, and for DoRA alone."""
 
-import copy
 import inspect
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +13,11 @@ from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.config import PeftConfigMixin
 from peft.helpers import rescale_adapter_scale
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from safetensors import SafetensorError
 from torch import nn
+from transformers.integrations.peft import PeftAdapterMixin
 
 import dora_peft
-from dora_peft import DoraConfig, DoraLayer, DoraModel
-from dora_peft.plugin import registry as _registry
+from dora_peft import DoraConfig, DoraModel, plugin
 
 ROOT = Path(__file__).parents[2]
 OPTIONAL = ("triton", "bitsandbytes", "torchao", "matplotlib", "datasets", "trl")
@@ -28,7 +25,7 @@ OPTIONAL = ("triton", "bitsandbytes", "torchao", "matplotlib", "datasets", "trl"
 
 def run_python(code):
     """Run `code` in a fresh interpreter and return its last printed line."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
@@ -41,48 +38,11 @@ def mlp():
 
 def patches():
     """Every patched attribute, as (owner, name)."""
-    named = [(PeftModel, n) for n in ("save_pretrained", "load_adapter", "from_pretrained", "add_adapter")]
-    named += [(PeftConfigMixin, n) for n in ("_get_peft_type", "from_peft_type")]
+    methods = ("__init__", "save_pretrained", "load_adapter", "from_pretrained", "add_adapter", "set_adapter")
+    named = [(PeftModel, name) for name in (*methods, "_upload_modified_files")]
+    named += [(PeftAdapterMixin, n) for n in ("load_adapter", "add_adapter", "set_adapter", "delete_adapter")]
+    named += [(PeftConfigMixin, n) for n in ("_get_peft_type", "from_peft_type", "from_pretrained", "from_json_file")]
     return [*named, (peft.peft_model, "load_peft_weights"), (peft.utils.save_and_load, "load_peft_weights")]
-
-
-# ---- the enum
-
-
-def test_dora_is_a_proper_member_of_the_enum():
-    member = PeftType.DORA
-    assert isinstance(member, PeftType)
-    assert member is PeftType("DORA") is PeftType["DORA"] is PeftType("DORA")
-    assert member in PeftType
-    assert "DORA" in PeftType.__members__
-    assert list(PeftType).count(member) == 1
-    assert len(PeftType) == len(set(PeftType)) == len(PeftType.__members__)
-    assert (member.name, member.value) == ("DORA", "DORA")
-    assert member == "DORA"
-    assert hash(member) == hash("DORA")
-    # as every other member does it
-    for shown in (repr, str, format):
-        assert shown(member) == shown(PeftType.LORA).replace("LORA", "DORA")
-
-
-@pytest.mark.parametrize(
-    "clone", [copy.copy, copy.deepcopy, *(lambda m, p=p: pickle.loads(pickle.dumps(m, p)) for p in range(6))]
-)
-def test_the_member_survives_copies(clone):
-    assert clone(PeftType.DORA) is PeftType.DORA
-
-
-def test_the_other_members_are_unchanged():
-    assert PeftType("LORA") is PeftType.LORA
-    with pytest.raises(ValueError, match="NO_SUCH_TYPE"):
-        PeftType("NO_SUCH_TYPE")
-
-
-def test_adding_it_again_changes_nothing():
-    before, member = list(PeftType), PeftType.DORA
-    _registry.add_peft_type()
-    assert list(PeftType) == before
-    assert PeftType.DORA is member
 
 
 def test_the_mappings():
@@ -126,7 +86,7 @@ import dora_peft
 light = set({OPTIONAL}) & sys.modules.keys() == before
 members, member = list(PeftType), PeftType.DORA
 original = PeftModel.save_pretrained._dora_peft_original
-importlib.reload(dora_peft.plugin.registry)
+importlib.reload(dora_peft.plugin)
 importlib.reload(dora_peft)
 for name in [n for n in sys.modules if n.partition(".")[0] == "dora_peft"]:
     del sys.modules[name]
@@ -139,13 +99,14 @@ print(light, same, once, works)
     assert run_python(code) == "True True True True"
 
 
-def test_another_class_under_the_same_type_is_refused():
+def test_a_type_that_another_package_has_taken_is_refused(monkeypatch):
     class OtherConfig(peft.PeftConfig):
         pass
 
-    with pytest.raises(ImportError, match=r"dora_peft\.config\.DoraConfig.*one of the two"):
-        _registry.register(OtherConfig, object, object)
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.DORA] is DoraConfig
+    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.DORA, OtherConfig)
+    with pytest.raises(ImportError, match=r"taken by .*OtherConfig.*one of the two"):
+        plugin.register()
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.DORA] is OtherConfig
 
 
 def test_every_public_name_exists():
@@ -162,7 +123,7 @@ def test_patches_do_not_stack():
 
     before = originals()
     assert None not in before
-    _registry.register(DoraConfig, DoraModel, DoraLayer)
+    plugin.register()
     assert originals() == before
     assert not any(hasattr(original, "_dora_peft_original") for original in before)
 
@@ -207,41 +168,6 @@ print("dora_peft" in sys.modules)
         loaded.set_adapter("second")
         assert torch.equal(first, loaded(x))
         assert not torch.allclose(first, mlp()(x))
-
-
-def test_the_error_of_a_damaged_lora_file_is_still_safetensors_own(tmp_path):
-    get_peft_model(mlp(), LoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(SafetensorError, match=r"adapter_model\.safetensors"):
-        PeftModel.from_pretrained(mlp(), tmp_path)
-
-
-def test_lora_models_keep_pefts_message_for_other_kinds():
-    model = get_peft_model(mlp(), LoraConfig(target_modules=["0"]))
-    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types") as caught:
-        model.add_adapter("other", peft.IA3Config(target_modules=["0"], feedforward_modules=[]))
-    assert "dora" not in str(caught.value).lower()
-
-
-def test_plain_peft_configs_is_left_again_after_an_error(tmp_path):
-    get_peft_model(mlp(), DoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
-
-    def kind():
-        return type(peft.PeftConfig.from_pretrained(str(tmp_path)))
-
-    assert kind() is DoraConfig
-    inside = []
-
-    def fail():
-        with _registry.plain_peft_configs():
-            inside.append(kind())
-            raise RuntimeError("inside")
-
-    with pytest.raises(RuntimeError, match="inside"):
-        fail()
-    assert inside == [LoraConfig]
-    assert kind() is DoraConfig
 
 
 def test_rescale_adapter_scale_still_takes_lora():

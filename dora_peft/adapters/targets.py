@@ -1,0 +1,115 @@
+"""Which modules of a model an adapter goes on, and what is said of those that it cannot go on."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypedDict, cast
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import nn
+
+from ..config import DoraConfig
+from ..layers.kinds import layer_class
+from ..layers.layer import DoraLayer
+
+# Modules whose weight these architectures use without calling the module, so that an adapter would never run
+# (peft.tuners.tuners_utils._check_lora_target_modules_mamba, which looks at PEFT's own types only).
+_MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+_MAMBA_MODULES = {"out_proj", "conv1d"}
+
+
+class LayerOptions(TypedDict):
+    """What differs between the layers of one adapter, and their common config."""
+
+    r: int
+    lora_alpha: float
+    config: DoraConfig
+    magnitude_only: bool
+
+
+def is_magnitude_only(config: DoraConfig, key: str) -> bool:
+    """Whether the module of this name trains m alone."""
+    if not config.magnitude_only_modules:
+        return False
+    as_targets = copy.copy(config)
+    as_targets.target_modules = config.magnitude_only_modules
+    return bool(check_target_module_exists(as_targets, key))
+
+
+def check_called(model: nn.Module, target_name: str) -> None:
+    """Refuse a module whose weight the model uses without calling the module.
+
+    Raises:
+        ValueError: It is one of a Mamba-based model.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in _MAMBA_TYPES and target_name in _MAMBA_MODULES:
+        raise ValueError(
+            f"Module '{target_name}' is incompatible with Mamba-based models (model_type='{model_type}'), which "
+            "use its weight without calling it. Remove it from target_modules, or add it to exclude_modules."
+        )
+
+
+def wrapped(target: nn.Module, adapter_name: str, parent: nn.Module, key: str, options: LayerOptions) -> nn.Module:
+    """A DoRA layer around a module.
+
+    Args:
+        target: The base layer.
+        adapter_name: The adapter that it gets.
+        parent: The module that holds it.
+        key: Its name in the model.
+        options: What the layer is created with.
+
+    Raises:
+        ValueError: The module cannot be adapted.
+    """
+    if isinstance(parent, nn.MultiheadAttention):
+        raise ValueError(
+            f"DoRA cannot adapt module '{key}': nn.MultiheadAttention uses its weight without calling it, so the "
+            "adapter would never run. Leave it out with exclude_modules."
+        )
+    cls = layer_class(target)
+    if cls is None:
+        raise ValueError(
+            f"Target module {target} (module '{key}') is not supported. Currently, only the following modules are "
+            "supported: `torch.nn.Linear`, `torch.nn.Embedding`, `torch.nn.Conv1d`, `torch.nn.Conv2d`, "
+            "`torch.nn.Conv3d`, `transformers.pytorch_utils.Conv1D` and quantised linear layers. Change "
+            "target_modules or leave the module out with exclude_modules."
+        )
+    return cast(nn.Module, cls(target, adapter_name, name=key, **options))
+
+
+def check_found(model: nn.Module, adapter_name: str, config: DoraConfig) -> None:
+    """Refuse an adapter that was created on no module.
+
+    Raises:
+        ValueError: None of the modules that the config names is there.
+    """
+    if config.magnitude_only_modules and not config.magnitude_only_ranks:
+        missing = f"Magnitude-only modules {config.magnitude_only_modules}"
+    elif config.target_modules != DUMMY_TARGET_MODULES and not any(
+        isinstance(m, DoraLayer) and adapter_name in m.lora_magnitude_vector for m in model.modules()
+    ):
+        # PEFT 0.20 overlooks this in a second adapter.
+        missing = f"Target modules {config.target_modules}"
+    else:
+        return
+    # In the words of PEFT, which finds out most of these itself.
+    raise ValueError(f"{missing} not found in the base model.")
+
+
+def with_names(error: ValueError, model: nn.Module) -> ValueError | None:
+    """An error about modules that are not there, with the names of those that can be adapted; None for another error.
+
+    Args:
+        error: An error that ended the creation of an adapter.
+        model: The model, without the adapter.
+    """
+    if "not found in the base model" not in str(error):
+        return None
+    names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if layer_class(m) is not None})
+    return type(error)(
+        f"{error} Modules of {type(model).__name__} that can be adapted are named {', '.join(names[:20])}; "
+        "target_modules='all-linear' takes every linear layer but the output layer."
+    )
