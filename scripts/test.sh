@@ -27,5 +27,9 @@ if [ $# -eq 0 ] && [ "$(uname -s)" = Linux ]; then
     say "pytest, the layers once more by Triton's kernels"
     "$VENV_PYTHON" -m pytest -n 2 --dist worksteal --implementation triton \
         tests/plugin/test_use_dora.py tests/whole/test_compile.py tests/layers/test_kinds.py tests/layers/test_layer.py \
-        tests/ops/test_linear.py tests/norms/test_state.py tests/ops/test_kept_output.py
+        tests/layers/test_merge.py tests/layers/test_quantised.py tests/layers/test_layer_copies.py \
+        tests/layers/test_zero_rows.py tests/norms/test_state.py tests/norms/test_refreshes.py tests/norms/test_evaluation.py \
+        tests/ops/test_linear.py tests/ops/test_products.py tests/ops/test_magnitude_gradient.py \
+        tests/ops/test_changed_output.py tests/ops/test_saved.py tests/ops/test_linear_dropout.py \
+        tests/ops/test_linear_parts.py tests/ops/test_kept_output.py tests/ops/test_recomputation.py
 fi

@@ -23,7 +23,9 @@ from transformers import set_seed
 import dora_peft
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-pytest.register_assert_rewrite("layer_fixtures")  # its assertions show their values, as those of tests do
+# Their assertions show their values, as those of tests do.
+for module in ("bad_input", "checkpoint", "kept_output", "layer", "linear", "model", "parity", "ties"):
+    pytest.register_assert_rewrite(f"{module}_fixtures")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; several threads each would only wait for one another.

@@ -216,3 +216,15 @@ def check(model, x, *, adapters=("default",), detach=True, tied=None, forward=No
         allowed = 2 * distance(naive_gradients[name], expected[name]) + FLOOR[dtype]
         assert distance(grad, expected[name]) <= allowed, name
     return found
+
+
+def with_two_adapters(kind, dtype=torch.float64, **options):
+    model = adapted(kind, dtype, **options)
+    with expected_warning(base_of(model)):
+        model.add_adapter(
+            "second", DoraConfig(r=4 if kind == "conv2d-depthwise" else 2, target_modules=["layer"], **options)
+        )
+    perturb(dora(model), "second", seed=7)
+    if dtype == torch.float64:  # PEFT creates adapters of float64 layers in fp32
+        model.double()
+    return model

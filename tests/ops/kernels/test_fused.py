@@ -1,6 +1,6 @@
 """The linear layer by Triton kernels: how many it launches, the operators for torch.compile, and CUDA graphs.
 
-That values and gradients are right is what tests/test_linear.py asserts, run with `--implementation triton`.
+That values and gradients are right is what tests/ops/test_linear.py asserts, run with `--implementation triton`.
 """
 
 import platform
