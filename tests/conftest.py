@@ -1,5 +1,6 @@
 """What every test starts from: no network, no telemetry, fixed seeds, and the scripts importable."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--implementation", default="auto", help="run every test that chooses none with this implementation"
     )
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from looking at what all imports made: 0.4 s for each full collection otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
