@@ -1,7 +1,7 @@
 """Compile every Triton kernel to machine code, which needs no GPU: python tests/compile_kernels.py ARCH...
 
 Triton's interpreter takes what its compiler refuses, such as a variable that changes its type in a loop. Run by
-tests/test_kernels.py in a process of its own, since a process either interprets or compiles. Prints the number of
+tests/ops/kernels/test_linear.py in another process, since a process either interprets or compiles. Prints the number of
 compiled variants and the most shared memory that one takes, in bytes.
 """
 
@@ -24,10 +24,11 @@ compiled = []
 
 
 def compile_kernel(kernel, target, options, **pointers):
-    """In every configuration, with whole numbers as they come and, as Triton specialises them, all equal to 1."""
-    for config in getattr(kernel, "configs", [triton.Config({}, num_warps=4, num_stages=2)]):
-        function = kernel.fn if hasattr(kernel, "configs") else kernel
-        for ones in (False, True):
+    """In every configuration, and in the first also with all whole numbers equal to 1, as Triton specialises them."""
+    function = kernel.fn if hasattr(kernel, "configs") else kernel
+    configs = getattr(kernel, "configs", [triton.Config({}, num_warps=4, num_stages=2)])
+    for number, config in enumerate(configs):
+        for ones in (False, True)[: 1 if number else 2]:
             constants, signature = {**options, **config.kwargs}, {}
             for name in function.arg_names:
                 if name in constants:

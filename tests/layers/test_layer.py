@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import pairs
 from layer_fixtures import (
     DTYPES,
     KINDS,
@@ -31,9 +32,7 @@ from dora_peft import DoraConfig, reference
 from dora_peft.ops import linear
 
 
-@pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype", "detach"), pairs(KINDS, DTYPES, [True, False]))
 def test_forward_and_gradients(kind, dtype, detach):
     model = adapted(kind, dtype, detach_norm=detach)
     found = check(model, example(model), detach=detach)
@@ -117,9 +116,14 @@ CONSUMERS = {
 }
 
 
-@pytest.mark.parametrize("wrap", ["none", "autocast", "reentrant", "non-reentrant", "offload"])
-@pytest.mark.parametrize("consumer", CONSUMERS)
-@pytest.mark.parametrize("kind", ["linear", "linear-no-bias", "Conv1D", "conv2d", "conv2d-no-bias", "embedding"])
+@pytest.mark.parametrize(
+    ("kind", "consumer", "wrap"),
+    pairs(
+        ["linear", "linear-no-bias", "Conv1D", "conv2d", "conv2d-no-bias", "embedding"],
+        CONSUMERS,
+        ["none", "autocast", "reentrant", "non-reentrant", "offload"],
+    ),
+)
 def test_consumers_that_write_in_place(kind, consumer, wrap):
     model = adapted(kind, torch.float32 if wrap == "autocast" else torch.float64)
     x = example(model)
@@ -182,10 +186,10 @@ def test_autocast_does_not_lower_the_precision_of_the_scale(detach):
     torch.testing.assert_close(found.detach(), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("mode", ["branch", "paper"])
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("kind", ["linear", "conv2d", "conv2d-grouped"])
+@pytest.mark.parametrize(
+    ("kind", "reentrant", "mode", "dropout"),
+    pairs(["linear", "conv2d", "conv2d-grouped"], [True, False], ["branch", "paper"], [0.0, 0.5]),
+)
 def test_gradient_checkpointing_changes_nothing(kind, reentrant, mode, dropout):
     model = adapted(kind, torch.float64, lora_dropout=dropout, dropout_mode=mode)
     x = example(model)
@@ -243,9 +247,9 @@ def test_paper_dropout_is_refused_for_several_active_adapters():
         model.base_model.set_adapter(["default", "other"])
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("order", [("default", "second"), ("second", "default")])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "order", "training"), pairs(KINDS, [("default", "second"), ("second", "default")], [True, False])
+)
 def test_active_adapters_compose_in_their_order(kind, order, training):
     model = with_two_adapters(kind).train(training)
     model.base_model.set_adapter(list(order))

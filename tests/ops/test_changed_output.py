@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from covering import pairs
 from linear_fixtures import (
     BF16,
     FLOOR,
@@ -101,10 +102,9 @@ def gradients_after(problem, form, consumer, surroundings, inside):
     return backward(problem, (out * randn(*out.shape, seed=9).to(out.dtype)).sum())
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("surroundings", SURROUNDINGS)
-@pytest.mark.parametrize("consumer", CONSUMERS)
+@pytest.mark.parametrize(
+    ("consumer", "surroundings", "inside", "form"), pairs(CONSUMERS, SURROUNDINGS, [True, False], FORMS)
+)
 def test_the_next_operation_may_change_the_output(consumer, surroundings, inside, form):
     change = CONSUMERS[consumer]
     for shape in [(4,), (2, 3)]:
@@ -119,9 +119,7 @@ def test_the_next_operation_may_change_the_output(consumer, surroundings, inside
         assert_equal_gradients(found, expected, 2 * FLOOR[BF16 if "autocast" in surroundings else FP32])
 
 
-@pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("surroundings", SURROUNDINGS)
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(("reader", "surroundings", "inside"), pairs(READERS, SURROUNDINGS, [True, False]))
 def test_an_unchanged_output_is_not_computed_again(reader, surroundings, inside):
     problem = small_bias(2, 3)
     found = gradients_after(problem, "base_out", READERS[reader], surroundings, inside)

@@ -7,6 +7,7 @@ from itertools import combinations, product
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import pairs
 from linear_fixtures import (
     BF16,
     FLOOR,
@@ -41,11 +42,9 @@ def test_fresh_buffers_are_poisoned():
         assert fresh.isnan().all()
 
 
-@pytest.mark.parametrize("n", LENGTHS)
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("dtype", "factors"), DTYPES)
-def test_forward_and_gradients(dtype, factors, form, bias, n):
+@pytest.mark.parametrize(("dtypes", "form", "bias", "n"), pairs(DTYPES, FORMS, [False, True], LENGTHS))
+def test_forward_and_gradients(dtypes, form, bias, n):
+    dtype, factors = dtypes
     check(Problem(n, dtype=dtype, factors=factors, bias=bias), form)
 
 
@@ -78,9 +77,7 @@ PROBES = {
 }
 
 
-@pytest.mark.parametrize("probe", PROBES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [FP64, BF16])
+@pytest.mark.parametrize(("dtype", "layout", "probe"), pairs([FP64, BF16], LAYOUTS, PROBES))
 def test_layouts(dtype, layout, probe):
     shape, view = LAYOUTS[layout]
     for form, transposed in zip(FORMS, [True, False], strict=True):  # Conv1D stores W0 transposed
@@ -227,11 +224,9 @@ def test_autocast_of_a_base_layer_at_hand_as_a_product(change, x_dtype):
     assert distance(found, expected) <= 2 * distance(naive, expected) + FLOOR[BF16]
 
 
-@pytest.mark.parametrize("n", [0, 1, 600])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("dtype", "factors"), DTYPES)
-def test_evaluation_equals_training(dtype, factors, form, bias, n):
+@pytest.mark.parametrize(("dtypes", "form", "bias", "n"), pairs(DTYPES, FORMS, [False, True], [0, 1, 600]))
+def test_evaluation_equals_training(dtypes, form, bias, n):
+    dtype, factors = dtypes
     for shape, amp in product([(n,), (2, n)], [False, True]):
         problem = Problem(*shape, dtype=dtype, factors=factors, bias=bias)
         with torch.autocast("cpu", dtype=BF16, enabled=amp):

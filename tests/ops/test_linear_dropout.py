@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from covering import pairs
 from linear_fixtures import (
     BF16,
     FLOOR,
@@ -35,10 +36,9 @@ def drawn_mask(shape, p, dtype):
     return dropout_kernels.dropout_mask(shape, seed, p, torch.device("cpu")), dropout_kernels.threshold(p)[1]
 
 
-@pytest.mark.parametrize("p", [0.3, 1.0, 1e-6])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16])
+@pytest.mark.parametrize(
+    ("dtype", "form", "bias", "p"), pairs([FP64, FP32, BF16, FP16], FORMS, [False, True], [0.3, 1.0, 1e-6])
+)
 def test_dropout(dtype, form, bias, p):
     problem = Problem(3, 5, dtype=dtype, bias=bias)
     torch.manual_seed(1)

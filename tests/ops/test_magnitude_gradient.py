@@ -1,5 +1,7 @@
 """The gradient of m, also if the output does not determine it."""
 
+import itertools
+
 import pytest
 import torch
 from linear_fixtures import BF16, FORMS, FP16, FP32, FP64, ROUNDING, Problem, S, check, gradients, randn
@@ -74,8 +76,11 @@ FAIR = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("dtype", "case"), [*HARD, *FAIR])
+@pytest.mark.parametrize(
+    ("dtype", "case", "form"),
+    [(*case, form) for case in HARD for form in FORMS]
+    + [(*case, form) for case, form in zip(FAIR, itertools.cycle(FORMS), strict=False)],
+)
 def test_magnitude_gradient_of_hard_rows(dtype, case, form):
     problem, hard = hard_problem(dtype, **case)
     probe = randn(300, 12, seed=9).to(dtype)

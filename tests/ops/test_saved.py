@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import pairs
 from linear_fixtures import (
     BF16,
     FLOOR,
@@ -80,11 +81,10 @@ def test_no_reference_cycle_keeps_the_output(form, context, when):
         assert storage.expired()
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
-@pytest.mark.parametrize("surroundings", ["plain", "autocast"])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [FP64, FP32, BF16])
-@pytest.mark.parametrize("n", [5, subject.CHUNK + 1])
+@pytest.mark.parametrize(
+    ("n", "dtype", "form", "surroundings", "dropout_p"),
+    pairs([5, subject.CHUNK + 1], [FP64, FP32, BF16], FORMS, ["plain", "autocast"], [0.0, 0.5]),
+)
 def test_what_is_kept_for_backward(n, dtype, form, surroundings, dropout_p):
     """y and u, some of y's elements again, and for dropout a byte an element of x, by kernels nothing: no copy of x,
     nothing of W0's size."""
