@@ -12,6 +12,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import huggingface_hub
 import pytest
 import torch
 
@@ -23,6 +24,8 @@ from transformers import set_seed
 
 import dora_peft
 
+# A plugin of pytest may have imported it before, and so with the user's setting.
+huggingface_hub.constants.HF_HUB_OFFLINE = True
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 # Their assertions show their values, as those of tests do.
 for module in ("bad_input", "checkpoint", "kept_output", "layer", "linear", "model", "parity", "ties"):

@@ -143,7 +143,8 @@ def check(problem, form="weight", *, y=None, eager=None, probe=None, drop=None):
     probe = randn(*y.shape, seed=9).to(dtype) if probe is None else probe
     truth, leaves = problem.truth(drop)
     eager = problem.eager(form, drop) if eager is None else eager
-    floor = FLOOR[dtype] * (2 if by_kernels(dtype) else 1)  # which round c * g as well
+    # Kernels round c * g as well.
+    floor = FLOOR[dtype] * (2 if by_kernels(dtype) else 1)
     assert y.shape == truth.shape
     assert distance(y, truth) <= 2 * distance(eager, truth) + floor
     expected, naive = gradients(truth, leaves, probe), problem.gradients(eager, probe)

@@ -32,7 +32,7 @@ def test_hotswap_replaces_tensors_scaling_and_outputs(tmp_path):
 def test_an_interrupted_change_leaves_the_model_as_it_was(within, change, tmp_path, monkeypatch):
     """Ctrl-C in the middle, which is no Exception."""
     saved_second(tmp_path, lora_alpha=9)
-    # by name: registering again patches the method anew
+    # By name, because registering again patches the method again.
     model = mlp() if change.__name__ == "from_pretrained" else train(get_peft_model(mlp(), config()))
     before, modules, adapters = (
         output(model),

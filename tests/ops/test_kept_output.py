@@ -273,7 +273,7 @@ def test_one_warning_per_model_names_the_modules():
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_torchs_own_operations_in_place_need_no_warning(kind):
-    """Their version counter tells each time, so that nothing has to be remembered of them."""
+    """Their version counter shows each write, so that nothing has to be remembered of them."""
     model = adapted(kind)
     x = example(model)
     expected = gradients(model, x, torch.sigmoid, SURROUNDINGS["plain"])

@@ -67,7 +67,7 @@ HARD = [
     *[(dtype, {"ratio": ratio}) for dtype in (BF16, FP16) for ratio in (1e2, 1e3, 1e4)],
     *[(FP32, {"ratio": ratio}) for ratio in (1e4, 1e5)],
 ]
-# where y still tells enough, or just not
+# If y is still enough, or just not.
 FAIR = [
     *[(dtype, {"c": c}) for dtype in (FP64, FP32, BF16) for c in (1e-3, -1.0, 1e-10, 1e-25, 1e-36)],
     *[(FP16, {"c": c}) for c in (-1.0, 0.1, 2**-7.9, 2**-8.1, 1e-3, 1e-4, 1e-5)],

@@ -52,7 +52,8 @@ def test_the_output_is_released_after_backward(form, shape, context):
         storage = StorageWeakRef(y.untyped_storage())
         loss = (y * probe).sum()
         del y
-        if context is not save_on_cpu:  # which keeps a copy
+        # save_on_cpu keeps a copy.
+        if context is not save_on_cpu:
             assert not storage.expired()  # kept for backward, by nothing else
         loss.backward()
         assert loss.grad_fn is not None
@@ -96,7 +97,8 @@ def test_what_is_kept_for_backward(n, dtype, form, surroundings, dropout_p):
         with no_garbage_collection(), Made() as made:
             y = subject.linear(x, A, B, c, S, bias=bias, dropout_p=dropout_p, **base)
     assert y.dtype == (BF16 if surroundings == "autocast" and dtype is not FP64 else dtype)
-    mask = [] if by_kernels(dtype) else [n * 33] * (dropout_p > 0)  # drawn anew from its seed
+    # Kernels draw the mask again from its seed.
+    mask = [] if by_kernels(dtype) else [n * 33] * (dropout_p > 0)
     if by_kernels(dtype):
         gc.collect()  # Triton's interpreter leaves reference cycles
     sample = [part.numel() * y.itemsize for part in kept_output._parts(y, 0, 0)]

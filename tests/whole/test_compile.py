@@ -95,7 +95,7 @@ EDITS = {
     "A through .data": lambda layer: layer.lora_A["default"].weight.data.mul_(2),
     "B through .data": lambda layer: layer.lora_B["default"].weight.data.neg_(),
     "B by copy_": lambda layer: layer.lora_B["default"].weight.data.copy_(torch.randn(12, 3)),
-    "A bound anew": lambda layer: setattr(layer.lora_A["default"].weight, "data", torch.randn(3, 8)),
+    "A bound to new memory": lambda layer: setattr(layer.lora_A["default"].weight, "data", torch.randn(3, 8)),
     "all of W0": lambda layer: layer.get_base_layer().weight.data.mul_(2),
 }
 
