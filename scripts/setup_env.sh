@@ -51,8 +51,9 @@ setup_env() {
         return
     fi
     rm -f "$stamp"
-    # torch first and on its own: with it in place no other package's looser requirement can bring in another build.
-    "$VENV_PYTHON" -m pip install -c scripts/constraints.txt torch
-    "$VENV_PYTHON" -m pip install -c scripts/constraints.txt -e ".[test,dev]"
+    # One call: constraints.txt pins torch, so that no looser requirement can bring in another build. Not --no-compile:
+    # some packages' sources warn when they are compiled, and under pytest a warning is an error.
+    PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 "$VENV_PYTHON" -m pip install \
+        --prefer-binary -c scripts/constraints.txt -e ".[test,dev]"
     echo "$fingerprint" >"$stamp"
 }

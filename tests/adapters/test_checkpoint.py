@@ -1,17 +1,15 @@
-"""What is saved loads in plain PEFT to the same outputs, and what PEFT's use_dora saves loads here."""
+"""What is saved loads in plain PEFT to the same outputs, and what PEFT saves loads here."""
 
-import warnings
 from dataclasses import asdict
 
 import pytest
 import torch
+from checkpoint_fixtures import differs, load_ours, load_plain, net, output, same, save, train, zero_net
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import ConvNextConfig, ConvNextModel, LlamaConfig, LlamaForCausalLM
-from transformers.pytorch_utils import Conv1D
 
-from dora_peft import DoraConfig, DoraLayer
+from dora_peft import DoraConfig
 from dora_peft.plugin.configs import plain_peft_configs
 
 # PEFT says both, in its own tuner and where it creates the factors of ours
@@ -21,9 +19,6 @@ pytestmark = [
     # PEFT 0.20 only: it looks for the config of a base model without a name
     pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume"),
 ]
-IDS = torch.arange(12).view(2, 6)
-# PEFT says this where an embedding is targeted; whether the table is saved as well is its own decision
-EMBEDDING_SAVED = "Setting `save_embedding_layers` to `True`"
 
 
 def llama(**changes):
@@ -34,87 +29,7 @@ def llama(**changes):
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.2, **changes)).double().eval()
 
 
-class Net(nn.Module):
-    """One layer of every kind that PEFT's use_dora adapts, in a chain."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(12, 8)
-        self.linear = nn.Linear(8, 8)
-        self.no_bias = nn.Linear(8, 8, bias=False)
-        self.transposed = Conv1D(8, 8)
-        nn.init.normal_(self.transposed.weight)
-        self.conv1d = nn.Conv1d(8, 8, 3, padding=1)
-        self.conv2d = nn.Conv2d(8, 8, 3, padding=1)
-        self.conv3d = nn.Conv3d(8, 8, 1)
-        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, ids):
-        x = self.transposed(self.no_bias(self.linear(self.embed(ids))))
-        x = self.conv1d(x.transpose(1, 2))[..., None]  # [N, 8, length, 1]
-        x = self.grouped(self.conv2d(x))[..., None]
-        return self.head(self.conv3d(x).flatten(2).transpose(1, 2))
-
-
-def net():
-    torch.manual_seed(0)
-    return Net().double().eval()
-
-
-@torch.no_grad()
-def train(model, adapter="default", seed=1):
-    """Move every tensor of one adapter as training would: factors freely, magnitudes by some percent."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if f".{adapter}" not in name or not parameter.requires_grad:
-            continue
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
-        parameter.mul_(1 + 0.1 * noise) if "magnitude" in name else parameter.add_(0.2 * noise)
-    return model.eval()
-
-
-@torch.no_grad()
-def output(model, ids=IDS):
-    out = model(ids)
-    return out if isinstance(out, torch.Tensor) else out.logits
-
-
-def same(found, expected):
-    # m is kept in float64 over a float64 base and written as such
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-
-
-def differs(found, other):
-    assert (found - other).abs().max() > 1e-3
-
-
-def save(model, folder, **options):
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=EMBEDDING_SAVED)
-        model.save_pretrained(folder, **options)
-    return folder
-
-
-def load_plain(base, folder):
-    with plain_peft_configs(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=EMBEDDING_SAVED)
-        model = PeftModel.from_pretrained(base, folder)
-    assert type(model.peft_config["default"]) is LoraConfig
-    assert not any(isinstance(m, DoraLayer) for m in model.modules())
-    return model.eval()
-
-
-def load_ours(base, folder, **options):
-    model = PeftModel.from_pretrained(base, folder, **options)
-    assert type(model.peft_config["default"]) is DoraConfig
-    return model.eval()
-
-
 KINDS = ["linear", "no_bias", "transposed", "conv1d", "conv2d", "conv3d", "embed", "grouped"]
-
-
-# ---- ours, in plain PEFT
 
 
 @pytest.mark.parametrize("key", ["weight", "peft"])
@@ -259,57 +174,6 @@ def test_magnitudes_are_written_in_full_precision(dtype, tmp_path):
     same(output(load_ours(net().to(dtype), tmp_path)), expected)
 
 
-# ---- zero rows
-
-
-def zero_net(kind):
-    """A net in which some outputs of `kind` have a zero weight row."""
-    model = net()
-    weight = model.get_submodule(kind).weight
-    with torch.no_grad():
-        weight[:, [1, 4]] = 0 if kind in ("embed", "transposed") else weight[:, [1, 4]]
-        if kind not in ("embed", "transposed"):
-            weight[[1, 4]] = 0
-    return model
-
-
-@pytest.mark.parametrize("trained", [False, True])
-@pytest.mark.parametrize("kind", ["linear", "transposed", "conv2d", "embed"])
-def test_zero_rows_reach_plain_peft_without_nan(kind, trained, tmp_path):
-    ours = get_peft_model(zero_net(kind), DoraConfig(r=4, target_modules=[kind]))
-    if trained:
-        train(ours)
-    expected = output(ours.eval())
-    assert expected.isfinite().all()
-    save(ours, tmp_path)
-    plain = output(load_plain(zero_net(kind), tmp_path))
-    assert plain.isfinite().all()
-    same(plain, expected)
-    same(output(load_ours(zero_net(kind), tmp_path)), expected)
-
-
-def test_zero_rows_are_tied_again_after_loading(tmp_path):
-    """They go on training as plain LoRA: their magnitude follows the norm and gets no gradient."""
-    save(train(get_peft_model(zero_net("linear"), DoraConfig(r=4, target_modules=["linear"]))), tmp_path)
-    loaded = load_ours(zero_net("linear"), tmp_path, is_trainable=True)
-    layer = loaded.base_model.model.linear
-    loaded(IDS).sum().backward()
-    magnitude = layer.lora_magnitude_vector["default"].weight
-    zero = (layer.get_base_layer().weight == 0).all(1)
-    assert zero.any()
-    assert (magnitude.grad[zero] == 0).all()
-    assert (magnitude.grad[~zero] != 0).all()
-    train(loaded, seed=2)
-    output(loaded)
-    weight = layer.get_base_layer().weight + layer.scaling["default"] * (
-        layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    )
-    same(magnitude[zero], weight.norm(dim=1)[zero])
-
-
-# ---- PEFT's use_dora, here
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_of_pefts_loads_here(kind, tmp_path):
     theirs = get_peft_model(net(), LoraConfig(r=4, lora_alpha=6, target_modules=[kind], use_dora=True))
@@ -351,43 +215,6 @@ def test_pefts_adapter_goes_back_to_peft(tmp_path):
     ours = load_ours(net(), tmp_path / "theirs", config=DoraConfig.from_pretrained(str(tmp_path / "theirs")))
     save(ours, tmp_path / "ours")
     same(output(load_plain(net(), tmp_path / "ours")), expected)
-
-
-# ---- initialisations that change the base
-
-
-# PEFT 0.20 only: it loads the initial adapter beside the trained one to subtract it
-@pytest.mark.filterwarnings("ignore:(PiSSA|OLoRA) changes the base weights")
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
-def test_conversion_of_a_mutated_base_keeps_the_magnitude(init, tmp_path):
-    """The base loses s B0 A0 at the start; the converted adapter gives the same outputs on the untouched base."""
-
-    def base():  # PEFT initialises these in float32 and below only
-        return net().float()
-
-    def close(found, expected):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-    config = DoraConfig(r=3, lora_alpha=4, target_modules=["linear", "no_bias"], init_lora_weights=init)
-    ours = get_peft_model(base(), config).eval()
-    close(output(ours), output(base()))
-    layer = ours.base_model.model.linear
-    differs(layer.get_base_layer().weight, base().linear.weight)
-    config.init_lora_weights = True  # PEFT's documentation: so that loading the initial adapter does not start again
-    save(ours, tmp_path / "initial")
-    config.init_lora_weights = init
-    expected = output(train(ours))
-    differs(expected, output(base()))
-    magnitude = layer.lora_magnitude_vector["default"].weight.detach().clone()
-    save(ours, tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
-    tensors = load_file(tmp_path / "converted" / "adapter_model.safetensors")
-    assert torch.equal(tensors["base_model.model.linear.lora_magnitude_vector.weight"], magnitude)
-    close(output(load_ours(base(), tmp_path / "converted")), expected)
-    close(output(load_plain(base(), tmp_path / "converted")), expected)
-    assert torch.equal(output(ours), expected)  # the model in hand goes on as it was
-
-
-# ---- what a checkpoint may look like
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])

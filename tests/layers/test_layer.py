@@ -1,12 +1,11 @@
-"""Every adapted layer against the dense reference: forward, gradients, life cycle."""
+"""Every adapted layer against the dense reference: forward, gradients, dropout, several adapters."""
 
 import copy
-import io
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import pairs
 from layer_fixtures import (
     DTYPES,
     KINDS,
@@ -22,25 +21,18 @@ from layer_fixtures import (
     expected_warning,
     found_gradients,
     map_with,
-    perturb,
     seeded,
     with_two_adapters,
 )
-from peft import LoraConfig, get_peft_model
-from quantised_fixtures import quantised
+from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 from dora_peft import DoraConfig, reference
 from dora_peft.ops import linear
 
-# ---- forward and gradients
 
-
-@pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype", "detach"), pairs(KINDS, DTYPES, [True, False]))
 def test_forward_and_gradients(kind, dtype, detach):
     model = adapted(kind, dtype, detach_norm=detach)
     found = check(model, example(model), detach=detach)
@@ -124,9 +116,14 @@ CONSUMERS = {
 }
 
 
-@pytest.mark.parametrize("wrap", ["none", "autocast", "reentrant", "non-reentrant", "offload"])
-@pytest.mark.parametrize("consumer", CONSUMERS)
-@pytest.mark.parametrize("kind", ["linear", "linear-no-bias", "Conv1D", "conv2d", "conv2d-no-bias", "embedding"])
+@pytest.mark.parametrize(
+    ("kind", "consumer", "wrap"),
+    pairs(
+        ["linear", "linear-no-bias", "Conv1D", "conv2d", "conv2d-no-bias", "embedding"],
+        CONSUMERS,
+        ["none", "autocast", "reentrant", "non-reentrant", "offload"],
+    ),
+)
 def test_consumers_that_write_in_place(kind, consumer, wrap):
     model = adapted(kind, torch.float32 if wrap == "autocast" else torch.float64)
     x = example(model)
@@ -189,10 +186,10 @@ def test_autocast_does_not_lower_the_precision_of_the_scale(detach):
     torch.testing.assert_close(found.detach(), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("mode", ["branch", "paper"])
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("kind", ["linear", "conv2d", "conv2d-grouped"])
+@pytest.mark.parametrize(
+    ("kind", "reentrant", "mode", "dropout"),
+    pairs(["linear", "conv2d", "conv2d-grouped"], [True, False], ["branch", "paper"], [0.0, 0.5]),
+)
 def test_gradient_checkpointing_changes_nothing(kind, reentrant, mode, dropout):
     model = adapted(kind, torch.float64, lora_dropout=dropout, dropout_mode=mode)
     x = example(model)
@@ -208,9 +205,6 @@ def test_gradient_checkpointing_changes_nothing(kind, reentrant, mode, dropout):
     found = gradients(lambda x: checkpoint(model, x, use_reentrant=reentrant))
     for one, two in zip(found, gradients(model), strict=True):
         assert torch.equal(one, two)
-
-
-# ---- dropout
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -253,12 +247,9 @@ def test_paper_dropout_is_refused_for_several_active_adapters():
         model.base_model.set_adapter(["default", "other"])
 
 
-# ---- several adapters
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("order", [("default", "second"), ("second", "default")])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "order", "training"), pairs(KINDS, [("default", "second"), ("second", "default")], [True, False])
+)
 def test_active_adapters_compose_in_their_order(kind, order, training):
     model = with_two_adapters(kind).train(training)
     model.base_model.set_adapter(list(order))
@@ -286,9 +277,6 @@ def test_mixed_batches(kind):
         else:
             expected = Truth(model, x[i : i + 1], adapters=(name,)).y
         torch.testing.assert_close(found[i : i + 1], expected)
-
-
-# ---- magnitude only, disabled, deleted
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -338,186 +326,6 @@ def test_a_deleted_adapter_is_gone():
     check(model, example(model), adapters=("second",))
 
 
-@pytest.mark.implementation("torch")  # Triton's interpreter runs in one thread
-def test_replicas_of_data_parallel_compute_apart():
-    """nn.DataParallel runs a replica of the layer in each thread; here both on the CPU."""
-    model = get_peft_model(One(nn.Linear(12, 10)), DoraConfig(r=3, target_modules=["layer"]))
-    layer = dora(model)
-    perturb(layer, "default")
-    xs = [torch.randn(4, 12), torch.randn(4, 12)]
-    expected = [layer(x) for x in xs]
-    replicas = [layer._replicate_for_data_parallel() for _ in xs]
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda replica, x: replica(x), replicas, xs))
-    for y, correct in zip(found, expected, strict=True):
-        torch.testing.assert_close(y, correct)
-    norms = [one._norms["default"] for one in (layer, *replicas)]
-    assert len({norm.known.value.data_ptr() for norm in norms}) == 3
-    sum(y.sum() for y in found).backward()
-    assert layer.lora_magnitude_vector["default"].weight.grad is not None
-
-
-# ---- bitsandbytes
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_four_bit_forward_and_gradients(nested):
-    model = quantised(4, compress_statistics=nested)
-    bnb = pytest.importorskip("bitsandbytes")
-    weight = bnb.functional.dequantize_4bit(base_of(model).weight.data, base_of(model).weight.quant_state)
-    dense = adapted(nn.Linear(64, 32))
-    with torch.no_grad():
-        base_of(dense).weight.copy_(weight)
-        base_of(dense).bias.copy_(base_of(model).bias)
-        for target, source in zip(
-            (*dora(dense).factor_parameters("default"), dora(dense).lora_magnitude_vector["default"].weight),
-            (*dora(model).factor_parameters("default"), dora(model).lora_magnitude_vector["default"].weight),
-            strict=True,
-        ):
-            target.copy_(source)
-    x = torch.randn(5, 64, requires_grad=True)
-    probe = torch.randn(5, 32)
-    outputs = [m(x) for m in (model, dense)]
-    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
-    found = [found_gradients(m, x, y, probe) for m, y in zip((model, dense), outputs, strict=True)]
-    for name, grad in found[0].items():
-        torch.testing.assert_close(grad, found[1][name], rtol=1e-4, atol=1e-4, msg=name)
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_four_bit_evaluation_between_training_steps(nested):
-    """An evaluation repacks the weight on CPUs with AVX512-BF16; what follows must not multiply a mixture."""
-    model = quantised(4, compress_statistics=nested)
-    x = torch.randn(3, 64)
-    expected = model.train()(x).detach()
-    model.eval()
-    with torch.no_grad():
-        for _ in range(3):
-            assert distance(model(x), expected.double()) < 0.02  # bf16 products
-            dora(model)._norms.clear()  # the next use reads the weight again
-    assert distance(model.train()(x).detach(), expected.double()) < 0.02
-    model.eval().merge_adapter()
-    model.unmerge_adapter()
-    with torch.no_grad():
-        assert distance(model(x), expected.double()) < 0.02
-
-
-# ---- dtypes and copies
-
-
-@pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.bfloat16)])
-@pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d"])
-def test_lowering_the_dtype_keeps_the_magnitude_in_fp32(kind, cast):
-    model = adapted(kind)
-    magnitude = dora(model).lora_magnitude_vector["default"].weight
-    before = magnitude.detach().clone()
-    cast(model)
-    after = dora(model).lora_magnitude_vector["default"].weight
-    assert after is magnitude
-    assert after.dtype == torch.float32
-    assert torch.equal(after, before)
-    assert dora(model).factor_parameters("default")[0].dtype in (torch.float16, torch.bfloat16)
-    check(model, example(model))
-    model.double()
-    assert dora(model).lora_magnitude_vector["default"].weight.dtype == torch.float64
-    check(model, example(model))
-
-
-def through_file(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_file])
-@pytest.mark.parametrize("kind", KINDS)
-def test_copies_are_equal_and_independent(kind, duplicate):
-    model = adapted(kind, torch.float64)
-    x = example(model)
-    expected = model(x).detach()
-    twin = duplicate(model)
-    assert torch.equal(twin(x), expected)
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.mul_(1.5)
-    check(twin, x)
-    assert torch.equal(model(x), expected)
-
-
-# ---- zero rows
-
-
-ZERO = [1, 4]
-
-
-def with_zero_rows(kind, config):
-    torch.manual_seed(0)
-    layer = KINDS[kind]().double()
-    with torch.no_grad():
-        layer.weight.normal_()
-        rows = layer.weight.T if isinstance(layer, (nn.Embedding, Conv1D)) else layer.weight
-        rows[ZERO] = 0
-    torch.manual_seed(1)
-    return get_peft_model(One(layer), config(r=4, lora_alpha=3, target_modules=["layer"])).double()
-
-
-def channel(y, index):
-    """The channels that belong to these rows."""
-    return y[:, index] if y.dim() > 3 else y[..., index]
-
-
-@pytest.mark.parametrize("detach", [True, False])
-@pytest.mark.parametrize("kind", ["linear", "linear-no-bias", "Conv1D", "embedding", "conv2d", "conv3d"])
-def test_zero_rows_train_as_plain_lora(kind, detach):
-    ours = with_zero_rows(kind, lambda **options: DoraConfig(detach_norm=detach, **options))
-    lora = with_zero_rows(kind, lambda **options: LoraConfig(fan_in_fan_out=kind == "Conv1D", **options))
-    x = example(ours, grad=False)
-    if kind == "embedding":  # where PEFT's initial B is not zero, and A is
-        assert not ours.base_model.model.layer.lora_embedding_A["default"].any()
-    names = {name: p for name, p in lora.named_parameters() if p.requires_grad}
-    magnitude = dora(ours).lora_magnitude_vector["default"].weight
-    for _ in range(3):
-        gradients = []
-        for model in (ours, lora):
-            model.zero_grad()
-            y = channel(model(x), ZERO)
-            (y**2 + y).sum().backward()
-            gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if name in names})
-        for name, grad in gradients[1].items():
-            torch.testing.assert_close(gradients[0][name], grad)
-        assert magnitude.grad is None or not magnitude.grad.flatten()[ZERO].any()
-        for model in (ours, lora):
-            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-            optimizer.step()
-        torch.testing.assert_close(channel(ours(x), ZERO), channel(lora(x), ZERO))
-    # and all rows together stay finite
-    ours(x).square().sum().backward()
-    assert all(p.grad.isfinite().all() for p in ours.parameters() if p.requires_grad)
-    before = ours(x)
-    ours.merge_adapter()
-    torch.testing.assert_close(ours(x), before)
-
-
-def test_a_row_that_the_adapter_cancels_stays_finite():
-    """v = 0 over W0 != 0: floored, not tied."""
-    model = adapted("linear")
-    layer = dora(model)
-    lora_A, lora_B = layer.factor_parameters("default")
-    with torch.no_grad():
-        lora_B.zero_()
-        lora_A.zero_()
-        lora_A[0] = base_of(model).weight[2]
-        lora_B[2, 0] = -1 / layer.scaling["default"]
-    y = model(example(model))
-    y.sum().backward()
-    assert y.isfinite().all()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-
-
-# ---- refusals
-
-
 @pytest.mark.parametrize("r", [17, 500])
 def test_a_rank_beyond_the_layer_is_refused_by_name(r):
     with pytest.raises(ValueError, match=rf"r={r} .*'layer'.*10 x 12.*rank_pattern"):
@@ -536,18 +344,3 @@ def test_a_refused_layer_is_left_as_it_was():
     with pytest.raises(ValueError, match="'layer'"):
         get_peft_model(base, DoraConfig(r=500, target_modules=["layer"]))
     assert base.layer is before
-
-
-def test_four_bit_base_trains_after_an_evaluation():
-    # an evaluation may repack the 4-bit weight (AVX512-BF16), and bitsandbytes has no input gradient for that form
-    bnb = pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    base = bnb.nn.Linear4bit(64, 32, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
-    model = get_peft_model(nn.Sequential(base), DoraConfig(r=4, target_modules=["0"]))
-    x = torch.randn(5, 64, requires_grad=True)
-    before = torch.autograd.grad(model.train()(x).sum(), x)[0]
-    with torch.no_grad():
-        model.eval()(x.detach())
-    after = torch.autograd.grad(model.train()(x).sum(), x)[0]
-    # the statistics went through bf16
-    torch.testing.assert_close(after, before, rtol=2**-6, atol=2**-6 * before.abs().max().item())

@@ -1,64 +1,17 @@
-"""The cached norm is right after everything that changes it, and recomputed after nothing else."""
+"""The cached norm is right after everything that changes it."""
 
 import copy
 import io
 
 import pytest
 import torch
+from norm_fixtures import CHANGES, TwoLayers, edit_A, edit_B, edit_base, train_step, true, up, used
 from peft import get_peft_model
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import dora_peft
 from dora_peft import DoraConfig, reference
-from dora_peft.bases import base as base_weight_module
 from dora_peft.norms import Norm, state, weight_norm
-
-
-class TwoLayers(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6)
-
-    def forward(self, x):
-        return self.down(torch.tanh(self.up(x)))
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    config = DoraConfig(r=3, lora_alpha=5, target_modules=["up", "down"], init_lora_weights=False)
-    return get_peft_model(TwoLayers(), config)
-
-
-@pytest.fixture
-def counted(monkeypatch):
-    """A list that grows with every refresh of a norm."""
-    calls = []
-    original = state._refresh
-    monkeypatch.setattr(state, "_refresh", lambda *args: (calls.append(args), original(*args))[1])
-    return calls
-
-
-def up(model):
-    return model.base_model.model.up
-
-
-def used(layer, adapter="default"):
-    """The norm that a forward pass divides by."""
-    return (layer.lora_magnitude_vector[adapter].weight / layer.scale(adapter)).detach()
-
-
-def true(layer, adapter="default"):
-    lora_A, lora_B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    weight = layer.get_base_layer().weight
-    return reference.weight_norm(weight, lora_A, lora_B, layer.scaling[adapter]).detach()
-
-
-def train_step(model, optimizer):
-    optimizer.zero_grad()
-    model(torch.randn(4, 6, dtype=next(model.parameters()).dtype)).square().sum().backward()
-    optimizer.step()
 
 
 class ThroughData(torch.optim.Optimizer):
@@ -82,72 +35,6 @@ OPTIMIZERS = {
     "adamw-fused": lambda parameters: torch.optim.AdamW(parameters, lr=0.1, weight_decay=0, fused=True),
     "through .data": ThroughData,
 }
-
-
-def edit_A(model):
-    with torch.no_grad():
-        up(model).lora_A["default"].weight.mul_(2)
-
-
-def edit_B(model):
-    with torch.no_grad():
-        up(model).lora_B["default"].weight[0] += 1
-
-
-def edit_base(model):
-    with torch.no_grad():
-        up(model).get_base_layer().weight.add_(1)
-
-
-def replace_base(model):
-    up(model).get_base_layer().weight = nn.Parameter(torch.randn(10, 6), requires_grad=False)
-
-
-def assign_data(model):
-    parameter = up(model).lora_A["default"].weight
-    parameter.data = parameter.data * 2
-
-
-def load_state_dict(model):
-    model.load_state_dict({name: tensor + 0.5 for name, tensor in model.state_dict().items()})
-
-
-def load_assigned(model):
-    model.load_state_dict({name: tensor + 0.5 for name, tensor in model.state_dict().items()}, assign=True)
-
-
-def assign_scaling(model):
-    up(model).scaling["default"] = 0.1
-
-
-def set_scale(model):
-    up(model).set_scale("default", 3)
-
-
-def scale_layer(model):
-    up(model).scale_layer(3)
-
-
-def new_adapter_of_the_same_name(model):
-    model.add_adapter("other", DoraConfig(target_modules=["up"], init_lora_weights=False))
-    model.set_adapter("other")
-    model.delete_adapter("default")
-    model.add_adapter("default", DoraConfig(target_modules=["up"], init_lora_weights=False))
-
-
-CHANGES = [
-    edit_A,
-    edit_B,
-    edit_base,
-    replace_base,
-    assign_data,
-    load_state_dict,
-    load_assigned,
-    assign_scaling,
-    set_scale,
-    scale_layer,
-    new_adapter_of_the_same_name,
-]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -256,128 +143,6 @@ def test_of_a_copy_is_its_own(model):
     torch.testing.assert_close(used(up(loaded)), true(up(loaded)))
 
 
-# ---- how often
-
-
-def checkpointed(model, kind):
-    """A forward pass of the model with the given kind of gradient checkpointing."""
-    if kind == "none":
-        return model
-    return lambda x: checkpoint(model, x, use_reentrant=kind == "reentrant")
-
-
-@pytest.mark.cached_norms
-@pytest.mark.parametrize("kind", ["none", "reentrant", "non-reentrant"])
-@pytest.mark.implementation("torch")
-def test_one_refresh_per_adapter_and_optimizer_step(kind, model, counted):
-    forward = checkpointed(model, kind)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(3):
-        counted.clear()
-        optimizer.zero_grad()
-        for _ in range(4):
-            forward(torch.randn(2, 6, requires_grad=True)).sum().backward()
-        model.eval()
-        with torch.no_grad():
-            model(torch.randn(2, 6))
-        model.train()
-        optimizer.step()
-        assert len(counted) == 2  # adapters, once each
-
-
-@pytest.mark.cached_norms
-@pytest.mark.implementation("torch")
-def test_one_refresh_per_adapter_and_step_with_the_full_gradient(model, counted):
-    for module in (up(model), model.base_model.model.down):
-        module.detach_norm["default"] = False
-    model(torch.randn(2, 6)).sum().backward()
-    counted.clear()
-    for _ in range(4):
-        model(torch.randn(2, 6)).sum().backward()
-    assert not counted
-
-
-@pytest.mark.cached_norms
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.implementation("torch")
-def test_evaluation_does_not_refresh(mode, model, counted):
-    model.eval()
-    with mode():
-        model(torch.randn(2, 6))
-        counted.clear()
-        for _ in range(5):
-            model(torch.randn(2, 6))
-    assert not counted
-
-
-@pytest.mark.cached_norms
-@pytest.mark.implementation("torch")
-def test_training_and_evaluation_share_the_norm(model, counted):
-    model(torch.randn(2, 6))
-    counted.clear()
-    model.eval()
-    model(torch.randn(2, 6))
-    model.train()
-    model(torch.randn(2, 6))
-    with model.disable_adapter():
-        model(torch.randn(2, 6))
-    model(torch.randn(2, 6))
-    assert not counted
-
-
-@pytest.mark.cached_norms
-@pytest.mark.implementation("torch")
-def test_merging_does_not_refresh(model, counted):
-    model(torch.randn(2, 6))
-    counted.clear()
-    model.merge_adapter()
-    model(torch.randn(2, 6))
-    model.unmerge_adapter()
-    model(torch.randn(2, 6))
-    assert not counted
-
-
-@pytest.mark.implementation("torch")
-def test_the_base_weight_is_read_once(model, monkeypatch):
-    """||W0||^2 is kept over optimizer steps, until W0 changes."""
-    calls = []
-    original = base_weight_module.BaseWeight.row_norms_squared
-    monkeypatch.setattr(
-        base_weight_module.BaseWeight, "row_norms_squared", lambda self: (calls.append(self), original(self))[1]
-    )
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(3):
-        train_step(model, optimizer)
-    assert not calls
-    edit_base(model)
-    train_step(model, optimizer)
-    train_step(model, optimizer)
-    assert len(calls) == 1
-
-
-@pytest.mark.cached_norms
-@pytest.mark.implementation("triton")
-@pytest.mark.parametrize("kind", ["none", "reentrant", "non-reentrant"])
-def test_a_device_refreshes_once_per_optimizer_step(kind, model):
-    """Counted by the device itself: the host does not know."""
-    forward = checkpointed(model, kind)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for step in range(3):
-        optimizer.zero_grad()
-        for _ in range(3):
-            forward(torch.randn(2, 6, requires_grad=True)).sum().backward()
-        model.eval()
-        with torch.no_grad():
-            model(torch.randn(2, 6))
-        model.train()
-        assert int(up(model)._norms["default"].device.memory.known[4]) == step + 1
-        optimizer.step()
-    torch.testing.assert_close(used(up(model)), true(up(model)))
-
-
-# ---- what the check cannot see
-
-
 class Wide(nn.Module):
     """One layer with more elements than are compared in full."""
 
@@ -441,9 +206,6 @@ def test_checking_ends_with_its_block(model, monkeypatch):
     assert not counted
 
 
-# ---- inference mode
-
-
 @pytest.mark.parametrize("detach", [True, False])
 def test_training_after_inference_mode(detach, model):
     up(model).detach_norm["default"] = detach
@@ -462,9 +224,6 @@ def test_a_model_made_in_inference_mode_is_never_stale():
         model(x)
         up(model).lora_A["default"].weight.mul_(2)
         torch.testing.assert_close(used(up(model)), true(up(model)))
-
-
-# ---- tied rows
 
 
 def zero_row_model(**options):
@@ -513,114 +272,6 @@ def test_rows_are_tied_again_after_loading_where_magnitude_and_norm_agree():
         layer.lora_magnitude_vector["default"].weight[5] *= 2
     layer._norms["default"] = Norm()
     assert weight_norm(layer, "default").tied.nonzero().flatten().tolist() == [2]
-
-
-# ---- optimizers
-
-
-@pytest.mark.cached_norms
-@pytest.mark.implementation("torch")
-def test_a_step_on_magnitudes_alone_refreshes_nothing(model, counted):
-    for name, p in model.named_parameters():
-        p.requires_grad_("magnitude" in name)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    train_step(model, optimizer)
-    counted.clear()
-    for _ in range(2):
-        train_step(model, optimizer)
-    assert not counted
-
-
-@pytest.mark.cached_norms
-@pytest.mark.implementation("torch")
-def test_long_inputs_refresh_from_the_composed_weight(model, monkeypatch):
-    """If the forward pass computes W0 + s B A anyway, v is its norm."""
-    found = []
-    original = state.composed
-    for owner in (dora_peft.norms, state):
-        monkeypatch.setattr(owner, "composed", lambda *args: found.append(original(*args)) or found[-1])
-    train_step(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
-    found.clear()
-    model(torch.randn(100, 6))
-    assert [direction is not None for _, direction in found] == [True, True]
-    layer = up(model)
-    with dora_peft.checking():
-        torch.testing.assert_close(used(layer), true(layer))
-    model(torch.randn(100, 6))
-    assert [direction is not None for _, direction in found] == [True, True, False, False]
-
-
-# ---- what evaluation keeps
-
-
-@pytest.mark.cached_norms
-@pytest.mark.implementation("torch")
-def test_evaluation_keeps_little_and_training_drops_it(model):
-    model.eval()
-    layer = up(model)
-    with torch.no_grad():
-        model(torch.randn(2, 6))
-    kept = layer._norms["default"].folded
-    assert kept.lora_B.numel() + kept.c.numel() == 10 * (3 + 1)  # out x (r + 1)
-    assert kept.lora_A is None  # the parameter itself
-    model.train()
-    assert layer._norms["default"].folded is None
-    assert layer._shortcut is None
-
-
-def edit_magnitude(model):
-    with torch.no_grad():
-        up(model).lora_magnitude_vector["default"].weight.mul_(2)
-
-
-def replace_bias(model):
-    up(model).get_base_layer().bias = nn.Parameter(torch.randn(10), requires_grad=False)
-
-
-def edit_bias(model):
-    with torch.no_grad():
-        up(model).get_base_layer().bias.add_(1)
-
-
-@pytest.mark.cached_norms
-@pytest.mark.parametrize("change", [*CHANGES, edit_magnitude, replace_bias, edit_bias], ids=lambda c: c.__name__)
-@pytest.mark.implementation("torch")
-def test_evaluation_follows(change, model):
-    model.eval()
-    layer, x = up(model), torch.randn(2, 6)
-    with torch.no_grad():
-        before = [layer(x) for _ in range(3)][-1]  # by its shortcut
-        assert layer._shortcut is not None
-        change(model)
-        found = [layer(x) for _ in range(3)]
-    expected = layer(x).detach()  # with a graph, and so without shortcut
-    assert not torch.allclose(expected, before, rtol=1e-3)
-    for y in found:
-        torch.testing.assert_close(y, expected)
-
-
-@pytest.mark.cached_norms
-@pytest.mark.parametrize("state", ["merged", "disabled", "hooked"])
-def test_evaluation_by_its_shortcut_respects(state, model):
-    model.eval()
-    layer, x = up(model), torch.randn(2, 6)
-    with torch.no_grad():
-        adapted = [layer(x) for _ in range(2)][-1]
-        if state == "merged":
-            model.merge_adapter()
-            torch.testing.assert_close(layer(x), adapted)
-        elif state == "disabled":
-            with model.disable_adapter():
-                assert torch.equal(layer(x), layer.get_base_layer()(x))
-            torch.testing.assert_close(layer(x), adapted)
-        else:
-            seen = []
-            layer.get_base_layer().register_forward_hook(lambda *_: seen.append(1))
-            torch.testing.assert_close(layer(x), adapted)
-            assert seen
-
-
-# ---- base weights that are computed
 
 
 @pytest.mark.cached_norms

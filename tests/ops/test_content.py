@@ -145,7 +145,7 @@ WRITES = {
     "one element in place": lambda w: w.view(-1)[77].add_(1),
     "all through .data": lambda w: w.data.mul_(2),
     "all signs through .data": lambda w: w.data.neg_(),
-    "bound anew": lambda w: setattr(w, "data", w.data * 2),
+    "bound to new memory": lambda w: setattr(w, "data", w.data * 2),
     "another dtype": lambda w: setattr(w, "data", w.data.double()),
 }
 

@@ -111,7 +111,9 @@ def train(model, forward, optimizer, steps=2):
         optimizer.step()
 
 
-@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize(
+    ("subject", "foreach"), [("DoraConfig", False), ("use_dora", True), ("compiled", True)], indirect=["subject"]
+)
 def test_ema_weights_are_swapped_in_and_out(subject, foreach):
     """`copy_to` and `restore` write through `.data`: no version counter moves."""
     training_utils = pytest.importorskip("diffusers.training_utils", reason="the extra `libraries` has no diffusers")
@@ -132,7 +134,15 @@ def test_ema_weights_are_swapped_in_and_out(subject, foreach):
         assert torch.equal(assert_right(model, forward), live)
 
 
-@pytest.mark.parametrize("kind", ["AdamWScheduleFree", "ScheduleFreeWrapper"])
+@pytest.mark.parametrize(
+    ("subject", "kind"),
+    [
+        ("DoraConfig", "AdamWScheduleFree"),
+        ("use_dora", "ScheduleFreeWrapper"),
+        ("compiled", "ScheduleFreeWrapper"),
+    ],
+    indirect=["subject"],
+)
 def test_schedule_free_optimizers_swap_weights(subject, kind):
     """`eval()` and `train()` move the weights outside any step, and the wrapper once more after the inner step."""
     schedulefree = pytest.importorskip("schedulefree", reason="the extra `libraries` is not installed")

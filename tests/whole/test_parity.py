@@ -1,147 +1,13 @@
-"""The tuner against PEFT's `LoraConfig(use_dora=True)`: the same numbers in float64, on real architectures."""
+"""The tuner against PEFT's `LoraConfig(use_dora=True)`: outputs, gradients, training, merging, initial tensors."""
 
 import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from torch import nn
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    BitsAndBytesConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-)
+from parity_fixtures import MODELS, loss_of, outputs, same_tensors, trainable
+from peft import LoraConfig, get_peft_model
 
 from dora_peft import DoraConfig
-
-VOCABULARY = 48
-
-
-class ConvNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 8, 3, padding=1)
-        self.second = nn.Conv2d(8, 6, 3, stride=2)
-        self.relu = nn.ReLU(inplace=True)
-        self.head = nn.Linear(6, 5)
-
-    def forward(self, x):
-        x = self.relu(self.second(self.relu(self.first(x))))
-        return self.head(x.mean((2, 3)))
-
-
-class ConvNet1d(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv1d(3, 8, 3, bias=False)
-        self.second = nn.Conv1d(8, 6, 2)
-
-    def forward(self, x):
-        return self.second(torch.relu_(self.first(x))).mean(2)
-
-
-class Embedder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, 12)
-        self.head = nn.Linear(12, 6)
-
-    def forward(self, ids):
-        return self.head(torch.tanh(self.embed(ids)).mean(1))
-
-
-def llama():
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        pad_token_id=0,
-        max_position_embeddings=32,
-    )
-    return LlamaForCausalLM(config)
-
-
-def gpt2():
-    config = GPT2Config(
-        n_embd=32,
-        n_layer=2,
-        n_head=4,
-        n_positions=32,
-        vocab_size=VOCABULARY,
-        bos_token_id=0,
-        eos_token_id=0,
-        resid_pdrop=0,
-        embd_pdrop=0,
-        attn_pdrop=0,
-    )
-    return GPT2LMHeadModel(config)
-
-
-def opt():
-    config = OPTConfig(
-        hidden_size=32,
-        ffn_dim=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=VOCABULARY,
-        word_embed_proj_dim=32,
-        max_position_embeddings=32,
-        dropout=0,
-    )
-    return OPTForCausalLM(config)
-
-
-def bart():
-    config = BartConfig(
-        d_model=32,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_ffn_dim=40,
-        decoder_ffn_dim=40,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=32,
-        dropout=0,
-        forced_eos_token_id=None,
-    )
-    return BartForConditionalGeneration(config)
-
-
-def tokens():
-    return torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(1))
-
-
-def language_inputs():
-    return {"input_ids": tokens(), "labels": tokens()}
-
-
-def image_inputs():
-    return {"x": torch.randn(2, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))}
-
-
-def signal_inputs():
-    return {"x": torch.randn(2, 3, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))}
-
-
-MODELS = {
-    "llama": (llama, language_inputs, {"target_modules": "all-linear"}),
-    "gpt2": (gpt2, language_inputs, {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True}),
-    "opt": (opt, language_inputs, {"target_modules": ["q_proj", "v_proj", "out_proj", "fc1", "fc2"]}),
-    "bart": (bart, language_inputs, {"target_modules": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]}),
-    "conv2d": (ConvNet, image_inputs, {"target_modules": ["first", "second", "head"]}),
-    "conv1d": (ConvNet1d, signal_inputs, {"target_modules": ["first", "second"]}),
-    "embedding": (Embedder, lambda: {"ids": tokens()}, {"target_modules": ["embed", "head"]}),
-}
 
 
 def base_model(kind):
@@ -172,30 +38,6 @@ def away_from_the_start(models):
         with torch.no_grad():
             for _, parameter in sorted(trainable(model).items()):
                 parameter.mul_(1 + 0.2 * torch.rand(parameter.shape, generator=generator, dtype=torch.float64))
-
-
-def trainable(model):
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def outputs(model, kind):
-    result = model(**MODELS[kind][1]())
-    return result.logits if hasattr(result, "logits") else result
-
-
-def loss_of(model, kind):
-    result = model(**MODELS[kind][1]())
-    return result.loss if hasattr(result, "loss") else result.square().mean()
-
-
-def same_tensors(found, expected, **tolerance):
-    assert found.keys() == expected.keys()
-    assert len(found) > 0
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
-
-
-# ---- forward, gradients, training, merging
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -282,9 +124,6 @@ def test_paper_dropout_is_pefts():
     torch.testing.assert_close(results[1], results[0])
 
 
-# ---- initialisation
-
-
 INITIALISATIONS = [
     *((init, False) for init in (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora")),
     (True, True),
@@ -321,97 +160,3 @@ def test_ranks_and_alphas_per_module():
     theirs, ours = pair("llama", **options)
     same_tensors(ours.state_dict(), theirs.state_dict())
     torch.testing.assert_close(outputs(ours, "llama"), outputs(theirs, "llama"))
-
-
-# ---- bitsandbytes
-
-
-def quantised_llama(folder, bits, nested=False):
-    """A tiny Llama loaded by transformers with 4-bit or 8-bit weights, on the CPU."""
-    pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-        pad_token_id=0,
-        max_position_embeddings=32,
-    )
-    if not (folder / "config.json").exists():
-        LlamaForCausalLM(config).save_pretrained(folder)
-    if bits == 4:
-        quantisation = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=nested,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
-    else:
-        quantisation = BitsAndBytesConfig(load_in_8bit=True)
-    return LlamaForCausalLM.from_pretrained(
-        folder, quantization_config=quantisation, device_map={"": "cpu"}, dtype=torch.float32
-    )
-
-
-QUANTISED = [(4, False), (4, True), (8, False)]
-
-
-# PEFT up to 0.21.2 calls the old name, which transformers 5.23 renamed
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-@pytest.mark.parametrize(("bits", "nested"), QUANTISED)
-def test_training_a_quantised_model(bits, nested, tmp_path):
-    model = prepare_model_for_kbit_training(
-        quantised_llama(tmp_path / "base", bits, nested), gradient_checkpointing_kwargs={"use_reentrant": False}
-    )
-    model = get_peft_model(model, DoraConfig(r=4, target_modules="all-linear")).train()
-    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2, weight_decay=0)
-    losses = []
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss = loss_of(model, "llama")
-        loss.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in trainable(model).values())
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[2] < losses[1] < losses[0]
-    assert all(".lora_" in name for name in trainable(model))
-
-    model.save_pretrained(tmp_path / "adapter")
-    model.eval()
-    loaded = PeftModel.from_pretrained(quantised_llama(tmp_path / "base", bits, nested), tmp_path / "adapter").eval()
-    assert isinstance(loaded.peft_config["default"], DoraConfig)
-    with torch.no_grad():
-        torch.testing.assert_close(outputs(loaded, "llama"), outputs(model, "llama"))
-
-
-@pytest.mark.parametrize(("bits", "nested"), QUANTISED)
-def test_a_quantised_model_equals_its_dequantised_self(bits, nested, tmp_path):
-    quantised = quantised_llama(tmp_path / "base", bits, nested)
-    dense = quantised_llama(tmp_path / "base", bits, nested).dequantize().float()
-    models = []
-    for base in (quantised, dense):
-        torch.manual_seed(1)
-        model = get_peft_model(base, DoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-        models.append(model.train())
-    same_tensors(trainable(models[0]), trainable(models[1]), rtol=1e-3, atol=1e-3)
-    # int8 products quantise their input as well
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if bits == 4 else {"rtol": 0.1, "atol": 0.1}
-    torch.testing.assert_close(outputs(models[0], "llama"), outputs(models[1], "llama"), **tolerance)
-
-
-@pytest.mark.parametrize(("bits", "nested"), QUANTISED)
-def test_merging_a_quantised_model(bits, nested, tmp_path):
-    base = quantised_llama(tmp_path / "base", bits, nested)
-    model = get_peft_model(base, DoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
-    before = outputs(model, "llama").detach()
-    model.merge_adapter()
-    merged = outputs(model, "llama").detach()
-    # the merged weights are quantised again
-    assert (merged - before).norm() < (0.5 if bits == 4 else 0.1) * before.norm()
-    with model.disable_adapter():
-        assert (outputs(model, "llama") - before).norm() > (merged - before).norm()
-    model.unmerge_adapter()
-    assert torch.equal(outputs(model, "llama"), before)

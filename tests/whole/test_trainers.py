@@ -54,7 +54,7 @@ def test_trainer_trains_saves_and_resumes_with_the_same_losses(tmp_path):
     moved = {name for name, value in adapter(whole.model).items() if not torch.equal(value, before[name])}
     assert {n.split(".lora_")[1].partition(".")[0] for n in moved} == {"A", "B", "magnitude_vector"}
 
-    # the first two steps' checkpoint, continued in a model made anew
+    # the first two steps' checkpoint, continued in a new model
     resumed = trainer(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert losses(resumed) == losses(whole)

@@ -1,0 +1,74 @@
+"""The parts of the linear function by themselves."""
+
+from itertools import product
+
+import pytest
+import torch
+from linear_fixtures import BF16, FLOOR, FP16, FP32, FP64, LENGTHS, ROUNDING, Made, distance, randn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from dora_peft.ops import linear as subject
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_compose(with_bias, dtype, n):
+    """Into z itself and elsewhere; in low precision with no rounding but that of the result."""
+    wide = FP64 if dtype is FP64 else FP32
+    z, u = randn(n, 7, seed=1).to(dtype), randn(n, 3, seed=2).to(dtype)
+    c, b = randn(7, seed=3).to(wide), randn(7, seed=4).to(dtype) if with_bias else None
+    folded = randn(7, 3, seed=5).to(wide)
+    shift = b.double() if with_bias else 0
+    expected = c.double() * (z.double() - shift) + u.double() @ folded.double().T + shift
+    kept, out = z.clone(), torch.empty_like(z)
+    assert subject.compose(z, u, folded, c, b, out=out) is out
+    assert torch.equal(z, kept)
+    assert subject.compose(z, u, folded, c, b, out=z) is z
+    assert torch.equal(z, out)
+    rounded = distance(expected.to(dtype), expected)
+    assert distance(out, expected) <= (1.01 * rounded + 1e-6 if wide is FP32 else FLOOR[FP64])
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("dtype", [FP64, FP32, BF16])
+@pytest.mark.parametrize("keep_scaled", [False, True])
+def test_scale_and_sum(keep_scaled, dtype, n):
+    wide = FP64 if dtype is FP64 else FP32
+    g, y, weight = randn(n, 7, seed=1).to(dtype), randn(n, 7, seed=2).to(dtype), randn(7, 9, seed=3).to(dtype)
+    c, b = randn(7, seed=4).to(wide), randn(7, seed=5).to(dtype)
+    for with_y, with_bias, with_weight in product([False, True], repeat=3):
+        result, scaled, sums = subject.scale_and_sum(
+            g,
+            c,
+            y if with_y else None,
+            b if with_bias else None,
+            weight if with_weight else None,
+            keep_scaled=keep_scaled,
+        )
+        assert (result is not None, scaled is not None, sums is not None) == (with_weight, keep_scaled, with_y)
+        rounded = (g.double() * c.double()).to(dtype)
+        if scaled is not None:
+            assert scaled.dtype == dtype
+            assert distance(scaled, rounded) <= 2 * ROUNDING[dtype]
+        if result is not None:
+            assert result.dtype == dtype
+            assert distance(result, rounded.double() @ weight.double()) <= 4 * ROUNDING[dtype]
+        if sums is not None:
+            terms = g.double() * (y.double() - b.double() * with_bias)
+            assert sums.dtype == wide
+            error = (sums.double() - terms.sum(0)).abs()
+            assert (error <= 4 * n**0.5 * ROUNDING[wide] * terms.norm(dim=0)).all()
+
+
+def test_scale_and_sum_takes_no_more_than_a_chunk_at_once():
+    """On a CPU no temporary is longer than CHUNK tokens, whatever their number."""
+    n = 4 * subject.CHUNK + 1
+    g, y, weight = randn(n, 40).to(BF16), randn(n, 40).to(BF16), randn(40, 3).to(BF16)
+    with Made() as made:
+        subject.scale_and_sum(g, torch.ones(40), y, torch.ones(40), weight, keep_scaled=False)
+    given = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in (g, y, weight)}
+    largest = max(size for ref, size in made.storages.items() if ref.cdata not in given)
+    assert largest <= subject.CHUNK * 40 * 4
