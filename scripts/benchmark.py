@@ -36,10 +36,10 @@ from typing import Any
 
 import torch
 
-from benchmark_common import describe_machine, positive, replacing, write_json
-from benchmark_footprint import measure_worker
-from benchmark_models import CONTENDERS, DTYPES, SHAPES
-from benchmark_suites import SUITES
+from benchmarks.contenders import CONTENDERS, DTYPES, SHAPES
+from benchmarks.footprint import measure_worker
+from benchmarks.suites import SUITES
+from common.memory import describe_machine, positive, replacing, write_json
 
 RESULTS = Path(__file__).resolve().parent / "benchmarks" / "results"
 CHECKPOINTING = ("none", "reentrant", "non-reentrant")

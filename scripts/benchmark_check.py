@@ -37,8 +37,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dora_peft
-from benchmark_common import describe_machine, positive, write_json
-from benchmark_models import SHAPES, Shape, build_base, build_contender
+from benchmarks.contenders import SHAPES, Shape, build_base, build_contender
+from common.memory import describe_machine, positive, write_json
 from dora_peft import norms, reference
 
 RESULTS = Path(__file__).resolve().parent / "benchmarks" / "results"

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmark_common import describe_machine, positive, write_json
+from common.memory import describe_machine, positive, write_json
 from dora_peft.ops.kernels import linear as kernels
 
 RESULTS = Path(__file__).resolve().parent / "benchmarks" / "results"

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 import dora_peft
-from benchmark_common import (
+from common.memory import (
     MIB,
     PeakMemory,
     describe_machine,
@@ -40,9 +40,9 @@ from benchmark_common import (
     record_saved_bytes,
     write_json,
 )
-from llama_config import FinetuneConfig, build_parser, parse_config
-from llama_data import AnswerCollator, load_datasets
-from llama_model import build_model, count_parameters, load_tokenizer
+from finetune.config import FinetuneConfig, build_parser, parse_config
+from finetune.data import AnswerCollator, load_datasets
+from finetune.model import build_model, count_parameters, load_tokenizer
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},

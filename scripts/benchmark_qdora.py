@@ -22,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmark_common import PeakMemory, describe_machine, enable_checkpointing, positive, write_json
+from common.memory import PeakMemory, describe_machine, enable_checkpointing, positive, write_json
 from dora_peft import DoraConfig
 
 RESULTS = Path(__file__).resolve().parent / "benchmarks" / "results"

@@ -33,8 +33,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmark import QUANTITIES, RESULTS, describe, format_value, read_options, result_path
-from benchmark_common import positive, write_json
-from benchmark_suites import SUITES
+from benchmarks.suites import SUITES
+from common.memory import positive, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTENDER = "dora"

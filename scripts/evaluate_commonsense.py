@@ -25,9 +25,9 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmark_common import describe_machine, positive, write_json
-from commonsense import TASKS, build_prompt, extract_answer, paper_columns
+from common.memory import describe_machine, positive, write_json
 from evaluate_spelling import generate_answers, load_model
+from prepare.commonsense import TASKS, build_prompt, extract_answer, paper_columns
 from prepare_commonsense import Record, read_records
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")

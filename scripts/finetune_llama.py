@@ -30,9 +30,9 @@ from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from dora_peft import param_groups
-from llama_config import FinetuneConfig, build_parser, parse_config
-from llama_data import IGNORE, AnswerCollator, load_datasets
-from llama_model import build_model, count_parameters, load_tokenizer
+from finetune.config import FinetuneConfig, build_parser, parse_config
+from finetune.data import IGNORE, AnswerCollator, load_datasets
+from finetune.model import build_model, count_parameters, load_tokenizer
 
 
 class AnswerTrainer(Trainer):

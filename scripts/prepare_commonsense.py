@@ -18,8 +18,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmark_common import positive, write_json
-from commonsense import KEYS, TASKS, check_record, tasks_of_answer
+from common.memory import positive, write_json
+from prepare.commonsense import KEYS, TASKS, check_record, tasks_of_answer
 
 TRAIN_FILE = "commonsense_170k.json"
 Record = dict[str, str]

@@ -26,8 +26,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmark_common import replacing
-from wheel_data import download_wheel
+from common.memory import replacing
+from prepare.wheels import download_wheel
 
 REQUIREMENT = "easy-vqa==1.0"
 PATCH = 8

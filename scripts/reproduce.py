@@ -38,8 +38,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark_common import positive
-from reproduce_common import RESULTS, Options
+from common.memory import positive
+from reproduction.common import RESULTS, Options
 
 CLAIMS = ("memory", "vl_bart", "pattern", "accuracy", "detach", "report")
 GRID = {"tasks": str, "ranks": positive, "seeds": int}
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--{sorted(ignored)[0]} is for the laptop size; the full one trains as the paper did")
     # PEFT up to 0.21.2 reads a name that transformers 5.23 has renamed, once in each of many runs.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    module = importlib.import_module("reproduce_accuracy" if claim == "detach" else f"reproduce_{claim}")
+    module = importlib.import_module("reproduction.accuracy" if claim == "detach" else f"reproduction.{claim}")
     try:
         if claim in ("accuracy", "detach"):
             plan = dataclasses.replace(module.plan_of(options), **grid)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmark_common import describe_machine, positive, write_json
+from common.memory import describe_machine, positive, write_json
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "search"))  # the search is a test that is used here as a program

@@ -23,8 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reproduce_common import RESULTS as REPRODUCTION
-from reproduce_report import verdicts
+from reproduction.common import RESULTS as REPRODUCTION
+from reproduction.report import verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "benchmarks" / "results"

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import dora_peft
-from benchmark_common import tensors_in
+from common.memory import tensors_in
 from dora_peft import DoraConfig
 from dora_peft.analysis import decomposition
 from dora_peft.analysis.decomposition import Change, compare_low_rank, compare_weights, decompose, decompose_folder

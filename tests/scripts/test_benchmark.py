@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import benchmark
-import benchmark_footprint
-import benchmark_measure
 import update_readme
-from benchmark_common import record_saved_bytes, replacing, saved_bytes
-from benchmark_models import (
+from benchmarks import footprint as benchmark_footprint
+from benchmarks import measure as benchmark_measure
+from benchmarks.contenders import (
     SHAPES,
     Contender,
     Shape,
@@ -26,6 +25,7 @@ from benchmark_models import (
     find_linears,
     without_dropout,
 )
+from common.memory import record_saved_bytes, replacing, saved_bytes
 
 CPU = torch.device("cpu")
 SMALL = ["--model", "tiny", "--device", "cpu", "--threads", "1", "--rounds", "1", "--warmup", "1", "--batch", "2"]
@@ -208,7 +208,7 @@ def test_losses_must_stay_equal(measure: Callable[..., dict[str, Any]], monkeypa
             optimizer.param_groups[0]["lr"] = 0.5
         return optimizer
 
-    monkeypatch.setattr("benchmark_suites.prepare_training", lazy)
+    monkeypatch.setattr("benchmarks.suites.prepare_training", lazy)
     with pytest.raises(RuntimeError, match=r"^dora: its last loss differs from that of peft_dora by"):
         measure("step", "--contenders", "dora")
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from finetune_fixtures import make_config, make_llama, make_tokenizer
 
-import commonsense
 import evaluate_commonsense
 import evaluate_spelling
 import finetune_llama
 import prepare_commonsense
-from commonsense import MARKER, TASKS, build_prompt, extract_answer
-from llama_data import IGNORE, encode_record
+from finetune.data import IGNORE, encode_record
+from prepare import commonsense
+from prepare.commonsense import MARKER, TASKS, build_prompt, extract_answer
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 Refused = Callable[[str], contextlib.AbstractContextManager[None]]

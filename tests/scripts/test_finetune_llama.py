@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dora_peft
 import finetune_llama
-from llama_config import FinetuneConfig, build_parser, parse_config
+from finetune.config import FinetuneConfig, build_parser, parse_config
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "finetune_llama.py"

@@ -13,12 +13,12 @@ import yaml
 from finetune_fixtures import make_llama, make_words, write_jsonl
 
 import reproduce
-import reproduce_accuracy
-import reproduce_common
-import reproduce_commonsense
-import reproduce_report as report
-import reproduce_verdicts as verdicts
-from reproduce_common import RESULTS, Options, Plan, Runs, at_edge, difference, interval, lowest
+from reproduction import accuracy as reproduce_accuracy
+from reproduction import common as reproduce_common
+from reproduction import commonsense as reproduce_commonsense
+from reproduction import report as report
+from reproduction import verdicts as verdicts
+from reproduction.common import RESULTS, Options, Plan, Runs, at_edge, difference, interval, lowest
 
 ROOT = Path(__file__).parents[2]
 

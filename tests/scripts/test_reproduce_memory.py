@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import reproduce
-import reproduce_common
-import reproduce_memory
-import reproduce_verdicts
 from dora_peft.ops import content
-from reproduce_common import Options
-from reproduce_memory import DTYPE, families, measure, predict_saving, summarise
-from reproduce_memory_figure import SHRUNK
+from reproduction import common as reproduce_common
+from reproduction import memory as reproduce_memory
+from reproduction import verdicts as reproduce_verdicts
+from reproduction.common import Options
+from reproduction.memory import DTYPE, families, measure, predict_saving, summarise
+from reproduction.memory_figure import SHRUNK
 
 CPU = torch.device("cpu")
 FACTORS = {"llama": 512, "vl_bart": 64}

@@ -17,8 +17,8 @@ import chat
 import check_interchange
 import evaluate_spelling
 import prepare_cmudict
-import wheel_data
 from dora_peft import DoraConfig
+from prepare import wheels as wheel_data
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 DICTIONARY = """\
@@ -169,7 +169,7 @@ def test_answers_do_not_depend_on_the_batch(tiny_llama):
 
 
 def test_evaluation_and_conversation_prompt_as_training_does(tiny_llama):
-    from llama_data import IGNORE, encode_answer
+    from finetune.data import IGNORE, encode_answer
 
     tokenizer = tiny_llama[1]
     prompt, completion = prepare_cmudict.format_prompt("window"), prepare_cmudict.format_completion(["W", "IH"])

@@ -23,11 +23,11 @@ from transformers import (
 )
 
 import prepare_easy_vqa
-import reproduce_vl_bart as subject
-import vl_bart_data as data
 from dora_peft import DoraConfig
-from reproduce_common import Options, at_edge, interval, lowest
-from vl_bart_model import (
+from reproduction import vl_bart as subject
+from reproduction.common import Options, at_edge, interval, lowest
+from vl_bart import data as data
+from vl_bart.model import (
     VlBartConfig,
     VlBartForConditionalGeneration,
     build_small,

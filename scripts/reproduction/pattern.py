@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmark_common import replacing
+from common.memory import replacing
 from dora_peft.analysis import (
     DecompositionCallback,
     correlate,
@@ -24,8 +24,8 @@ from dora_peft.analysis import (
     draw_pattern,
     draw_trajectories,
 )
-from reproduce_accuracy import Laboratory, Plan, Trial
-from reproduce_common import Options, Runs
+from reproduction.accuracy import Laboratory, Plan, Trial
+from reproduction.common import Options, Runs
 
 PAPER = {"full": -0.62, "lora": 0.83, "dora": -0.31}
 TITLES = {"full": "full fine-tuning", "lora": "LoRA", "dora": "DoRA"}

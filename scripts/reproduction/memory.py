@@ -40,12 +40,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode  # documented in "Extending PyTorch", whatever its path
 
-from benchmark_common import MIB, NewStorages, saved_bytes
-from benchmark_models import SHAPES, Shape, build_base, share_weights
+from benchmarks.contenders import SHAPES, Shape, build_base, share_weights
+from common.memory import MIB, NewStorages, saved_bytes
 from dora_peft import DoraConfig, param_groups, reference
-from reproduce_common import Options, Runs
-from reproduce_memory_figure import METHODS, PAPER, TITLES, draw
-from vl_bart_model import SIZES, VlBartConfig, build_vl_bart, random_batch
+from reproduction.common import Options, Runs
+from reproduction.memory_figure import METHODS, PAPER, TITLES, draw
+from vl_bart.model import SIZES, VlBartConfig, build_vl_bart, random_batch
 
 DTYPE = torch.bfloat16
 ANSWER_LEN = 5  # tokens that VL-BART's decoder learns

@@ -1,4 +1,4 @@
-"""The figure of `scripts/reproduce_memory.py`: memory by method beside the paper's, and the saving by setting."""
+"""The figure of `scripts/reproduction/memory.py`: memory by method beside the paper's, and the saving by setting."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmark_common import replacing
+from common.memory import replacing
 
 METHODS = {  # in the order of the claim: the dense algorithm first
     "reference_not_detached": "DoRA, dense,\nnorm not detached",

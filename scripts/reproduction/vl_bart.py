@@ -32,14 +32,14 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
-from benchmark_common import replacing
-from benchmark_models import share_weights
+from benchmarks.contenders import share_weights
+from common.memory import replacing
 from dora_peft import DoraConfig, param_groups
-from reproduce_common import Options, Runs, at_edge, digest, interval, lowest
-from vl_bart_data import IGNORE, Part, Record, load_part, make_batch, question_only, word_tokenizer
-from vl_bart_model import VlBartForConditionalGeneration, build_small
+from reproduction.common import Options, Runs, at_edge, digest, interval, lowest
+from vl_bart.data import IGNORE, Part, Record, load_part, make_batch, question_only, word_tokenizer
+from vl_bart.model import VlBartForConditionalGeneration, build_small
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 METHODS = {
     "lora": "LoRA", "dora": "DoRA", "dora_not_detached": "DoRA,\nnorm not\ndetached", "full": "full\nfine-tuning"
 }  # fmt: skip
@@ -149,7 +149,7 @@ class Task:
         self.settings, self.options, self.device = settings, options, options.device
         folder = options.data / settings.dataset
         command = "Run `python scripts/prepare_easy_vqa.py` first." if settings.dataset == "easy_vqa" else (
-            "scripts/vl_bart_data.py describes the format."
+            "scripts/vl_bart/data.py describes the format."
         )  # fmt: skip
         self.whole, test = (load_part(folder, part, command) for part in ("train", "test"))
         # held-out pictures, so that nothing trained has seen a picture that chooses the learning rate

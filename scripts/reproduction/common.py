@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from benchmark_common import describe_machine, replacing
+from common.memory import describe_machine, replacing
 
-RESULTS = Path(__file__).parent / "reproduce" / "results"
+RESULTS = Path(__file__).parents[1] / "reproduce" / "results"
 
 
 @dataclass(frozen=True)

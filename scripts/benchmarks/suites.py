@@ -13,8 +13,9 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor
 
 import dora_peft
-from benchmark_footprint import run_memory
-from benchmark_measure import (
+from benchmarks.contenders import DTYPES, Contender, Results, build_contender, build_layer, check_equal
+from benchmarks.footprint import run_memory
+from benchmarks.measure import (
     Result,
     Skipped,
     build_contenders,
@@ -29,7 +30,6 @@ from benchmark_measure import (
     summarize,
     train,
 )
-from benchmark_models import DTYPES, Contender, Results, build_contender, build_layer, check_equal
 
 
 def run_step(options: Namespace, skipped: Skipped) -> Iterator[Result]:

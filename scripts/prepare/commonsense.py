@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llama_data import format_instruction
+from finetune.data import format_instruction
 
 # The answers of each task, in the order of the paper's tables.
 TASKS: dict[str, tuple[str, ...]] = {

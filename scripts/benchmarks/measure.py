@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmark_common import enable_checkpointing
-from benchmark_models import (
+from benchmarks.contenders import (
     DTYPES,
     SHAPES,
     Contender,
@@ -31,6 +30,7 @@ from benchmark_models import (
     unavailable,
     without_dropout,
 )
+from common.memory import enable_checkpointing
 
 Skipped = dict[str, str]
 Result = dict[str, Any]

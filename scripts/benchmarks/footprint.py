@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmark_common import MIB, PeakMemory, saved_bytes
-from benchmark_measure import (
+from benchmarks.contenders import DTYPES, Contender, build_contender
+from benchmarks.measure import (
     Result,
     Skipped,
     build_contenders,
@@ -29,7 +29,7 @@ from benchmark_measure import (
     summarize,
     train,
 )
-from benchmark_models import DTYPES, Contender, build_contender
+from common.memory import MIB, PeakMemory, saved_bytes
 
 PEAK_STEPS = 3
 
@@ -89,7 +89,7 @@ def peak_of_process(name: str, options: Namespace, setting: Mapping[str, Any]) -
         values = {key: getattr(options, key) for key in ("model", "layers", "vocab", "seed", "threads", "device")}
         values |= {key: value for key, value in setting.items() if value is not None}
         arguments = [f"--{key.replace('_', '-')}={value}" for key, value in values.items() if value is not None]
-        script = Path(__file__).with_name("benchmark.py")
+        script = Path(__file__).parents[1] / "benchmark.py"
         python = [sys.executable, "-W", "ignore::FutureWarning"]  # of transformers about PEFT
         command = [*python, str(script), "memory", *arguments, f"--worker={name}", f"--json={path}"]
         status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode

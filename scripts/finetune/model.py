@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dora_peft import DoraConfig
-from llama_config import FinetuneConfig
+from finetune.config import FinetuneConfig
 
 
 def load_tokenizer(config: FinetuneConfig) -> PreTrainedTokenizerBase:

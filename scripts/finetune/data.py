@@ -24,7 +24,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llama_config import FinetuneConfig
+from finetune.config import FinetuneConfig
 
 IGNORE = -100
 REQUIRED_KEYS = {

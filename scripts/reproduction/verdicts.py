@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reproduce_common import interval
+from reproduction.common import interval
 
 YES, PARTLY, NO, OPEN = "reproduced", "partly", "not reproduced", "not measured yet"
 MIN_SEEDS = 3  # with fewer, an interval over seeds is too wide to say anything

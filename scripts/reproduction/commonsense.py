@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reproduce_common import Options, Plan, Runs, difference, digest, draw_detach, draw_ranks
+from reproduction.common import Options, Plan, Runs, difference, digest, draw_detach, draw_ranks
 
-SCRIPTS = Path(__file__).parent
+SCRIPTS = Path(__file__).parents[1]
 CONFIGS = SCRIPTS.parent / "configs"
 FLAGS = {"lora": ["--method", "lora"], "dora": [], "dora_not_detached": ["--detach_norm", "false"]}
 

@@ -1,4 +1,4 @@
-"""REPRODUCTION.md from the result files: claim, the paper's figure, ours, and the verdict of reproduce_verdicts.py.
+"""REPRODUCTION.md from the result files: claim, the paper's figure, ours, and the verdict of verdicts.py.
 
 Called by `scripts/reproduce.py report`. The rule of each claim stands beside it in the page. A claim without results
 says so.
@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark_common import replacing
-from reproduce_common import RESULTS, Options
-from reproduce_memory_figure import METHODS, SHRUNK
-from reproduce_verdicts import NAMES, OPEN, ROWS, Content, describe_correlation
+from common.memory import replacing
+from reproduction.common import RESULTS, Options
+from reproduction.memory_figure import METHODS, SHRUNK
+from reproduction.verdicts import NAMES, OPEN, ROWS, Content, describe_correlation
 
 SIZES = ("full", "laptop")
 

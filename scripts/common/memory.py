@@ -156,8 +156,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def run_git(*arguments: str) -> str | None:
-    """The output of a git command in this folder, None where there is no git, no repository, or nothing to say."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    """The output of a git command in scripts/, None where there is no git, no repository, or nothing to say."""
+    command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     except FileNotFoundError:
