@@ -37,11 +37,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dora_peft
-from benchmarks.contenders import SHAPES, Shape, build_base, build_contender
-from common.memory import describe_machine, positive, write_json
+from benchmarks.bases import SHAPES, Shape, build_base
+from benchmarks.contenders import build_contender
+from benchmarks.report import RESULTS
+from common.arguments import positive
+from common.files import write_json
+from common.machine import describe_machine
 from dora_peft import norms, reference
 
-RESULTS = Path(__file__).resolve().parent / "benchmarks" / "results"
 CPU = torch.device("cpu")
 ADAPTER = "default"
 LEARNING_RATE = 1e-4

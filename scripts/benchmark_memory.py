@@ -31,18 +31,15 @@ from tqdm import tqdm
 from transformers import set_seed
 
 import dora_peft
-from common.memory import (
-    MIB,
-    PeakMemory,
-    describe_machine,
-    enable_checkpointing,
-    positive,
-    record_saved_bytes,
-    write_json,
-)
-from finetune.config import FinetuneConfig, build_parser, parse_config
+from benchmarks.measure import enable_checkpointing
+from common.arguments import positive
+from common.files import write_json
+from common.machine import describe_machine
+from common.memory import MIB, PeakMemory, record_saved_bytes
+from finetune.config import FinetuneConfig
 from finetune.data import AnswerCollator, load_datasets
 from finetune.model import build_model, count_parameters, load_tokenizer
+from finetune.options import build_parser, parse_config
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},

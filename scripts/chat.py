@@ -18,8 +18,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluate_spelling import load_model
-from prepare_cmudict import format_prompt
+from finetune.generation import load_model
+from prepare.records import format_prompt
 
 Message = dict[str, str]
 

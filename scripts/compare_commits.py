@@ -32,9 +32,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark import QUANTITIES, RESULTS, describe, format_value, read_options, result_path
+from benchmarks.options import read_options, result_path
+from benchmarks.report import QUANTITIES, RESULTS, describe, format_value
 from benchmarks.suites import SUITES
-from common.memory import positive, write_json
+from common.arguments import positive
+from common.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTENDER = "dora"
@@ -214,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, arguments = parser.parse_known_args(argv)
     if not any(word.partition("=")[0] == "--contenders" for word in arguments):
         arguments += ["--contenders", CONTENDER]
-    benchmarked = read_options([options.suite, *arguments])  # ends with a message where benchmark.py would
+    # ends with a message if benchmark.py would
+    benchmarked = read_options([options.suite, *arguments])
     commit = run_git("rev-parse", "--verify", f"{options.commit}^{{commit}}")
     path = options.json or options.results / f"against_{commit[:9]}_{result_path(benchmarked).name}"
 

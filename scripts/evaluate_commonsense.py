@@ -25,10 +25,11 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.memory import describe_machine, positive, write_json
-from evaluate_spelling import generate_answers, load_model
-from prepare.commonsense import TASKS, build_prompt, extract_answer, paper_columns
-from prepare_commonsense import Record, read_records
+from common.arguments import positive
+from common.files import write_json
+from common.machine import describe_machine
+from finetune.generation import generate_answers, load_model
+from prepare.commonsense import TASKS, Record, build_prompt, extract_answer, paper_columns, read_records
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 

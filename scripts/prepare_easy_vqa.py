@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common.memory import replacing
+from common.files import replacing
 from prepare.wheels import download_wheel
 
 REQUIREMENT = "easy-vqa==1.0"

@@ -38,7 +38,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.memory import positive
+from common.arguments import positive
 from reproduction.common import RESULTS, Options
 
 CLAIMS = ("memory", "vl_bart", "pattern", "accuracy", "detach", "report")

@@ -23,7 +23,9 @@ from typing import Any
 
 import torch
 
-from common.memory import describe_machine, positive, write_json
+from common.arguments import positive
+from common.files import write_json
+from common.machine import describe_machine
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "search"))  # the search is a test that is used here as a program

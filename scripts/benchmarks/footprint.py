@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.contenders import DTYPES, Contender, build_contender
+from benchmarks.bases import DTYPES
+from benchmarks.contenders import Contender, build_contender
 from benchmarks.measure import (
     Result,
     Skipped,

@@ -19,18 +19,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.contenders import (
-    DTYPES,
-    SHAPES,
-    Contender,
-    Results,
-    build_base,
-    build_contender,
-    check_equal,
-    unavailable,
-    without_dropout,
-)
-from common.memory import enable_checkpointing
+from benchmarks.bases import DTYPES, SHAPES, build_base
+from benchmarks.contenders import Contender, Results, build_contender, check_equal, unavailable, without_dropout
 
 Skipped = dict[str, str]
 Result = dict[str, Any]
@@ -206,3 +196,9 @@ def random_tokens(options: Namespace, count: int, length: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(options.seed)
     ids = torch.randint(options.vocab, (count, options.batch, length), generator=generator)
     return list(ids.to(options.device))
+
+
+def enable_checkpointing(model: nn.Module, use_reentrant: bool = False) -> None:
+    """Turn on activation checkpointing, which transformers renamed in the course of version 5."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})

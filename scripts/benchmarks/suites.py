@@ -13,7 +13,8 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor
 
 import dora_peft
-from benchmarks.contenders import DTYPES, Contender, Results, build_contender, build_layer, check_equal
+from benchmarks.bases import DTYPES, build_layer
+from benchmarks.contenders import Contender, Results, build_contender, check_equal
 from benchmarks.footprint import run_memory
 from benchmarks.measure import (
     Result,

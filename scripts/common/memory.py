@@ -1,21 +1,11 @@
-"""What the benchmarks share: measures of memory, the description of the machine, and files written whole or not at all.
-
-Imported by `scripts/benchmark.py` and `scripts/benchmark_memory.py`; not a program of its own.
-"""
+"""Measures of memory: what is kept for backward, and the peak."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
-import json
-import os
-import platform
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode  # documented in "Extending PyTorch", whatever its path
-
-import dora_peft
 
 MIB = 2**20
 
@@ -132,67 +120,3 @@ class PeakMemory:
         else:
             self.stopped.set()
             self.watcher.join()
-
-
-def enable_checkpointing(model: nn.Module, use_reentrant: bool = False) -> None:
-    """Turn on activation checkpointing, which transformers renamed in the course of version 5."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": use_reentrant})
-
-
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Device, threads, versions of the packages, git commit if there is one and whether the code differs from it."""
-    return {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU",
-        "processor": processor_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft")}
-        | {"dora_peft": dora_peft.__version__},
-        # the variable names the commit where the files travelled without their repository
-        "commit": run_git("rev-parse", "HEAD") or os.environ.get("DORA_PEFT_COMMIT"),
-        "modified": bool(run_git("status", "--porcelain", "--", "../dora_peft", "*.py")),
-    }
-
-
-def run_git(*arguments: str) -> str | None:
-    """The output of a git command in scripts/, None where there is no git, no repository, or nothing to say."""
-    command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    except FileNotFoundError:
-        return None
-
-
-def processor_name() -> str:
-    """The processor's model, such as "AMD EPYC"; its architecture where the system does not say."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, beside `path` and with its suffix, that takes its place once all is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path`, which never holds half of it."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
-    return int(text)

@@ -6,7 +6,9 @@ Data are in the format of the LLM-Adapters project: JSON lists of records `instr
 ("the correct answer is ending2") and `answer` ("ending2").
 """
 
+import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +166,37 @@ def paper_columns(name_or_path: str, rank: int | None) -> dict[str, dict[str, fl
             by_task = dict(zip(TASKS, accuracies[case], strict=True)) if case in accuracies else {}
             columns[f"{case[0]} r={rank}"] = by_task | {"mean": average}
     return columns
+
+
+Record = dict[str, str]
+
+
+def read_records(path: Path, tasks: list[str] | None, drop_wrong: bool) -> list[Record]:
+    """Read a JSON list of records and check each of them.
+
+    Args:
+        tasks: what the records may belong to; None for all tasks.
+        drop_wrong: whether a wrong record is left out, with a line about it, instead of refused.
+
+    Raises:
+        ValueError: the file is no such list, or a record is wrong; names the file and the number of the record from 1.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a list of records in JSON, but it cannot be read: {error}") from error
+    if not isinstance(values, list):
+        raise ValueError(f"{path}: expected a list of records in JSON, found {type(values).__name__}.")
+    records = []
+    for number, value in enumerate(values, start=1):
+        try:
+            check_record(value, tasks)
+        except ValueError as error:
+            if not drop_wrong:
+                raise ValueError(f"{path}, record {number}: {error}. Mend it, or give --drop_wrong.") from error
+            print(f"{path}, record {number}: dropped: {error}", file=sys.stderr)
+        else:
+            records.append({key: value[key] for key in KEYS})
+    if not records:
+        raise ValueError(f"{path}: expected at least one record, found none.")
+    return records

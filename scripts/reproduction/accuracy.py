@@ -29,11 +29,11 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks.contenders import share_weights
+from benchmarks.bases import share_weights
 from finetune.config import FinetuneConfig
 from finetune.data import IGNORE, AnswerCollator, load_records, tokenize_records
 from finetune.model import adapter_config, load_base_model, load_tokenizer
-from finetune_llama import AnswerTrainer, training_arguments
+from finetune.trainer import AnswerTrainer, training_arguments
 from reproduction import commonsense as reproduce_commonsense
 from reproduction import memory as reproduce_memory
 from reproduction.common import Options, Plan, Runs, at_edge, difference, digest, draw_detach, draw_ranks, lowest

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from common.memory import describe_machine, replacing
+from common.files import replacing
+from common.machine import describe_machine
 
 RESULTS = Path(__file__).parents[1] / "reproduce" / "results"
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.memory import replacing
+from common.files import replacing
 
 METHODS = {  # in the order of the claim: the dense algorithm first
     "reference_not_detached": "DoRA, dense,\nnorm not detached",

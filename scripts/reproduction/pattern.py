@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from common.memory import replacing
+from common.files import replacing
 from dora_peft.analysis import (
     DecompositionCallback,
     correlate,

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.memory import replacing
+from common.files import replacing
 from reproduction.common import RESULTS, Options
 from reproduction.memory_figure import METHODS, SHRUNK
 from reproduction.verdicts import NAMES, OPEN, ROWS, Content, describe_correlation

@@ -16,126 +16,27 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import re
 import shutil
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
-from benchmarks.contenders import share_weights
-from common.memory import replacing
+from benchmarks.bases import share_weights
+from common.files import replacing
 from dora_peft import DoraConfig, param_groups
-from reproduction.common import Options, Runs, at_edge, digest, interval, lowest
+from reproduction.common import Options, Runs, at_edge, digest, lowest
+from reproduction.vl_bart_figure import METHODS, difference, draw, print_summary
+from reproduction.vl_bart_settings import CONFIGS, Settings, load_settings, toy
 from vl_bart.data import IGNORE, Part, Record, load_part, make_batch, question_only, word_tokenizer
 from vl_bart.model import VlBartForConditionalGeneration, build_small
-
-CONFIGS = Path(__file__).parents[2] / "configs"
-METHODS = {
-    "lora": "LoRA", "dora": "DoRA", "dora_not_detached": "DoRA,\nnorm not\ndetached", "full": "full\nfine-tuning"
-}  # fmt: skip
-PAPER = {"full": 77.3, "lora": 76.5, "dora": 77.4}  # images
-PAPER_OF_DATASET = {"vl_bart_image": PAPER, "vl_bart_video": {"full": 87.5, "lora": 83.5, "dora": 85.4}}
-
-
-@dataclass
-class Settings:
-    """What configs/vl_bart_*.yaml hold.
-
-    Attributes:
-        model: A pretrained BART, folder or Hub id; None trains a small one on the questions of `backbone_pattern`.
-        dataset: The folder of the data, under `--data`.
-        learning_rates: The grid of each method; DoRA's serves with and without detaching.
-        pattern: Regular expression of the questions to adapt to, the whole of them.
-        steps: Optimizer steps of each run; None leaves it to `epochs`.
-        max_test: Test questions to answer, the first ones; None for all.
-    """
-
-    model: str | None
-    dataset: str
-    visual_dim: int
-    visual_tokens: int
-    r: int
-    lora_alpha: float
-    target_modules: list[str]
-    learning_rates: dict[str, list[float]]
-    batch: int
-    seeds: list[int]
-    lora_dropout: float = 0.0
-    train_visual_embedding: bool = False
-    warmup: float = 0.1
-    steps: int | None = None
-    epochs: float | None = None
-    max_test: int | None = None
-    pattern: str = ".*"
-    backbone_pattern: str | None = None
-    backbone_steps: int = 0
-    backbone_batch: int = 64
-    backbone_learning_rate: float = 1e-3
-    d_model: int = 128
-    layers: int = 2
-
-
-def load_settings(path: Path) -> Settings:
-    """Read a YAML file of settings; a seed that is given twice counts once.
-
-    Raises:
-        ValueError: there is no such file, it is no YAML, a field is unknown or missing, or the fields contradict each
-            other.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected settings as in configs/vl_bart_easy_vqa.yaml.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected fields such as `r: 16`, found {type(values).__name__}.")
-    known = {field.name for field in fields(Settings)}
-    if unknown := sorted(map(str, set(values) - known)):
-        raise ValueError(f"{path}: unknown field {unknown[0]!r}; expected some of {', '.join(sorted(known))}.")
-    try:
-        settings = Settings(**values)
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if (settings.steps is None) == (settings.epochs is None):
-        raise ValueError(f"{path}: expected one of steps and epochs, found {settings.steps} and {settings.epochs}.")
-    if settings.model is None and not (settings.backbone_pattern and settings.backbone_steps):
-        raise ValueError(f"{path}: without a model, expected backbone_pattern and backbone_steps to train one.")
-    if not settings.seeds:
-        raise ValueError(f"{path}: seeds: expected at least one.")
-    if len({len(settings.learning_rates.get(method, ())) for method in ("lora", "dora", "full")}) != 1:
-        raise ValueError(f"{path}: learning_rates: expected as many for lora as for dora and full.")
-    rates = [rate for grid in settings.learning_rates.values() for rate in grid]
-    if unfit := [rate for rate in rates if not isinstance(rate, float)]:
-        # YAML 1.1 reads 1e-3 as text
-        raise ValueError(f"{path}: learning_rates: expected numbers such as 1.0e-3, with a point, found {unfit[0]!r}.")
-    if settings.model is not None and not settings.train_visual_embedding:
-        raise ValueError(
-            f"{path}: train_visual_embedding: expected true with model {settings.model}, whose projection of "
-            "pictures is new and would stay random."
-        )
-    settings.seeds = list(dict.fromkeys(settings.seeds))
-    return settings
-
-
-def toy(settings: Settings) -> Settings:
-    """The same at toy size, with easy-vqa and a backbone of our own: nothing is fetched from the Hub."""
-    small = load_settings(CONFIGS / "vl_bart_easy_vqa.yaml")
-    names = ("model", "dataset", "visual_dim", "visual_tokens", "pattern", "backbone_pattern", "backbone_learning_rate")
-    return replace(
-        settings, **{name: getattr(small, name) for name in names}, r=min(settings.r, small.r), steps=2, epochs=None,
-        backbone_steps=2, backbone_batch=4, batch=4, d_model=16, layers=1, max_test=20,
-    )  # fmt: skip
 
 
 class Task:
@@ -210,10 +111,10 @@ class Task:
         model = build_small(self.tokenizer, **shape).to(self.device)
         how = settings.backbone_learning_rate, settings.backbone_steps, settings.backbone_batch
         loss = self.fit(model, self.backbone_part, *how, seed=0, label="backbone")
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-        model.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)  # at once, so that a killed run leaves no half of it under this name
+        with replacing(folder) as temporary:
+            model.save_pretrained(temporary)
+            # Without an older folder the new one gets its name at once, and a killed run leaves no half of it.
+            shutil.rmtree(folder, ignore_errors=True)
         return {"loss": loss, "accuracy": self.evaluate(model, self.backbone_test)[0]}
 
     def fit(
@@ -287,11 +188,6 @@ class Task:
         }  # fmt: skip
 
 
-def difference(methods: Mapping[str, Mapping[str, Any]], one: str, other: str) -> dict[str, float]:
-    """One method's accuracy minus another's, paired by seed: mean and 95 % interval."""
-    return interval([a - b for a, b in zip(methods[one]["accuracies"], methods[other]["accuracies"], strict=True)])
-
-
 def run(
     options: Options, config: Path | None = None, seeds: tuple[int, ...] | None = None, model: str | None = None
 ) -> None:
@@ -350,64 +246,3 @@ def run(
     runs.finish(summary)
     draw(runs)
     print_summary(summary)
-
-
-def print_summary(summary: Mapping[str, Any]) -> None:
-    for method, entry in summary["methods"].items():
-        rate = f"{entry['rate']:g}{', at the edge of its grid,' if entry['edge'] else ''}"
-        print(
-            f"{method:<18} lr {rate} accuracy {entry['mean']:.1%} +- {entry['spread']:.1%}, with other pictures "
-            f"{entry['swapped']:.1%}"
-        )
-    for name, gain in summary["differences"].items():
-        low, high = 100 * gain["low"], 100 * gain["high"]
-        print(f"{name}: {100 * gain['mean']:+.1f} points [{low:+.1f}, {high:+.1f}], {gain['count']} seeds")
-    print(
-        f"question alone {summary['question_only']:.1%}, before adaptation {summary['before']:.1%}, "
-        f"{summary['num_test']} test questions, {summary['num_validation']} to choose the rate by"
-    )
-
-
-def draw(runs: Runs) -> None:
-    """Accuracy of each method against guessing from the question, and the difference to LoRA; a point a seed."""
-    from matplotlib.figure import Figure
-
-    summary: Mapping[str, Any] = runs.content["summary"]
-    methods, dataset = summary["methods"], runs.content["settings"]["dataset"]
-    paper = PAPER_OF_DATASET.get(dataset, {})  # elsewhere they would invite a comparison of unlike data
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for place, (method, entry) in enumerate(methods.items()):
-        bar = left.bar(place, 100 * entry["mean"], 0.6, color=f"C{place}", alpha=0.6)
-        label = f"{100 * entry['mean']:.1f}" + (f"\n(paper {paper[method]})" if method in paper else "")
-        left.bar_label(bar, [label], padding=7, fontsize=10)
-        left.plot([place] * len(entry["accuracies"]), [100 * a for a in entry["accuracies"]], "k.", markersize=5)
-        cross = "another's picture" if place == 0 else None
-        left.plot(place, 100 * entry["swapped"], "x", color="black", markersize=8, label=cross)
-    left.axhline(100 * summary["question_only"], color="k", linestyle="--", linewidth=1, label="question alone")
-    left.set(title="test questions answered rightly", ylabel="%", ylim=(0, 140 if paper else 124))
-    left.set_yticks(range(0, 101, 20))
-
-    others = [method for method in methods if method != "lora"]
-    for place, method in enumerate(others):
-        gain, colour = difference(methods, method, "lora"), f"C{place + 1}"
-        pairs = zip(methods[method]["accuracies"], methods["lora"]["accuracies"], strict=True)
-        mean, low, high = (100 * gain[name] for name in ("mean", "low", "high"))
-        errors = [[max(0.0, mean - low)], [max(0.0, high - mean)]]  # rounding could make -1e-15 of 0
-        names = ("mean, 95 % interval", "a seed") if place == 0 else (None, None)
-        right.errorbar(place, mean, errors, fmt="o", color=colour, capsize=6, linewidth=2, label=names[0])
-        right.plot([place + 0.2] * gain["count"], [100 * (a - b) for a, b in pairs], "k.", label=names[1])
-        right.annotate(f"{mean:+.1f}", (place - 0.1, mean), ha="right", va="center", fontsize=10)
-    right.axhline(0, color="C0", linestyle="--", linewidth=1, label="LoRA")
-    right.set(title="difference to LoRA with the same seed", ylabel="points", xlim=(-0.6, len(others) - 0.4))
-    for axes, shown in ((left, list(methods)), (right, others)):
-        axes.set_xticks(range(len(shown)), [METHODS[method] for method in shown], fontsize=10)
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-    left.legend(loc="upper center", ncols=2, fontsize=9)
-    right.legend(fontsize=9)
-    figure.suptitle(f"VL-BART on {dataset}: {summary['num_test']} test questions, {gain['count']} seeds")
-    path = runs.path.with_suffix(".png")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130)
-    print(f"wrote {path}")

@@ -14,18 +14,12 @@ import benchmark
 import update_readme
 from benchmarks import footprint as benchmark_footprint
 from benchmarks import measure as benchmark_measure
-from benchmarks.contenders import (
-    SHAPES,
-    Contender,
-    Shape,
-    build_base,
-    build_contender,
-    build_layer,
-    check_equal,
-    find_linears,
-    without_dropout,
-)
-from common.memory import record_saved_bytes, replacing, saved_bytes
+from benchmarks import report
+from benchmarks.bases import SHAPES, Shape, build_base, build_layer
+from benchmarks.contenders import Contender, build_contender, check_equal, find_linears, without_dropout
+from benchmarks.options import read_options, result_path
+from common.files import replacing
+from common.memory import record_saved_bytes, saved_bytes
 
 CPU = torch.device("cpu")
 SMALL = ["--model", "tiny", "--device", "cpu", "--threads", "1", "--rounds", "1", "--warmup", "1", "--batch", "2"]
@@ -169,7 +163,7 @@ def test_memory(measure: Callable[..., dict[str, Any]], monkeypatch: pytest.Monk
 def test_peak_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    options = benchmark.read_options(["memory", *SMALL])
+    options = read_options(["memory", *SMALL])
     setting = {"rank": 4, "dropout": 0.1, "batch": 2, "seq_len": 16, "dtype": "fp32", "adapter_dtype": "fp32"}
     setting["checkpointing"] = "non-reentrant"
     assert 0 < benchmark_footprint.peak_of_process("dora", options, setting) < 500
@@ -395,9 +389,9 @@ def test_all_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_the_plan_is_valid() -> None:
-    paths = [benchmark.result_path(benchmark.read_options(planned.split())) for planned in benchmark.PLAN]
+    paths = [result_path(read_options(planned.split())) for planned in benchmark.PLAN]
     assert len(set(paths)) == len(paths) > 8
-    assert all(path.parent == benchmark.RESULTS for path in paths)
+    assert all(path.parent == report.RESULTS for path in paths)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 
 import benchmark_check
 import update_readme
-from benchmarks.contenders import SHAPES
+from benchmarks.bases import SHAPES
 from dora_peft import norms
 from dora_peft.norms.state import Snapshot
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import benchmark_memory
 from benchmark_memory import VARIANTS, check_losses, format_table, make_steps, record_saved_bytes
-from finetune.config import build_parser, parse_config
+from finetune.options import build_parser, parse_config
 
 FLOAT = 4
 

@@ -13,9 +13,9 @@ import torch
 from finetune_fixtures import make_config, make_llama, make_tokenizer
 
 import evaluate_commonsense
-import evaluate_spelling
 import finetune_llama
 import prepare_commonsense
+from finetune import generation
 from finetune.data import IGNORE, encode_record
 from prepare import commonsense
 from prepare.commonsense import MARKER, TASKS, build_prompt, extract_answer
@@ -383,7 +383,7 @@ def test_missing_and_wrong_question_sets_are_named(oracle: Oracle, question_sets
 def test_batched_answers_are_those_of_one_by_one(tmp_path: Path) -> None:
     records = [make_record("piqa", number) for number in range(5)]
     assert len({len(build_prompt(record["instruction"])) for record in records}) == 5
-    model, tokenizer = evaluate_spelling.load_model(str(make_llama(tmp_path / "model")), None, None)
+    model, tokenizer = generation.load_model(str(make_llama(tmp_path / "model")), None, None)
     assert tokenizer.padding_side == "left"
     # Answers of random weights hang on every token only if the weights are large.
     with torch.no_grad():
