@@ -23,10 +23,9 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 def test_there_are_commands_and_modules() -> None:
-    assert NAMES >= {"benchmark", "chat", "finetune_llama", "reproduce", "update_readme"}
-    assert {path.parent.name for path in MODULES} == {
-        "benchmarks", "common", "finetune", "prepare", "reproduction", "vl_bart",
-    }  # fmt: skip
+    assert len(NAMES) >= 15
+    folders = {path.parent.name for path in MODULES}
+    assert folders == {"benchmarks", "common", "finetune", "prepare", "reproduction", "vl_bart"}
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)

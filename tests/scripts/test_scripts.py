@@ -19,8 +19,8 @@ import evaluate_spelling
 import prepare_cmudict
 from dora_peft import DoraConfig
 from finetune import generation
-from prepare import records
 from prepare import wheels as wheel_data
+from prepare.records import format_prompt, split_words
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 DICTIONARY = """\
@@ -89,17 +89,17 @@ def test_parse_dictionary_keeps_plain_words_with_their_first_pronunciation():
 
 def test_split_is_disjoint_complete_and_repeats():
     words = {f"word{i}" for i in range(100)}
-    train, test = records.split_words(words, num_test=20, seed=0)
+    train, test = split_words(words, num_test=20, seed=0)
     assert len(test) == 20
     assert not set(train) & set(test)
     assert set(train) | set(test) == words
-    assert records.split_words(sorted(words, reverse=True), num_test=20, seed=0) == (train, test)
-    assert records.split_words(words, num_test=20, seed=1) != (train, test)
+    assert split_words(sorted(words, reverse=True), num_test=20, seed=0) == (train, test)
+    assert split_words(words, num_test=20, seed=1) != (train, test)
 
 
 def test_split_that_leaves_nothing_to_train_on_is_refused():
     with pytest.raises(ValueError, match="num_test must be below the number of words, 3"):
-        records.split_words(["a", "b", "c"], num_test=3, seed=0)
+        split_words(["a", "b", "c"], num_test=3, seed=0)
 
 
 def test_prepare_cmudict_writes_both_files(tmp_path, monkeypatch):
@@ -164,7 +164,7 @@ def test_records_are_checked(tmp_path):
 
 def test_answers_do_not_depend_on_the_batch(tiny_llama):
     model, tokenizer = generation.load_model(tiny_llama[0], None, None)
-    prompts = [records.format_prompt(word) for word in ("window", "mill", "tomorrows")]
+    prompts = [format_prompt(word) for word in ("window", "mill", "tomorrows")]
     together = generation.generate_answers(model, tokenizer, prompts, batch_size=3, max_new_tokens=8)
     alone = generation.generate_answers(model, tokenizer, prompts, batch_size=1, max_new_tokens=8)
     assert together == alone
@@ -174,7 +174,7 @@ def test_evaluation_and_conversation_prompt_as_training_does(tiny_llama):
     from finetune.data import IGNORE, encode_answer
 
     tokenizer = tiny_llama[1]
-    prompt, completion = records.format_prompt("window"), prepare_cmudict.format_completion(["W", "IH"])
+    prompt, completion = format_prompt("window"), prepare_cmudict.format_completion(["W", "IH"])
     token_ids, labels = encode_answer(prompt, completion, tokenizer)
     prompt_length = labels.count(IGNORE)
     assert token_ids[:prompt_length] == tokenizer(prompt)["input_ids"]
@@ -183,7 +183,7 @@ def test_evaluation_and_conversation_prompt_as_training_does(tiny_llama):
 
 
 def test_evaluate_spelling_writes_its_result(tiny_llama, adapter, tmp_path, monkeypatch, capsys):
-    records = [{"prompt": records.format_prompt(word), "completion": " AH"} for word in ("ball", "call", "fall")]
+    records = [{"prompt": format_prompt(word), "completion": " AH"} for word in ("ball", "call", "fall")]
     dataset = write_jsonl(tmp_path / "test.jsonl", records)
     result_file = tmp_path / "results" / "dora.json"
     arguments = ["--model_name_or_path", tiny_llama[0], "--adapter", adapter, "--dataset", str(dataset), "--limit", "2"]
