@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+import yaml
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 COMMANDS = sorted(SCRIPTS.glob("*.py"))
@@ -51,3 +52,10 @@ def test_what_all_share_imports_no_other_folder() -> None:
     folders = {path.parent.name for path in MODULES} - {"common"}
     for path in SCRIPTS.glob("common/*.py"):
         assert not imported(ast.parse(path.read_text(encoding="utf-8"))) & folders
+
+
+def test_pre_commit_checks_with_the_pinned_linter() -> None:
+    hooks = yaml.safe_load((SCRIPTS.parent / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    (revision,) = [repo["rev"] for repo in hooks if repo["repo"].endswith("ruff-pre-commit")]
+    pinned = (SCRIPTS / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert f"ruff=={revision.removeprefix('v')}" in pinned
