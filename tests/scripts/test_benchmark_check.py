@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,6 @@ from dora_peft.norms.state import Snapshot
 pytestmark = [pytest.mark.cached_norms, pytest.mark.implementation("torch")]
 SMALL = ["--model", "tiny", "--rounds", "2", "--checks", "3", "--threads", "1"]
 TINY = benchmark_check.Setting("decoding", "tiny", SHAPES["tiny"], 4, 5.0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine threads that wait for each other make these tiny models up to fifty times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

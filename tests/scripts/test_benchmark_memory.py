@@ -1,10 +1,8 @@
 """The memory benchmark: what it counts, its table, and one whole run."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from finetune_fixtures import make_config
@@ -15,20 +13,6 @@ from benchmark_memory import VARIANTS, check_losses, format_table, make_steps, r
 from finetune.options import build_parser, parse_config
 
 FLOAT = 4
-
-
-@pytest.fixture(autouse=True)
-def cache_in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine threads that wait for each other make these tiny models up to fifty times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 import yaml
@@ -31,20 +30,6 @@ SCRIPT = ROOT / "scripts" / "finetune_llama.py"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Without the time of day or of the run, which differ from run to run.
 CURVE_KEYS = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
-
-
-@pytest.fixture(autouse=True)
-def cache_in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine threads that wait for each other make these tiny models up to fifty times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def finetune(config: Path, *flags: object) -> None:

@@ -166,9 +166,6 @@ def test_full_size_needs_a_gpu(claim, tmp_path, capsys):
     assert "needs a GPU of 80 GB, and found none" in capsys.readouterr().err
 
 
-# ---- figures of other settings
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -199,9 +196,6 @@ def test_the_settings_hold_what_a_figure_depends_on(tmp_path, monkeypatch):
     assert set(llama) == {"shape", "targets", "rank", "alpha", "dropout"}
     assert llama["shape"]["hidden"] == 64
     assert llama["dropout"] == 0.05
-
-
-# ---- a GPU that is too small
 
 
 def test_a_case_that_does_not_fit_is_left_out(tmp_path, monkeypatch, capsys):
