@@ -1,7 +1,9 @@
 """The commonsense pipeline on small local files: answers, preparation, evaluation, and all with a fine-tune run."""
 
+import contextlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
