@@ -16,12 +16,12 @@ from benchmarks import measure as benchmark_measure
 from benchmarks import report
 from benchmarks.bases import SHAPES, build_base
 from benchmarks.contenders import Contender, build_contender
-from benchmarks.options import read_options, result_path
+from benchmarks.options import DEFAULT, read_options, result_path
 
 CPU = torch.device("cpu")
 SMALL = ["--model", "tiny", "--device", "cpu", "--threads", "1", "--rounds", "1", "--warmup", "1", "--batch", "2"]
 # Triton's interpreter takes longer than all others together.
-UNINTERPRETED = ("--contenders", ",".join(name for name in benchmark.DEFAULT if name != "dora:triton"))
+UNINTERPRETED = ("--contenders", ",".join(name for name in DEFAULT if name != "dora:triton"))
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_step(measure: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixt
 
 
 def test_all_contenders_run_unless_some_are_asked_for(measure: Callable[..., dict[str, Any]]) -> None:
-    assert found_names(measure("step", "--seq-len", "4")) == benchmark.DEFAULT
+    assert found_names(measure("step", "--seq-len", "4")) == DEFAULT
 
 
 @pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning")
