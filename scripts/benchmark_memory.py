@@ -6,7 +6,7 @@ On a laptop without GPU, with the model and the data of `scripts/prepare_smollm2
 
     python scripts/benchmark_memory.py configs/smollm2_135m.yaml --steps 5
 
-Every method runs in a process of its own, on the same batches. Expected result: a table with one line a method and,
+Every method runs in a separate process, on the same batches. Expected result: a table with one line a method and,
 beside each figure, its ratio to LoRA's; the same as JSON; and a bar chart. "saved" is what autograd keeps from forward
 to backward: distinct storages, without parameters and buffers. "peak" is the allocator's peak on a GPU; on the CPU it
 is the growth of the resident set over the loaded model, read every 2 ms. Times are medians over the steps after two of
@@ -126,7 +126,7 @@ def measure(config: FinetuneConfig, num_steps: int, label: str) -> dict[str, Any
 
 
 def run_worker(name: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Measure one method in a process of its own, so that none inherits another's memory."""
+    """Measure one method in a separate process, so that none inherits another's memory."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, __file__, *argv, "--worker", name, "--json", str(result)]

@@ -7,7 +7,7 @@
 COMMIT is checked out into a temporary git worktree, removed at the end, also after an error, Ctrl-C or SIGTERM.
 `scripts/benchmark.py SUITE` then runs in either tree, with that tree's package, in pairs of processes whose order
 alternates, so that a machine which grows slower favours neither. All options but those below go to benchmark.py;
-`--contenders dora` is added where no contenders are named. "New" is this tree as it lies there, edits included.
+`--contenders dora` is added if no contenders are named. "New" is this tree as it lies there, edits included.
 
 Expected result: for each setting, of the contender `dora`, median [least, most] over the pairs of new / old; the same
 of what is relative to LoRA within each process, from which the machine's state cancels; and of LoRA itself, which no
@@ -132,7 +132,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def divided(new: Sequence[float], old: Sequence[float]) -> dict[str, float] | None:
-    """Median, least and most of the paired ratios; None where there is something that cannot be divided by."""
+    """Median, least and most of the paired ratios; None if there is something that cannot be divided by."""
     return spread([a / b for a, b in zip(new, old, strict=True)]) if all(old) and len(new) == len(old) else None
 
 
@@ -145,7 +145,7 @@ def compare(olds: Sequence[Report], news: Sequence[Report]) -> list[dict[str, An
     """One result for each setting that both commits measured.
 
     Raises:
-        RuntimeError: where there is none.
+        RuntimeError: if there is none.
     """
     results = []
     for result in news[0]["results"]:

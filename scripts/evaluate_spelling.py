@@ -4,7 +4,7 @@
         --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --dataset data/cmudict/test.jsonl --limit 200 \\
         --adapter outputs/demo/dora --json outputs/demo/dora.json
 
-Runs on a GPU where there is one, and as it stands on the CPU: 200 words take about half a minute on 2 cores. Expected
+Runs on a GPU if there is one, and as it stands on the CPU: 200 words take about half a minute on 2 cores. Expected
 result: a line such as `dora  exact match 20.0 %  phoneme error rate 33.0 %  (200 words)`; without `--adapter` no word
 is right. Answers are generated greedily, so that the figures repeat. The model sees the records' prompts as they stand,
 the very text that `finetune_llama.py` trains on.
@@ -51,7 +51,7 @@ def score(answers: Sequence[str], completions: Sequence[str]) -> dict[str, float
 
     Returns:
         `exact_match`, the share of answers that are right in full, and `phoneme_error_rate`, the edit distances over
-        the number of expected phonemes; the latter passes 1 where answers are too long.
+        the number of expected phonemes; the latter passes 1 if answers are too long.
     """
     pairs = [(answer.split(), completion.split()) for answer, completion in zip(answers, completions, strict=True)]
     errors = sum(edit_distance(found, expected) for found, expected in pairs)

@@ -52,7 +52,7 @@ def without_accents(name: str) -> str:
 def select_cities(
     cities: Iterable[Mapping[str, Any]], countries: Mapping[str, Mapping[str, Any]], max_per_country: int
 ) -> dict[str, str]:
-    """Choose the cities whose name alone tells their country.
+    """Choose the cities whose name alone says their country.
 
     Args:
         cities: records with `name`, `countrycode` and `population`.

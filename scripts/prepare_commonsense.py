@@ -40,7 +40,7 @@ def find_file(folder: Path, name: str) -> Path:
 
 
 def find_files(source: Path, tasks: Sequence[str]) -> tuple[Path, dict[str, Path]]:
-    """The training file and the test file of each task; no test files where `source` is a file itself.
+    """The training file and the test file of each task; no test files if `source` is a file itself.
 
     Raises:
         ValueError: `source` does not exist, or a file is missing from it.
@@ -53,7 +53,7 @@ def find_files(source: Path, tasks: Sequence[str]) -> tuple[Path, dict[str, Path
 
 
 def kind_of(record: Record) -> str:
-    """The tasks that a training record may belong to; answer1 to answer5 do not tell more."""
+    """The tasks that a training record may belong to; answer1 to answer5 do not say more."""
     return ", ".join(tasks_of_answer(record["answer"]))
 
 

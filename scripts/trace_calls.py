@@ -173,7 +173,7 @@ def time_layer(package: ModuleType, rounds: int, repeats: int = 200) -> float:
 
 
 def time_in_process(checkout: Path, rounds: int) -> float:
-    """`time_layer` of a checkout's package, in a process of its own."""
+    """`time_layer` of a checkout's package, in a separate process."""
     command = [sys.executable, "-W", "ignore", __file__, "--package", str(checkout), "--time", "--rounds", str(rounds)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if result.returncode != 0:

@@ -21,7 +21,7 @@ class Shape:
     kv_heads: int
     layers: int
     vocab: int
-    head_dim: int | None = None  # hidden / heads where None
+    head_dim: int | None = None  # hidden / heads if None
     tied: bool = False
     qwen3: bool = False
 

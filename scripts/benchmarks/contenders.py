@@ -1,4 +1,4 @@
-"""The models and contenders of `scripts/benchmark.py`: shapes, shared base weights, equal adapters, and their check.
+"""The contenders of `scripts/benchmark.py`: equal adapters over shared base weights, and the check that they agree.
 
 All contenders of a run share one frozen base model and get the same random A, B and magnitudes, so that LoRA computes
 the same as its floor, and every DoRA the same as every other; `check_equal` makes sure of it before anything is timed.
@@ -45,7 +45,7 @@ Results = dict[str, Tensor]
 
 
 class _Floor(torch.autograd.Function):
-    """y = x W0^T + b + x_d A^T B^T with the products that this needs and no others; x_d is x where it is None.
+    """y = x W0^T + b + x_d A^T B^T with the products that this needs and no others; x_d is x if it is None.
 
     after_A = x_d A^T       dB = g^T after_A       dA = (g B)^T x_d       dx_d = (g B) A       dx = g W0
     """
@@ -103,7 +103,7 @@ class Contender:
         module: The eager model, for its parameters.
         call: What is timed; the compiled model of a compiled contender, else `module`.
         context: Entered around every call.
-        scaling: What a gradient of `lora_B` is multiplied with, where B contains the scaling.
+        scaling: What a gradient of `lora_B` is multiplied with, if B contains the scaling.
     """
 
     name: str
@@ -245,7 +245,7 @@ def check_equal(results: Mapping[str, Results], dtype: str) -> dict[str, dict[st
         For each checked contender the tensor that differs most, from whose, and by how much.
 
     Raises:
-        RuntimeError: naming contender and tensor, where one differs by more than the tolerance or is missing.
+        RuntimeError: naming contender and tensor, if one differs by more than the tolerance or is missing.
     """
     worst: dict[str, dict[str, Any]] = {}
     for name in results:
@@ -269,6 +269,6 @@ def check_equal(results: Mapping[str, Results], dtype: str) -> dict[str, dict[st
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected||; NaN where either has one."""
+    """||found - expected|| / ||expected||; NaN if either has one."""
     difference = (found.double() - expected.double()).norm()
     return (difference / expected.double().norm().clamp(min=1e-30)).item()

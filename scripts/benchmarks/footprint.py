@@ -84,7 +84,7 @@ def peak_mib(contender: Contender, optimizer: torch.optim.Optimizer | None, opti
 
 
 def peak_of_process(name: str, options: Namespace, setting: Mapping[str, Any]) -> float:
-    """`peak_mib` in a process of its own: the resident set of this one contains all contenders and their past."""
+    """`peak_mib` in a separate process: the resident set of this one contains all contenders and their past."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "peak.json"
         values = {key: getattr(options, key) for key in ("model", "layers", "vocab", "seed", "threads", "device")}

@@ -73,7 +73,7 @@ def clock(device: torch.device) -> float:
 def interleave(
     calls: Mapping[str, Callable[[], Mapping[str, float]]], options: Namespace, label: str
 ) -> dict[str, dict[str, list[float]]]:
-    """Run all contenders once per round, in an order shuffled anew each round; the first rounds warm up.
+    """Run all contenders once per round, in an order shuffled for each round; the first rounds warm up.
 
     Returns:
         For each part that the calls report, such as "forward", the milliseconds of each contender, round by round.
@@ -130,7 +130,7 @@ def check_contenders(
     """Compare what `observe` sees of each contender, without dropout; a model that does not compile is left out.
 
     Raises:
-        RuntimeError: naming contender and tensor, where contenders that should be equal are not.
+        RuntimeError: naming contender and tensor, if contenders that should be equal are not.
     """
     results: dict[str, Results] = {}
     for name, contender in list(contenders.items()):

@@ -92,7 +92,7 @@ def read_options(argv: Sequence[str], description: str | None = None) -> argpars
     parser.add_argument("--no-peak", dest="peak", action="store_false", help="suite memory: without peak memory")
     parser.add_argument("--threads", type=positive, help="of torch on the CPU (torch's choice)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", type=torch.device, help="cpu or cuda (cuda where there is one)")
+    parser.add_argument("--device", type=torch.device, help="cpu or cuda (cuda if there is one)")
     parser.add_argument("--tag", default="", help="end of the file's name, for variants of a run")
     parser.add_argument("--json", type=Path, help="where to write instead")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
@@ -125,7 +125,7 @@ def read_options(argv: Sequence[str], description: str | None = None) -> argpars
 
 
 def result_path(options: argparse.Namespace) -> Path:
-    """Where a run is stored: SUITE_MODEL_DEVICE[_TAG].json, with the shapes for MODEL where they were given."""
+    """Where a run is stored: SUITE_MODEL_DEVICE[_TAG].json, with the shapes for MODEL if they were given."""
     model = options.model
     if options.shapes is not None:
         model = "+".join(f"{inputs}x{outputs}" for inputs, outputs in options.shapes)

@@ -30,7 +30,7 @@ def describe(setting: Mapping[str, Any]) -> str:
 
 
 def format_result(result: Mapping[str, Any]) -> str:
-    """One line a contender: median [quartiles] and, where there is a reference, ratio [quartiles] to it."""
+    """One line a contender: median [quartiles] and, if there is a reference, ratio [quartiles] to it."""
     rows = [["", QUANTITIES[result["quantity"]], "", f"to {result['reference']}", ""]]
     for name, found in result["contenders"].items():
         row = [name, format_value(found["median"]), f"[{format_value(found['q1'])}, {format_value(found['q3'])}]"]

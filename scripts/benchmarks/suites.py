@@ -58,7 +58,7 @@ def time_steps(
 
     label = f"step r={rank} dropout={dropout} checkpointing={checkpointing}"
     times = interleave({name: lambda name=name: step(name) for name in contenders}, options, label)
-    losses.pop("lora_floor", None)  # AdamW takes other steps where B contains the scaling
+    losses.pop("lora_floor", None)  # AdamW takes other steps if B contains the scaling
     if dropout == 0:  # the others saw the same batches, so they have to have learned the same
         check_equal(losses, options.dtype)
     setting = {
@@ -150,7 +150,7 @@ def run_decode(options: Namespace, skipped: Skipped) -> Iterator[Result]:
     (tokens,) = random_tokens(options, 1, options.seq_len + options.new_tokens)
     prompt, following = tokens[:, : options.seq_len], tokens[:, options.seq_len :].split(1, dim=1)
     for name in [name for name in options.contenders if name.endswith("_compiled")]:
-        skip(skipped, name, "the cache grows with every token, and each length would be compiled anew")
+        skip(skipped, name, "the cache grows with every token, and each length would be compiled again")
 
     @torch.no_grad()
     def decode(contender: Contender) -> tuple[dict[str, float], Results]:

@@ -24,14 +24,14 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft")}
         | {"dora_peft": dora_peft.__version__},
-        # the variable names the commit where the files travelled without their repository
+        # the variable names the commit if the files travelled without their repository
         "commit": run_git("rev-parse", "HEAD") or os.environ.get("DORA_PEFT_COMMIT"),
         "modified": bool(run_git("status", "--porcelain", "--", "../dora_peft", "*.py")),
     }
 
 
 def run_git(*arguments: str) -> str | None:
-    """The output of a git command in scripts/, None where there is no git, no repository, or nothing to say."""
+    """The output of a git command in scripts/, None if there is no git, no repository, or nothing to say."""
     command = ["git", "-C", str(Path(__file__).parents[1]), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
@@ -40,7 +40,7 @@ def run_git(*arguments: str) -> str | None:
 
 
 def processor_name() -> str:
-    """The processor's model, such as "AMD EPYC"; its architecture where the system does not say."""
+    """The processor's model, such as "AMD EPYC"; its architecture if the system does not say."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

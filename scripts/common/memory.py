@@ -43,7 +43,7 @@ class NewStorages(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # A weak reference keeps the storage's header, so no key is used twice; 0 bytes where it existed before.
+        # A weak reference keeps the storage's header, so no key is used twice; 0 bytes if it existed before.
         self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -26,7 +26,7 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def find_checkpoint(config: FinetuneConfig) -> Path | None:
-    """The checkpoint to continue from, or None to start anew.
+    """The checkpoint to continue from, or None to start a new run.
 
     Raises:
         ValueError: if the checkpoint asked for is missing or incomplete, or if a new run would mix with an older one's.

@@ -1,4 +1,4 @@
-"""The options of the fine-tune and benchmark scripts: one YAML file, overridden by `--field value`.
+"""The options of the fine-tune and memory benchmark scripts; options.py reads them from YAML and command line.
 
 Names and meanings are those of transformers' `TrainingArguments` and PEFT's configurations. Every value is checked for
 type and range when the configuration is built, so that a mistake shows before a model is loaded.
@@ -147,7 +147,7 @@ class FinetuneConfig:
         default=False, metadata=about(help="recompute activations in backward instead of keeping them")
     )
     bf16: bool = field(default=False, metadata=about(help="bfloat16 autocast"))
-    use_cpu: bool = field(default=False, metadata=about(help="stay on the CPU where there is an accelerator"))
+    use_cpu: bool = field(default=False, metadata=about(help="stay on the CPU if there is an accelerator"))
     seed: int = field(default=42, metadata=about(at_least=0, help="seed of initialisation, data order and dropout"))
 
     # Logging, evaluation, saving

@@ -301,7 +301,7 @@ class AnswerCollator:
 
     Returns (from the call):
         `input_ids`, `labels` [batch, length] int64, and `attention_mask` or, for packed blocks, `position_ids`, which
-        count anew in the padding: it is one more record that nothing sees.
+        count again in the padding: it is one more record that nothing sees.
     """
 
     pad_token_id: int

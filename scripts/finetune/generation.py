@@ -13,7 +13,7 @@ import dora_peft  # noqa: F401 - makes PEFT load the adapters that this package 
 def load_model(
     name_or_path: str, gguf_file: str | None, adapter: str | None
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Load a causal language model for generation, and the adapter on top of it where one is given.
+    """Load a causal language model for generation, and the adapter on top of it if one is given.
 
     Args:
         name_or_path: a folder or a Hub id.

@@ -1,7 +1,5 @@
 """The eight commonsense tasks of the DoRA paper: answers, prompt, how an answer is read, and the paper's figures.
 
-Imported by `prepare_commonsense.py` and `evaluate_commonsense.py`; not a program of its own.
-
 Data are in the format of the LLM-Adapters project: JSON lists of records `instruction`, `input` (empty), `output`
 ("the correct answer is ending2") and `answer` ("ending2").
 """
@@ -47,7 +45,7 @@ PAPER_AVERAGES: dict[str, dict[tuple[str, int], float]] = {
     "LLaMA2-7B": {("LoRA", 32): 77.6, ("DoRA", 16): 80.5, ("DoRA", 32): 79.7},
     "LLaMA3-8B": {("LoRA", 32): 80.8, ("DoRA", 16): 85.0, ("DoRA", 32): 85.2},
 }
-# The accuracies behind those averages, in percent and in the order of TASKS, where the paper gives them.
+# The accuracies behind those averages, in percent and in the order of TASKS, if the paper gives them.
 PAPER_ACCURACIES: dict[str, dict[tuple[str, int], tuple[float, ...]]] = {
     "LLaMA-7B": {
         ("LoRA", 32): (68.9, 80.7, 77.4, 78.1, 78.8, 77.8, 61.3, 74.8),
@@ -95,7 +93,7 @@ def extract_answer(task: str, text: str) -> str | None:
         text: the prompt and what the model wrote after it.
 
     Returns:
-        One of the task's answers, or None where there is none, which counts as wrong.
+        One of the task's answers, or None if there is none, which counts as wrong.
 
     Raises:
         ValueError: `text` has no "### Response:".
@@ -153,7 +151,7 @@ def paper_columns(name_or_path: str, rank: int | None) -> dict[str, dict[str, fl
         rank: of the adapter; the paper's largest common one, 32, stands in for a rank that the paper does not have.
 
     Returns:
-        For each title the percentages by task, where the paper gives them, and their "mean". Empty for a model that the
+        For each title the percentages by task, if the paper gives them, and their "mean". Empty for a model that the
         paper does not have.
     """
     model = find_paper_model(name_or_path) or ""

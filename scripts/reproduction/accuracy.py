@@ -5,7 +5,7 @@ tried with the first seed, and the two with the lowest loss on validation record
 the lower mean is chosen, so that no single run decides. The accuracy on test records, which nothing was chosen by, is
 reported. All grids have the same number of rates; lora_alpha is twice the rank, as in the paper.
 
-An answer counts where the model prefers each of its tokens, the end of sequence included, given the prompt and the
+An answer counts if the model prefers each of its tokens, the end of sequence included, given the prompt and the
 tokens before: greedy generation would write just that. One forward pass finds it for a whole batch.
 """
 
@@ -135,7 +135,7 @@ class Laboratory:
         return model.to(self.options.device).requires_grad_(False)
 
     def inputs(self, task: str) -> str:
-        """Hexadecimal digits that differ where the files of the model or of the task do."""
+        """Hexadecimal digits that differ if the files of the model or of the task do."""
         if task not in self.digests:
             train, test = self.files(task)
             self.digests[task] = digest(*sorted(p for p in self.folder.iterdir() if p.is_file()), train, test)

@@ -29,7 +29,7 @@ class Options:
         size: "laptop", under 20 minutes on 2 CPU cores, or "full", the paper's size on a GPU.
         results: Folder of the result files and figures.
         data: Folder of the models and data that `scripts/prepare_*.py` write.
-        force: Whether to measure anew what an earlier call, or another claim, has measured.
+        force: Whether to measure again what an earlier call, or another claim, has measured.
         dry_run: Whether to go through everything at toy size, in seconds; the figures mean nothing.
         command: The command itself, for the report.
     """
@@ -74,7 +74,7 @@ class Plan:
 
 
 def digest(*paths: Path) -> str:
-    """Hexadecimal digits that differ where the content of these files does."""
+    """Hexadecimal digits that differ if the content of these files does."""
     whole = hashlib.sha256()
     for path in paths:
         of_file = hashlib.sha256()
@@ -90,12 +90,12 @@ class Runs:
 
         runs = Runs("accuracy", options, settings)
         for key, train in plan.items():
-            runs.do(key, train)                      # a dictionary; at once where the file has it
+            runs.do(key, train)                      # a dictionary; at once if the file has it
         runs.finish(summary)
 
     The file holds `claim`, `size`, `command`, `settings`, `machines`, `runs` by their keys, each with its `seconds` and
     the place of its `machine` in that list, and once all is there `summary` and the `seeds` that it is of; runs of an
-    earlier, larger command may stand in the file as well. A dry run has a file of its own.
+    earlier, larger command may stand in the file as well. A dry run has another file.
 
     Args:
         settings: What every run depends on. A file with other settings is kept beside, as `CLAIM_SIZE.json.bak`,
@@ -117,7 +117,7 @@ class Runs:
         self.device = options.device
 
     def take(self, path: Path) -> bool:
-        """Take over the runs of a file, and of this claim's own the summary; False where they do not fit."""
+        """Take over the runs of a file, and of this claim's own the summary; False if they do not fit."""
         other = json.loads(path.read_text(encoding="utf-8"))
         if other["settings"] != self.content["settings"] or self.options.force:
             return False
@@ -129,7 +129,7 @@ class Runs:
         for number, machine in enumerate(other["machines"]):
             count = sum(run["machine"] == number for run in other["runs"].values())
             where = f"{machine['processor']} at commit {(machine['commit'] or 'unknown')[:9]}"
-            print(f"{path}: {count} runs, made on {where}; --force makes them anew")
+            print(f"{path}: {count} runs, made on {where}; --force makes them again")
         return True
 
     def adopt(self, claim: str) -> None:
@@ -139,7 +139,7 @@ class Runs:
             self.adopted = set(self.runs) - own
 
     def place(self, machine: dict[str, Any]) -> int:
-        """Where a machine stands in the list, at its end where it is new."""
+        """Where a machine stands in the list, at its end if it is new."""
         machines: list[dict[str, Any]] = self.content["machines"]
         if machine not in machines:
             machines.append(machine)
@@ -152,10 +152,10 @@ class Runs:
     def do(
         self, key: str, run: Callable[[], dict[str, Any]], total: int | None = None, inputs: str = ""
     ) -> dict[str, Any]:
-        """The result of `run` under `key`, from the file where it has one.
+        """The result of `run` under `key`, from the file if it has one.
 
         Args:
-            total: The number of runs, to tell how far it is.
+            total: The number of runs, to print how far it is.
             inputs: The `digest` of what the run reads.
 
         Raises:
@@ -166,7 +166,7 @@ class Runs:
         if key in self.runs and (found := self.runs[key].get("inputs", "")) != inputs:
             raise ValueError(
                 f"{self.path}: expected runs of the model and data with digest {inputs}, found `{key}` of {found}. "
-                "--force makes them anew, --results FOLDER in another file."
+                "--force makes them again, --results FOLDER in another file."
             )
         if key not in self.runs:
             start = time.perf_counter()
@@ -203,7 +203,7 @@ class Runs:
         print(f"wrote {self.path}")
 
     def write(self) -> None:
-        """The file, each run on a line of its own: a run of `pattern` has thousands of numbers."""
+        """The file, each run on one line: a run of `pattern` has thousands of numbers."""
         rest = {key: value for key, value in self.content.items() if key != "runs"}
         runs = ",\n".join(f"    {json.dumps(key)}: {json.dumps(run)}" for key, run in self.runs.items())
         text = f'{json.dumps(rest, indent=2)[:-2]},\n  "runs": {{\n{runs}\n  }}\n}}\n'

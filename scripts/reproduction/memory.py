@@ -232,7 +232,7 @@ def measure_all(
     runs: Runs, name: str, family: Family, settings: Sequence[tuple[int, int]], device: torch.device, total: int
 ) -> None:
     """Every method at these batches and lengths."""
-    base = functools.cache(lambda: family.build(device))  # not at all where the file has everything
+    base = functools.cache(lambda: family.build(device))  # not at all if the file has everything
     for batch, length in settings:
         for method in family.methods():
             case = functools.partial(measure_if_it_fits, method, base, family, batch, length, device)

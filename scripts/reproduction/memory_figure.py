@@ -54,7 +54,7 @@ def draw(summary: Mapping[str, Any], content: Mapping[str, Any], path: Path) -> 
 
 
 def draw_methods(axes: Any, found: Mapping[str, Any], paper: Mapping[str, float]) -> None:
-    """A bar a method, and the paper's beside it where it has one."""
+    """A bar a method, and the paper's beside it if it has one."""
     values = found["total_mib"][found["setting"]]
     unit = "% of the dense algorithm, not detached"
     if "reference_not_detached" not in values:

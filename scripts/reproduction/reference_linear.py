@@ -26,7 +26,7 @@ class MatmulInFp32(TorchDispatchMode):
 
 
 class ReferenceLinear(nn.Module):
-    """A linear layer by `reference.dora_linear`, whose dense W0 + s B A autograd keeps where the norm has a gradient.
+    """A linear layer by `reference.dora_linear`, whose dense W0 + s B A autograd keeps if the norm has a gradient.
 
     Dropout acts as in the paper's code, on both branches.
     """

@@ -78,7 +78,7 @@ class Task:
             self.backbone = f"vl_bart_backbone_{self.backbone_digest(options.dry_run)}"
 
     def backbone_digest(self, dry_run: bool) -> str:
-        """Eight digits that differ where the weights of our own backbone do."""
+        """Eight digits that differ if the weights of our own backbone do."""
         names = ("visual_dim", "visual_tokens", "warmup", "d_model", "layers", "backbone_pattern")
         names += ("backbone_steps", "backbone_batch", "backbone_learning_rate")
         depends_on = {name: getattr(self.settings, name) for name in names} | {"dry_run": dry_run}
@@ -147,7 +147,7 @@ class Task:
 
         Accuracy is the share of answers each of whose tokens the model prefers: greedy generation would write just
         those. With `swapped`, each question comes with the picture of another, half of the records further on: real
-        pictures, which tell nothing about the answer.
+        pictures, which say nothing about the answer.
         """
         model.eval()
         right, loss, tokens, count = 0, 0.0, 0, len(part.records)

@@ -47,7 +47,7 @@ def load_part(folder: Path, part: str, command: str) -> Part:
     """Read one part of a data set.
 
     Args:
-        command: What to run where the data are missing, for the message.
+        command: What to run if the data are missing, for the message.
 
     Raises:
         ValueError: a file is missing, or a record does not fit the pictures.

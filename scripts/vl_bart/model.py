@@ -4,7 +4,7 @@
     model(visual_features=features, input_ids=ids, attention_mask=mask, labels=labels).loss
     model.generate(visual_features=features, input_ids=ids, attention_mask=mask)
 
-A model of transformers, saved and loaded like one; where this module is imported, `AutoModelForSeq2SeqLM` loads it too.
+A model of transformers, saved and loaded like one; if this module is imported, `AutoModelForSeq2SeqLM` loads it too.
 Features [batch, visual_tokens, visual_dim] are those of regions that a detector found, as in VL-T5, or plainly the
 pixels of patches. They are projected to the width of the encoder, get an embedding of their place, and stand before the
 text; both get BART's own position embeddings.

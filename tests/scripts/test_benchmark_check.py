@@ -101,7 +101,7 @@ def test_a_check_that_sees_nothing_is_not_timed(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RuntimeError, match=r"q_proj: expected a refresh after an edit of A or B, found the norm kept"):
         benchmark_check.verify_training(layers)
     monkeypatch.setattr(Snapshot, "fits", lambda *args: False)
-    with pytest.raises(RuntimeError, match=r"q_proj: expected the norm to be kept where nothing changed"):
+    with pytest.raises(RuntimeError, match=r"q_proj: expected the norm to be kept if nothing changed"):
         benchmark_check.verify_training(layers)
 
 

@@ -1,7 +1,10 @@
 """The memory benchmark: what it counts, its table, and one whole run."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,9 +114,12 @@ def test_every_method_is_measured(tmp_path: Path, flags: list[str]) -> None:
 
 
 def test_one_whole_run(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    def run_in_this_process(command: list[str]) -> subprocess.CompletedProcess[str]:
+        assert command[:2] == [sys.executable, benchmark_memory.__file__]
+        benchmark_memory.main(command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(benchmark_memory, "subprocess", SimpleNamespace(run=run_in_this_process))
     figures, plot = tmp_path / "figures" / "a.json", tmp_path / "plots" / "a.png"
     flags = ["--steps", "2", "--methods", "lora,dora", "--json", str(figures), "--plot", str(plot), "--r", "3"]
     benchmark_memory.main([str(make_config(tmp_path)), *flags])

@@ -43,11 +43,8 @@ def pretend(monkeypatch, too_large=lambda method, length: False):
         return {"total_mib": 120.0 if method.endswith("not_detached") else 100.0}
 
     monkeypatch.setattr(reproduce_memory, "measure", fake)
-    machine = {
-        "device": "x86_64 CPU",
-        "processor": "a processor",
-        "commit": None,
-    }  # asking git takes longer than all else
+    # Asking git takes longer than all else.
+    machine = {"device": "x86_64 CPU", "processor": "a processor", "commit": None}
     monkeypatch.setattr(reproduce_common, "describe_machine", lambda device: machine)
     return measured
 
@@ -70,7 +67,7 @@ def test_memory(tmp_path):
             assert found["saved_gb"] == pytest.approx({"at_full_size": expected, "paper": 37.3 - 28.2})
         assert found["saving_percent"]["reference"] == savings[found["setting"]]
         assert found["ours_paper_dropout_to_lora"] == values["dora"] / values["lora"]
-        # the dropout of our default is a case of its own where there is dropout
+        # the dropout of our default is a separate case if there is dropout
         default = "dora_branch" if family.dropout else "dora"
         assert found["ours_to_lora"] == values[default] / values["lora"]
         assert ("dora_branch" in values) == (family.dropout > 0)

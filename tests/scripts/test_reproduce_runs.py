@@ -33,7 +33,7 @@ def test_runs_are_done_once(tmp_path):
     assert len(calls) == 4
 
 
-def test_what_is_measured_anew_is_kept_beside(tmp_path):
+def test_what_is_measured_again_is_kept_beside(tmp_path):
     for force, settings, value in ((False, {"a": 1}, 1.0), (False, {"a": 2}, 2.0), (True, {"a": 2}, 3.0)):
         runs = Runs("claim", Options(results=tmp_path, force=force), settings)
         runs.do("one", lambda value=value: {"value": value})

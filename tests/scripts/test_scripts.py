@@ -272,7 +272,7 @@ def test_gpu_refuses_a_stage_that_it_does_not_know(tmp_path):
     assert "no stage 'unknown'; there are: tests kernels" in result.stderr
 
 
-@pytest.mark.parametrize("stages", [["kernels", "qdora"], pytest.param([], marks=pytest.mark.slow)], ids=["two", "all"])
+@pytest.mark.parametrize("stages", [["kernels"], pytest.param([], marks=pytest.mark.slow)], ids=["one", "all"])
 def test_gpu_dry_run(stages):
     environment = {**os.environ, "PYTHON": sys.executable}
     command = ["bash", SCRIPTS / "gpu.sh", "--dry-run", *stages]

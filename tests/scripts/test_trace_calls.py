@@ -1,4 +1,4 @@
-"""scripts/trace_calls.py: what it counts, and another checkout in a process of its own."""
+"""scripts/trace_calls.py: what it counts, and another checkout in a separate process."""
 
 import importlib
 import json

@@ -236,7 +236,7 @@ def test_every_backbone_has_its_folder(toy_options, count_backbones, tmp_path):
         run(warmup=0.5)
 
 
-def test_force_trains_the_backbone_anew(toy_options, count_backbones):
+def test_force_trains_the_backbone_again(toy_options, count_backbones):
     subject.run(toy_options, seeds=(0,))
     folder = Path("outputs/reproduce") / count_backbones[0]
     (folder / "stale").touch()
