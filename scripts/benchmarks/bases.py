@@ -44,8 +44,6 @@ SHAPES = {
     "llama-3-8b": Shape(4096, 14336, 32, 8, 32, 128256),
     "qwen3-8b": Shape(4096, 12288, 32, 8, 36, 151936, head_dim=128, qwen3=True),
 }
-
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

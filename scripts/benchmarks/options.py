@@ -17,14 +17,10 @@ from benchmarks.suites import SUITES
 from common.arguments import positive
 
 CHECKPOINTING = ("none", "reentrant", "non-reentrant")
-
-
 ALWAYS = ["lora", "peft_dora"]  # the unit of all ratios, and what the other DoRAs have to equal
 
 
 DEFAULT = [*ALWAYS, "dora", "dora:torch", "dora:reference", "dora:triton", "frozen", "lora_floor"]
-
-
 CPU_VOCABULARY = 2048  # the output layer, which no adapter touches, would outweigh a few cut layers on a CPU
 
 

@@ -11,8 +11,6 @@ from reproduction.common import Runs, interval
 METHODS = {
     "lora": "LoRA", "dora": "DoRA", "dora_not_detached": "DoRA,\nnorm not\ndetached", "full": "full\nfine-tuning"
 }  # fmt: skip
-
-
 PAPER = {"full": 77.3, "lora": 76.5, "dora": 77.4}  # images
 
 
