@@ -76,7 +76,8 @@ def test_step(measure: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixt
 
 
 def test_all_contenders_run_unless_some_are_asked_for(measure: Callable[..., dict[str, Any]]) -> None:
-    assert found_names(measure("step", "--seq-len", "4")) == DEFAULT
+    assert found_names(measure("step", "--seq-len", "2", "--batch", "1", "--layers", "1")) == DEFAULT
+    assert "peft_dora_cached" in read_options(["eval"]).contenders
 
 
 @pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning")

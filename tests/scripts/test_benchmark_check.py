@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import benchmark_check
+import dora_peft
 import update_readme
 from benchmarks.bases import SHAPES
 from dora_peft import norms
@@ -21,10 +22,17 @@ SMALL = ["--model", "tiny", "--rounds", "2", "--checks", "3", "--threads", "1"]
 TINY = benchmark_check.Setting("decoding", "tiny", SHAPES["tiny"], 4, 5.0)
 
 
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("check")
+    with dora_peft.implementation("torch"):
+        benchmark_check.main([*SMALL, "--results", str(folder)])
+    return (folder / "check_tiny_cpu.json").read_text(encoding="utf-8")
+
+
 @pytest.fixture
-def report(tmp_path: Path) -> dict[str, Any]:
-    benchmark_check.main([*SMALL, "--results", str(tmp_path)])
-    return json.loads((tmp_path / "check_tiny_cpu.json").read_text(encoding="utf-8"))
+def report(stored: str) -> dict[str, Any]:
+    return json.loads(stored)
 
 
 def test_figures_belong_together(report: dict[str, Any]) -> None:
