@@ -1,6 +1,7 @@
 """The benchmark: every suite at toy size, the check before timing, what counts as saved, resuming, and the table."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,12 +138,19 @@ def test_memory(measure: Callable[..., dict[str, Any]], monkeypatch: pytest.Monk
 
 
 def test_peak_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    def run_in_this_process(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
+        script = command.index(benchmark.__file__)
+        benchmark.main(command[script + 1 :])
+        return subprocess.CompletedProcess(command, 0)
+
     options = read_options(["memory", *SMALL])
     setting = {"rank": 4, "dropout": 0.1, "batch": 2, "seq_len": 16, "dtype": "fp32", "adapter_dtype": "fp32"}
     setting["checkpointing"] = "non-reentrant"
-    assert 0 < benchmark_footprint.peak_of_process("dora", options, setting) < 500
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            benchmark_footprint, "subprocess", SimpleNamespace(run=run_in_this_process, DEVNULL=subprocess.DEVNULL)
+        )
+        assert 0 <= benchmark_footprint.peak_of_process("dora", options, setting) < 500
     monkeypatch.setattr(benchmark_footprint.sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="dora: the benchmark's process ended with status 1"):
         benchmark_footprint.peak_of_process("dora", options, setting)
