@@ -16,7 +16,7 @@ it has. In decoding 16 tokens are timed one by one, then what evaluation asks of
 anything is timed, every layer's check has to see one changed element that no version counter shows.
 
 Expected result: a table of medians and [quartiles], and scripts/benchmarks/results/check_cpu.json with device, versions
-and commit. `python scripts/update_readme.py` writes the README's table from it. Run it on an idle machine: where other
+and commit. `python scripts/update_readme.py` writes the README's table from it. Run it on an idle machine: if other
 programs take cores, the steps, which use them all, slow down more than the check, and its share looks too small.
 """
 
@@ -37,11 +37,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import dora_peft
-from benchmark_common import describe_machine, positive, write_json
-from benchmark_models import SHAPES, Shape, build_base, build_contender
+from benchmarks.bases import SHAPES, Shape, build_base
+from benchmarks.contenders import build_contender
+from benchmarks.report import RESULTS
+from common.arguments import positive
+from common.files import write_json
+from common.machine import describe_machine
 from dora_peft import norms, reference
 
-RESULTS = Path(__file__).resolve().parent / "benchmarks" / "results"
 CPU = torch.device("cpu")
 ADAPTER = "default"
 LEARNING_RATE = 1e-4
@@ -99,7 +102,7 @@ def verify_training(layers: Sequence[Any]) -> None:
     for layer in layers:
         known = norms.weight_norm(layer, ADAPTER)
         if norms.weight_norm(layer, ADAPTER) is not known:
-            raise RuntimeError(f"{layer.name}: expected the norm to be kept where nothing changed, found it refreshed.")
+            raise RuntimeError(f"{layer.name}: expected the norm to be kept if nothing changed, found it refreshed.")
         lora_A, lora_B = layer.factor_parameters(ADAPTER)
         for factor in (lora_A, lora_B):
             with one_element_changed(factor):

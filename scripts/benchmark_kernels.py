@@ -19,10 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmark_common import describe_machine, positive, write_json
+from benchmarks.report import RESULTS
+from common.arguments import positive
+from common.files import write_json
+from common.machine import describe_machine
 from dora_peft.ops.kernels import linear as kernels
 
-RESULTS = Path(__file__).resolve().parent / "benchmarks" / "results"
 BUFFERS = 4  # 64 MiB each by default: several times the largest cache
 
 

@@ -6,7 +6,7 @@ On a laptop without GPU, with the model and the data of `scripts/prepare_smollm2
 
     python scripts/benchmark_memory.py configs/smollm2_135m.yaml --steps 5
 
-Every method runs in a process of its own, on the same batches. Expected result: a table with one line a method and,
+Every method runs in a separate process, on the same batches. Expected result: a table with one line a method and,
 beside each figure, its ratio to LoRA's; the same as JSON; and a bar chart. "saved" is what autograd keeps from forward
 to backward: distinct storages, without parameters and buffers. "peak" is the allocator's peak on a GPU; on the CPU it
 is the growth of the resident set over the loaded model, read every 2 ms. Times are medians over the steps after two of
@@ -31,18 +31,15 @@ from tqdm import tqdm
 from transformers import set_seed
 
 import dora_peft
-from benchmark_common import (
-    MIB,
-    PeakMemory,
-    describe_machine,
-    enable_checkpointing,
-    positive,
-    record_saved_bytes,
-    write_json,
-)
-from llama_config import FinetuneConfig, build_parser, parse_config
-from llama_data import AnswerCollator, load_datasets
-from llama_model import build_model, count_parameters, load_tokenizer
+from benchmarks.measure import enable_checkpointing
+from common.arguments import positive
+from common.files import write_json
+from common.machine import describe_machine
+from common.memory import MIB, PeakMemory, record_saved_bytes
+from finetune.config import FinetuneConfig
+from finetune.data import AnswerCollator, load_datasets
+from finetune.model import build_model, count_parameters, load_tokenizer
+from finetune.options import build_parser, parse_config
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
@@ -129,7 +126,7 @@ def measure(config: FinetuneConfig, num_steps: int, label: str) -> dict[str, Any
 
 
 def run_worker(name: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Measure one method in a process of its own, so that none inherits another's memory."""
+    """Measure one method in a separate process, so that none inherits another's memory."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, __file__, *argv, "--worker", name, "--json", str(result)]

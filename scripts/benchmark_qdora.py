@@ -22,10 +22,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmark_common import PeakMemory, describe_machine, enable_checkpointing, positive, write_json
+from benchmarks.measure import enable_checkpointing
+from benchmarks.report import RESULTS
+from common.arguments import positive
+from common.files import write_json
+from common.machine import describe_machine
+from common.memory import PeakMemory
 from dora_peft import DoraConfig
-
-RESULTS = Path(__file__).resolve().parent / "benchmarks" / "results"
 
 
 def quantized(linear: nn.Linear, device: torch.device) -> nn.Module:

@@ -3,7 +3,7 @@
     python scripts/chat.py --model_name_or_path data/smollm2 --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf \\
         --adapter outputs/demo/dora --task spelling --compare --say window --say kitchen
 
-Runs on a GPU where there is one, and as it stands on the CPU. Expected result: for every word that is said, the
+Runs on a GPU if there is one, and as it stands on the CPU. Expected result: for every word that is said, the
 phonemes that the model answers (`W IH N D OW`), and with `--compare` what it answers without the adapter. Without
 `--say` the words are read from the keyboard, up to an empty line.
 
@@ -18,8 +18,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluate_spelling import load_model
-from prepare_cmudict import format_prompt
+from finetune.generation import load_model
+from prepare.records import format_prompt
 
 Message = dict[str, str]
 

@@ -9,7 +9,7 @@ In an environment with `dora_peft`, store reference logits; then compare in one 
         --model_name_or_path data/smollm2 --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf
 
 Runs on the CPU, in float32. Expected result of the second: the greatest differences of the logits, for the model with
-the adapter and as a control without, then `ok`; `FAIL` and exit status 1 where they differ.
+the adapter and as a control without, then `ok`; `FAIL` and exit status 1 if they differ.
 """
 
 import argparse

@@ -7,7 +7,7 @@
 COMMIT is checked out into a temporary git worktree, removed at the end, also after an error, Ctrl-C or SIGTERM.
 `scripts/benchmark.py SUITE` then runs in either tree, with that tree's package, in pairs of processes whose order
 alternates, so that a machine which grows slower favours neither. All options but those below go to benchmark.py;
-`--contenders dora` is added where no contenders are named. "New" is this tree as it lies there, edits included.
+`--contenders dora` is added if no contenders are named. "New" is this tree as it lies there, edits included.
 
 Expected result: for each setting, of the contender `dora`, median [least, most] over the pairs of new / old; the same
 of what is relative to LoRA within each process, from which the machine's state cancels; and of LoRA itself, which no
@@ -32,9 +32,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark import QUANTITIES, RESULTS, describe, format_value, read_options, result_path
-from benchmark_common import positive, write_json
-from benchmark_suites import SUITES
+from benchmarks.options import read_options, result_path
+from benchmarks.report import QUANTITIES, RESULTS, describe, format_value
+from benchmarks.suites import SUITES
+from common.arguments import positive
+from common.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTENDER = "dora"
@@ -130,7 +132,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def divided(new: Sequence[float], old: Sequence[float]) -> dict[str, float] | None:
-    """Median, least and most of the paired ratios; None where there is something that cannot be divided by."""
+    """Median, least and most of the paired ratios; None if there is something that cannot be divided by."""
     return spread([a / b for a, b in zip(new, old, strict=True)]) if all(old) and len(new) == len(old) else None
 
 
@@ -143,7 +145,7 @@ def compare(olds: Sequence[Report], news: Sequence[Report]) -> list[dict[str, An
     """One result for each setting that both commits measured.
 
     Raises:
-        RuntimeError: where there is none.
+        RuntimeError: if there is none.
     """
     results = []
     for result in news[0]["results"]:
@@ -214,7 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, arguments = parser.parse_known_args(argv)
     if not any(word.partition("=")[0] == "--contenders" for word in arguments):
         arguments += ["--contenders", CONTENDER]
-    benchmarked = read_options([options.suite, *arguments])  # ends with a message where benchmark.py would
+    # ends with a message if benchmark.py would
+    benchmarked = read_options([options.suite, *arguments])
     commit = run_git("rev-parse", "--verify", f"{options.commit}^{{commit}}")
     path = options.json or options.results / f"against_{commit[:9]}_{result_path(benchmarked).name}"
 

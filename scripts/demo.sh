@@ -9,7 +9,7 @@
 #     --steps N            optimizer steps for each method (default 60)
 #     --words N            held-out words to measure on (default 200)
 #     --output DIR         folder for adapters, results and plots (default outputs/demo)
-#     --force              train and measure anew; otherwise a second run reuses what a first one left
+#     --force              train and measure again; otherwise a second run reuses what a first one left
 #
 # Needs Python 3.10 to 3.13 and access to a package index. Expected result: the share of rightly pronounced held-out words,
 # 0 % before and about 25 % after training, and a table of what each method costs in memory and time.
@@ -62,7 +62,7 @@ once() {
     local log=$output/$1.log done_file=$output/$1.done settings=$2
     shift 2
     if [ -z "$force" ] && [ "$(cat "$done_file" 2>/dev/null)" = "$settings" ]; then
-        echo "reusing $log of an earlier run (--force makes it anew)"
+        echo "reusing $log of an earlier run (--force repeats it)"
         return
     fi
     rm -f "$done_file"

@@ -8,7 +8,7 @@ On the CPU, with the small model of `scripts/prepare_smollm2.py`:
         --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --tasks boolq piqa --limit 20
 
 The test sets are those of `scripts/prepare_commonsense.py`. Expected result: a table with the accuracy per task and
-their unweighted mean, beside the paper's averages where the model is one of the paper's, and a JSON file with the
+their unweighted mean, beside the paper's averages if the model is one of the paper's, and a JSON file with the
 figures and every answer. The file is rewritten after each task: a run that was killed goes on after its last whole
 task, and tasks can be measured one by one. Answers are generated greedily, so that the figures repeat; one that is none
 of the task's counts as wrong.
@@ -25,10 +25,11 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from benchmark_common import describe_machine, positive, write_json
-from commonsense import TASKS, build_prompt, extract_answer, paper_columns
-from evaluate_spelling import generate_answers, load_model
-from prepare_commonsense import Record, read_records
+from common.arguments import positive
+from common.files import write_json
+from common.machine import describe_machine
+from finetune.generation import generate_answers, load_model
+from prepare.commonsense import TASKS, Record, build_prompt, extract_answer, paper_columns, read_records
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
@@ -119,7 +120,7 @@ def summarize(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def format_table(results: dict[str, Any], name: str) -> str:
-    """The accuracies in percent, task by task and their mean, beside the paper's where it gives them."""
+    """The accuracies in percent, task by task and their mean, beside the paper's if it gives them."""
     rows = [(task, results["tasks"][task]) for task in TASKS if task in results["tasks"]]
     paper = results["paper"]
     head = ["", name, *(f"paper, {title}" for title in paper)]

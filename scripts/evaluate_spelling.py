@@ -4,7 +4,7 @@
         --gguf_file SmolLM2-135M-Instruct.Q4_1.gguf --dataset data/cmudict/test.jsonl --limit 200 \\
         --adapter outputs/demo/dora --json outputs/demo/dora.json
 
-Runs on a GPU where there is one, and as it stands on the CPU: 200 words take about half a minute on 2 cores. Expected
+Runs on a GPU if there is one, and as it stands on the CPU: 200 words take about half a minute on 2 cores. Expected
 result: a line such as `dora  exact match 20.0 %  phoneme error rate 33.0 %  (200 words)`; without `--adapter` no word
 is right. Answers are generated greedily, so that the figures repeat. The model sees the records' prompts as they stand,
 the very text that `finetune_llama.py` trains on.
@@ -15,38 +15,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from peft import PeftModel
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-
-import dora_peft  # noqa: F401 - makes PEFT load the adapters that this package wrote as its own
-
-
-def load_model(
-    name_or_path: str, gguf_file: str | None, adapter: str | None
-) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """Load a causal language model for generation, and the adapter on top of it where one is given.
-
-    Args:
-        name_or_path: a folder or a Hub id.
-        gguf_file: the model's file inside `name_or_path` if it is in GGUF format.
-        adapter: the folder or Hub id of a PEFT adapter.
-
-    Returns:
-        The model in evaluation mode, float32 on the CPU and bfloat16 on a GPU, and its tokenizer, which pads on the
-        left.
-    """
-    on_gpu = torch.cuda.is_available()
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path, gguf_file=gguf_file, padding_side="left")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(
-        name_or_path, gguf_file=gguf_file, dtype=torch.bfloat16 if on_gpu else torch.float32
-    )
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
-    return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
+from finetune.generation import generate_answers, load_model
 
 
 def read_records(path: Path, limit: int | None) -> list[dict[str, str]]:
@@ -82,7 +51,7 @@ def score(answers: Sequence[str], completions: Sequence[str]) -> dict[str, float
 
     Returns:
         `exact_match`, the share of answers that are right in full, and `phoneme_error_rate`, the edit distances over
-        the number of expected phonemes; the latter passes 1 where answers are too long.
+        the number of expected phonemes; the latter passes 1 if answers are too long.
     """
     pairs = [(answer.split(), completion.split()) for answer, completion in zip(answers, completions, strict=True)]
     errors = sum(edit_distance(found, expected) for found, expected in pairs)
@@ -90,29 +59,6 @@ def score(answers: Sequence[str], completions: Sequence[str]) -> dict[str, float
         "exact_match": sum(found == expected for found, expected in pairs) / len(pairs),
         "phoneme_error_rate": errors / sum(len(expected) for _, expected in pairs),
     }
-
-
-@torch.inference_mode()
-def generate_answers(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    batch_size: int,
-    max_new_tokens: int,
-) -> list[str]:
-    """Continue every prompt greedily up to the end-of-sequence token."""
-    answers = []
-    with tqdm(total=len(prompts), unit="word") as progress:
-        for start in range(0, len(prompts), batch_size):
-            batch = tokenizer(list(prompts[start : start + batch_size]), padding=True, return_tensors="pt")
-            batch = batch.to(model.device)
-            tokens = model.generate(
-                **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-            )
-            new_tokens = tokens[:, batch["input_ids"].shape[1] :]
-            answers += tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-            progress.update(len(new_tokens))
-    return answers
 
 
 def format_row(result: dict[str, str | int | float]) -> str:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests and benchmarks on a GPU, in stages that fit into calls of 9 minutes: every figure of the README's GPU table, and
-# of the reproduction the memory at full size and, where data/ has the model and the tasks, the grid of accuracies.
+# of the reproduction the memory at full size and, if data/ has the model and the tasks, the grid of accuracies.
 #
 #     bash scripts/gpu.sh                    # the stages that are not done yet, for at most 8.5 minutes
 #     bash scripts/gpu.sh tests kernels      # these alone
@@ -141,7 +141,7 @@ for stage in "${chosen[@]}"; do
     status=0
     run_stage "$stage" || status=$?
     if [ "$status" -eq 124 ] && [ "$remaining" -lt "$((LIMIT - 60))" ]; then
-        left+=("$stage") # with a call of its own it may end
+        left+=("$stage") # it may end in a call for it alone
     elif [ "$status" -ne 0 ]; then
         failed+=("$stage ($status)")
     elif [ "$stage" = tests ]; then

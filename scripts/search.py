@@ -8,8 +8,8 @@ write through raw pointers, ...) run with the package and with tests/search/orac
 and shares no code with it. Needs the extra `test`.
 
 Expected result: a line per hundred examples, then counts and `ok`; the same as scripts/search_results/search.json, with
-seed, versions and commit. `FAIL` and exit status 1 where, of at least 10,000 examples, an operation ran fewer than 200
-times or 0.1 % or more disagree, or where a disagreement of any run is not explained in EXPLAINED.
+seed, versions and commit. `FAIL` and exit status 1 if, of at least 10,000 examples, an operation ran fewer than 200
+times or 0.1 % or more disagree, or if a disagreement of any run is not explained in EXPLAINED.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from typing import Any
 
 import torch
 
-from benchmark_common import describe_machine, positive, write_json
+from common.arguments import positive
+from common.files import write_json
+from common.machine import describe_machine
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "search"))  # the search is a test that is used here as a program

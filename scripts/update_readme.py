@@ -8,7 +8,7 @@ Expected result: the text between `<!-- table: memory -->` and `<!-- end: memory
 `<!-- table: benchmark -->` and `<!-- end: benchmark -->` one line per result of `scripts/benchmark.py`, with device and
 versions. Between `<!-- table: check -->` and `<!-- end: check -->` stands what `scripts/benchmark_check.py` measured.
 Results that are not there are left out. Between `<!-- table: gpu -->` and `<!-- end: gpu -->` stands what
-`scripts/gpu.sh` measures, "not measured yet" where its result is not there, and between `<!-- table: reproduction -->`
+`scripts/gpu.sh` measures, "not measured yet" if its result is not there, and between `<!-- table: reproduction -->`
 and `<!-- end: reproduction -->` the verdicts of `scripts/reproduce.py report`.
 """
 
@@ -23,8 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reproduce_common import RESULTS as REPRODUCTION
-from reproduce_report import verdicts
+from reproduction.common import RESULTS as REPRODUCTION
+from reproduction.report import verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "scripts" / "benchmarks" / "results"
@@ -162,7 +162,7 @@ def describe(options: Mapping[str, Any], setting: Mapping[str, Any]) -> str:
 
 
 def check_table(report: Mapping[str, Any] | None) -> str:
-    """One Markdown table from the result of benchmark_check.py, nothing where there is none."""
+    """One Markdown table from the result of benchmark_check.py, nothing if there is none."""
     if report is None:
         return ""
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
@@ -187,7 +187,7 @@ def check_table(report: Mapping[str, Any] | None) -> str:
 
 
 def ratio(report: Mapping[str, Any], one: str, other: str, quantity: str = "time_ms", **setting: Any) -> str:
-    """The median ratio of two contenders in the results with this setting, the largest where there are several."""
+    """The median ratio of two contenders in the results with this setting, the largest if there are several."""
     found = [
         statistics.median(a / b for a, b in zip(values[one]["values"], values[other]["values"], strict=True))
         for result in report["results"]
@@ -308,7 +308,7 @@ def insert(readme: str, name: str, text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing, fail where the README is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if the README is out of date")
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")

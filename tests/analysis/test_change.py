@@ -8,7 +8,7 @@ from analysis_fixtures import truth
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmark_common import tensors_in
+from common.memory import tensors_in
 from dora_peft.analysis import Change, compare_low_rank, compare_weights
 from dora_peft.analysis import change as subject
 from dora_peft.bases.opaque import Opaque

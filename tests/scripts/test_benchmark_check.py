@@ -2,7 +2,7 @@
 
 import json
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import benchmark_check
+import dora_peft
 import update_readme
-from benchmark_models import SHAPES
+from benchmarks.bases import SHAPES
 from dora_peft import norms
 from dora_peft.norms.state import Snapshot
 
@@ -21,19 +22,17 @@ SMALL = ["--model", "tiny", "--rounds", "2", "--checks", "3", "--threads", "1"]
 TINY = benchmark_check.Setting("decoding", "tiny", SHAPES["tiny"], 4, 5.0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine threads that wait for each other make these tiny models up to fifty times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("check")
+    with dora_peft.implementation("torch"):
+        benchmark_check.main([*SMALL, "--results", str(folder)])
+    return (folder / "check_tiny_cpu.json").read_text(encoding="utf-8")
 
 
 @pytest.fixture
-def report(tmp_path: Path) -> dict[str, Any]:
-    benchmark_check.main([*SMALL, "--results", str(tmp_path)])
-    return json.loads((tmp_path / "check_tiny_cpu.json").read_text(encoding="utf-8"))
+def report(stored: str) -> dict[str, Any]:
+    return json.loads(stored)
 
 
 def test_figures_belong_together(report: dict[str, Any]) -> None:
@@ -110,7 +109,7 @@ def test_a_check_that_sees_nothing_is_not_timed(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RuntimeError, match=r"q_proj: expected a refresh after an edit of A or B, found the norm kept"):
         benchmark_check.verify_training(layers)
     monkeypatch.setattr(Snapshot, "fits", lambda *args: False)
-    with pytest.raises(RuntimeError, match=r"q_proj: expected the norm to be kept where nothing changed"):
+    with pytest.raises(RuntimeError, match=r"q_proj: expected the norm to be kept if nothing changed"):
         benchmark_check.verify_training(layers)
 
 

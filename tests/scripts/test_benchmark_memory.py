@@ -1,10 +1,11 @@
 """The memory benchmark: what it counts, its table, and one whole run."""
 
 import json
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 from finetune_fixtures import make_config
@@ -12,23 +13,9 @@ from torch import nn
 
 import benchmark_memory
 from benchmark_memory import VARIANTS, check_losses, format_table, make_steps, record_saved_bytes
-from llama_config import build_parser, parse_config
+from finetune.options import build_parser, parse_config
 
 FLOAT = 4
-
-
-@pytest.fixture(autouse=True)
-def cache_in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine threads that wait for each other make these tiny models up to fifty times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
@@ -127,9 +114,12 @@ def test_every_method_is_measured(tmp_path: Path, flags: list[str]) -> None:
 
 
 def test_one_whole_run(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    def run_in_this_process(command: list[str]) -> subprocess.CompletedProcess[str]:
+        assert command[:2] == [sys.executable, benchmark_memory.__file__]
+        benchmark_memory.main(command[2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(benchmark_memory, "subprocess", SimpleNamespace(run=run_in_this_process))
     figures, plot = tmp_path / "figures" / "a.json", tmp_path / "plots" / "a.png"
     flags = ["--steps", "2", "--methods", "lora,dora", "--json", str(figures), "--plot", str(plot), "--r", "3"]
     benchmark_memory.main([str(make_config(tmp_path)), *flags])

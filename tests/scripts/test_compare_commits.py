@@ -215,7 +215,7 @@ def test_counts_that_lora_has_not_are_compared_alone() -> None:
 def copied(tmp_path: Path) -> Iterator[Path]:
     """A repository with one commit of this package and these scripts."""
     for name in ("dora_peft", "scripts"):
-        ignored = shutil.ignore_patterns("__pycache__", "benchmarks", "reproduce")
+        ignored = shutil.ignore_patterns("__pycache__", "results")
         shutil.copytree(ROOT / name, tmp_path / "copied" / name, ignore=ignored)
     git(tmp_path, "init", "--quiet", str(tmp_path / "copied"))
     git(tmp_path / "copied", "add", "--all")

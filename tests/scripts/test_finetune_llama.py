@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 import yaml
@@ -22,27 +21,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dora_peft
 import finetune_llama
-from llama_config import FinetuneConfig, build_parser, parse_config
+from finetune import checkpoints
+from finetune.config import FinetuneConfig
+from finetune.options import build_parser, parse_config
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "finetune_llama.py"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Without the time of day or of the run, which differ from run to run.
 CURVE_KEYS = ("step", "loss", "grad_norm", "learning_rate", "eval_loss")
-
-
-@pytest.fixture(autouse=True)
-def cache_in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine threads that wait for each other make these tiny models up to fifty times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def finetune(config: Path, *flags: object) -> None:
@@ -75,7 +62,7 @@ def test_every_method(tmp_path: Path, method: str, capsys: pytest.CaptureFixture
     results = json.loads((out / "eval_results.json").read_text(encoding="utf-8"))
     assert f"eval_loss {results['eval_loss']:.4f}" in printed
     assert "tokenizer.json" in {path.name for path in out.iterdir()}
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*"))
 
     prompt = torch.tensor([[5, 6, 7]])
     if method == "full":
@@ -156,7 +143,7 @@ finetune_llama.main([{str(config)!r}, "--output_dir", {str(killed)!r}])
 """
     process = subprocess.run([sys.executable, "-c", program], env=subprocess_environment(tmp_path), capture_output=True)
     assert process.returncode == -9, process.stderr.decode()
-    assert [path.name for path in finetune_llama.list_checkpoints(killed)] == ["checkpoint-3", "checkpoint-6"]
+    assert [path.name for path in checkpoints.list_checkpoints(killed)] == ["checkpoint-3", "checkpoint-6"]
     # As if the kill had come while a further checkpoint was written.
     shutil.copytree(killed / "checkpoint-6", killed / "checkpoint-9")
     (killed / "checkpoint-9" / "trainer_state.json").write_text('{"log_hist', encoding="utf-8")
@@ -226,10 +213,10 @@ def test_resume_choices(tmp_path: Path) -> None:
     finetune(config, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1", "--max_steps", 2)
     options, _ = parse_config([str(config)], build_parser(""))
     with pytest.raises(ValueError, match=r"holds checkpoint-\d of an earlier run; continue it with"):
-        finetune_llama.find_checkpoint(options)
+        checkpoints.find_checkpoint(options)
     missing = dataclasses.replace(options, resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
     with pytest.raises(ValueError, match=r"checkpoint-7 is no complete checkpoint; .*checkpoint-1"):
-        finetune_llama.find_checkpoint(missing)
+        checkpoints.find_checkpoint(missing)
 
 
 @pytest.fixture
@@ -255,7 +242,7 @@ def test_full_disk_leaves_no_half_written_checkpoint(tmp_path: Path, monkeypatch
         OSError, match=r"checkpoint-2: the checkpoint could not be saved .*No space left.*Free some space"
     ):
         finetune(config)
-    assert [path.name for path in finetune_llama.list_checkpoints(tmp_path / "out")] == ["checkpoint-1"]
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "out")] == ["checkpoint-1"]
     monkeypatch.undo()
     finetune(config, "--resume_from_checkpoint")
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
@@ -267,7 +254,7 @@ def test_full_disk_leaves_no_half_written_adapter(tmp_path: Path, small_files: N
     (target / "a.bin").write_bytes(b"earlier")
 
     def save() -> None:
-        with finetune_llama.staged(target) as folder:
+        with checkpoints.staged(target) as folder:
             folder.mkdir()
             (folder / "a.bin").write_bytes(b"new")
             (folder / "b.bin").write_bytes(b"x" * 30_000)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llama_config import FinetuneConfig, build_parser, convert, parse_config
+from finetune.config import FinetuneConfig, convert
+from finetune.options import build_parser, parse_config
 
 ROOT = Path(__file__).parents[2]
 # tests/test_vl_bart.py reads the others

@@ -11,8 +11,8 @@ import torch
 from finetune_fixtures import make_llama, make_tokenizer, make_words, write_jsonl
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llama_config import FinetuneConfig
-from llama_data import IGNORE, AnswerCollator, encode_chat, load_datasets, load_records, pack_records
+from finetune.config import FinetuneConfig
+from finetune.data import IGNORE, AnswerCollator, encode_chat, load_datasets, load_records, pack_records
 
 CHAT = [
     {"role": "user", "content": "hi"},
@@ -20,11 +20,6 @@ CHAT = [
     {"role": "user", "content": "bye"},
     {"role": "assistant", "content": "see you"},
 ]
-
-
-@pytest.fixture(autouse=True)
-def cache_in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture

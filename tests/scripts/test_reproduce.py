@@ -9,16 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from finetune_fixtures import make_llama, make_words, write_jsonl
 
 import reproduce
-import reproduce_accuracy
-import reproduce_common
-import reproduce_commonsense
-import reproduce_report as report
-import reproduce_verdicts as verdicts
-from reproduce_common import RESULTS, Options, Plan, Runs, at_edge, difference, interval, lowest
+from reproduction import accuracy as reproduce_accuracy
+from reproduction import report as report
+from reproduction import verdicts as verdicts
+from reproduction.common import Options, Plan, Runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,90 +31,30 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def accuracy_results(data, tmp_path_factory):
+    """What `reproduce.py accuracy` stores, which other claims and further calls build on."""
+    folder = tmp_path_factory.mktemp("accuracy")
+    call("accuracy", data, folder)
+    return folder
+
+
+@pytest.fixture
+def results(accuracy_results, tmp_path):
+    """A copy of `accuracy_results`."""
+    return shutil.copytree(accuracy_results, tmp_path / "results")
+
+
+# One run of each kind.
+FEW = ("--seeds", "0", "--ranks", "1")
+
+
 def call(claim, data, results, *flags):
     reproduce.main([claim, "--dry_run", "--data", str(data), "--results", str(results), *flags])
 
 
 def content_of(results, claim):
     return json.loads((results / f"{claim}_laptop_dry.json").read_text(encoding="utf-8"))
-
-
-# ---- the file of runs
-
-
-def test_runs_are_done_once(tmp_path):
-    calls = []
-
-    def work():
-        calls.append(1)
-        return {"value": 3.0}
-
-    options = Options(results=tmp_path)
-    for _ in range(2):
-        assert Runs("claim", options, {"a": (1,)}).do("one", work)["value"] == 3.0
-    assert len(calls) == 1
-    Runs("claim", options, {"a": (2,)}).do("one", work)  # of other settings
-    assert len(calls) == 2
-    Runs("claim", Options(results=tmp_path, force=True), {"a": (2,)}).do("one", work)
-    assert len(calls) == 3
-    # a toy run leaves the others alone
-    Runs("claim", Options(results=tmp_path, dry_run=True), {"a": (2,)}).do("one", work)
-    assert len(calls) == 4
-    Runs("claim", options, {"a": (2,)}).do("one", work)
-    assert len(calls) == 4
-
-
-def test_what_is_measured_anew_is_kept_beside(tmp_path):
-    for force, settings, value in ((False, {"a": 1}, 1.0), (False, {"a": 2}, 2.0), (True, {"a": 2}, 3.0)):
-        runs = Runs("claim", Options(results=tmp_path, force=force), settings)
-        runs.do("one", lambda value=value: {"value": value})
-    for backup, value in (("bak", 1.0), ("bak1", 2.0)):
-        before = json.loads((tmp_path / f"claim_laptop.json.{backup}").read_text(encoding="utf-8"))
-        assert before["runs"]["one"]["value"] == value
-
-
-def test_every_run_keeps_its_machine(tmp_path, monkeypatch, capsys):
-    options = Options(results=tmp_path, command="first")
-    here = {"processor": "old", "commit": "1" * 40}
-    monkeypatch.setattr(reproduce_common, "describe_machine", lambda device: here)
-    Runs("claim", options, {}).do("one", lambda: {"value": 1.0})
-    here = {"processor": "new", "commit": "2" * 40}
-    again = Runs("claim", options, {})
-    assert "1 runs, made on old at commit 111111111" in capsys.readouterr().out
-    for key in ("one", "two", "three"):
-        again.do(key, lambda: {"value": 2.0})
-    again.finish({})
-    content = json.loads((tmp_path / "claim_laptop.json").read_text(encoding="utf-8"))
-    made_on = {key: content["machines"][run["machine"]]["processor"] for key, run in content["runs"].items()}
-    assert made_on == {"one": "old", "two": "new", "three": "new"}
-
-
-def test_a_run_that_fails_leaves_the_others(tmp_path):
-    options = Options(results=tmp_path)
-    runs = Runs("claim", options, {})
-    runs.do("one", lambda: {"value": 1.0})
-    with pytest.raises(ZeroDivisionError):
-        runs.do("two", lambda: {"value": 1 / 0})
-    assert list(Runs("claim", options, {}).runs) == ["one"]
-    assert [path.name for path in tmp_path.iterdir()] == ["claim_laptop.json"]
-
-
-def test_runs_of_another_claim_are_adopted_under_equal_settings(tmp_path):
-    options = Options(results=tmp_path)
-    other = Runs("accuracy", options, {"steps": 3})
-    for key in ("one", "two"):
-        other.do(key, lambda: {"value": 1.0})
-    forced = Options(results=tmp_path, force=True)
-    for how, settings, expected in ((options, 3, ["one", "two"]), (options, 4, []), (forced, 3, [])):
-        runs = Runs("detach", how, {"steps": settings})
-        runs.adopt("accuracy")
-        assert list(runs.runs) == expected
-    runs = Runs("detach", options, {"steps": 3})
-    runs.adopt("accuracy")
-    runs.do("two", lambda: {"value": 2.0})
-    runs.finish({})
-    assert len(runs.content["machines"]) == 1
-    assert {key: run["value"] for key, run in runs.runs.items()} == {"two": 1.0}  # what it rests on, and no more
 
 
 def test_the_same_value_twice_is_one(data, tmp_path):
@@ -148,67 +85,14 @@ def test_a_small_grid_leaves_the_summary_of_a_larger_one(data, tmp_path, capsys)
     assert (forced[0], len(content_of(tmp_path, "accuracy")["runs"])) == ([0], 4)
 
 
-def test_a_killed_run_leaves_the_summary(tmp_path):
-    options = Options(results=tmp_path, command="first")
-    runs = Runs("claim", options, {})
-    runs.do("one", lambda: {"seed": 0})
-    runs.finish({"cases": {"one": {}}})
-    runs = Runs("claim", Options(results=tmp_path, command="second"), {})
-    runs.do("two", lambda: {"seed": 1})  # and no more
-    content = json.loads(options.path("claim").read_text(encoding="utf-8"))
-    assert (content["command"], content["seeds"], content["summary"]) == ("first", [0], {"cases": {"one": {}}})
-    assert list(content["runs"]) == ["one", "two"]
-
-
-def test_interval_holds_the_mean_as_often_as_it_says():
-    torch.manual_seed(0)
-    found = [interval(values.tolist()) for values in torch.randn(2000, 3, dtype=torch.float64)]
-    assert sum(f["low"] < 0 < f["high"] for f in found) / len(found) == pytest.approx(0.95, abs=0.015)
-    assert all(f["mean"] - f["low"] == pytest.approx(f["high"] - f["mean"]) for f in found)
-    assert interval([2.0])["low"] == 2.0
-
-
-@pytest.mark.parametrize(
-    ("losses", "best", "edge"),
-    [
-        ({1.0: 0.3, 2.0: 0.1, 3.0: 0.2}, 2.0, False),
-        ({1.0: 0.3, 2.0: 0.2, 3.0: 0.1}, 3.0, True),
-        ({2.0: 0.2, 3.0: 0.3, 1.0: 0.4}, 2.0, False),  # whatever their order
-        ({1.0: float("nan"), 2.0: 0.4, 3.0: float("nan")}, 2.0, False),
-        ({2.0: 0.1, 1.0: 0.4}, 2.0, True),  # of two, either is
-        ({1.0: 0.1}, 1.0, False),
-    ],
-)
-def test_the_rate_of_the_lowest_validation_loss(losses, best, edge):
-    assert lowest(losses)[0] == best
-    assert at_edge(best, losses) is edge
-
-
-def test_the_difference_is_paired_by_rank_and_seed():
-    cases = {
-        f"{method} {rank}": case(method, rank, *(rank + 0.1 * seed + gain for seed in (0, 1)))
-        for method, gain in (("lora", 0.0), ("dora", 0.5), ("dora_not_detached", 0.75))
-        for rank in (2, 8)
-    }
-    found = difference(cases, "t")
-    assert found["count"] == 2
-    assert found["mean"] == pytest.approx(0.5)
-    assert found["low"] == pytest.approx(0.5)  # ranks and seeds differ, the gain does not
-    assert difference(cases, "t", ("dora", "dora_not_detached"))["mean"] == pytest.approx(-0.25)
-    cases["dora 2"] = case("dora", 2, 2.6, 2.4)
-    assert difference(cases, "t") == pytest.approx(interval([0.55, 0.4]))  # ranks do not narrow it
-
-
-# ---- accuracy
-
-
 def test_accuracy(data, tmp_path, capsys):
-    call("accuracy", data, tmp_path, "--tasks", "spelling", "cities", "--num_rates", "2")
+    two_tasks = ("--tasks", "spelling", "cities", "--num_rates", "2", "--ranks", "1")
+    call("accuracy", data, tmp_path, *two_tasks)
     content = content_of(tmp_path, "accuracy")
     runs = content["runs"]
     assert set(content["summary"]["gains"]) == {"spelling", "cities"}
     assert {(r["method"], r["rank"]) for r in runs.values() if r["method"] != "base"} == {
-        ("lora", 1), ("lora", 2), ("dora", 1), ("dora", 2), ("full", 0),
+        ("lora", 1), ("dora", 1), ("full", 0),
     }  # fmt: skip
     # the announced number of runs is the number of runs, and each counts once
     places = re.findall(r"^\[(\d+)/(\d+)\]", capsys.readouterr().out, re.MULTILINE)
@@ -222,9 +106,9 @@ def test_accuracy(data, tmp_path, capsys):
     assert (tmp_path / "accuracy_laptop_dry.png").stat().st_size > 10000
     stamp = (tmp_path / "accuracy_laptop_dry.json").read_text(encoding="utf-8")
     # again: nothing is trained, and a larger grid keeps what there is
-    call("accuracy", data, tmp_path, "--tasks", "spelling", "cities", "--num_rates", "2")
+    call("accuracy", data, tmp_path, *two_tasks)
     assert json.loads(stamp)["runs"] == content_of(tmp_path, "accuracy")["runs"]
-    call("accuracy", data, tmp_path, "--tasks", "spelling", "--ranks", "1", "2", "3")
+    call("accuracy", data, tmp_path, "--tasks", "spelling", "--num_rates", "2", "--ranks", "1", "2", "--seeds", "0")
     assert runs.items() < content_of(tmp_path, "accuracy")["runs"].items()
 
 
@@ -245,16 +129,15 @@ def test_the_rate_is_the_best_over_all_seeds_of_the_two_best_of_the_first(data, 
     assert len(runs.runs) == 1 + 5
 
 
-def test_runs_of_other_data_are_refused(data, tmp_path):
+def test_runs_of_other_data_are_refused(data, results, tmp_path):
     here = shutil.copytree(data, tmp_path / "data")
-    call("accuracy", here, tmp_path / "results")
     lines = (here / "cmudict" / "test.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (here / "cmudict" / "test.jsonl").write_text("".join(reversed(lines)), encoding="utf-8")
-    before = content_of(tmp_path / "results", "accuracy")
+    before = content_of(results, "accuracy")
     with pytest.raises(SystemExit):
-        call("accuracy", here, tmp_path / "results")
-    assert content_of(tmp_path / "results", "accuracy") == before
-    call("accuracy", here, tmp_path / "results", "--force")
+        call("accuracy", here, results)
+    assert content_of(results, "accuracy") == before
+    call("accuracy", here, results, "--force", *FEW)
 
 
 def test_more_rates_than_there_are(data, tmp_path, capsys):
@@ -337,10 +220,9 @@ def test_missing_data_say_what_to_run(data, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_detach(data, tmp_path):
-    call("accuracy", data, tmp_path)
-    call("detach", data, tmp_path)
-    content, accuracy = content_of(tmp_path, "detach"), content_of(tmp_path, "accuracy")
+def test_detach(data, results):
+    call("detach", data, results, "--ranks", "2")
+    content, accuracy = content_of(results, "detach"), content_of(results, "accuracy")
     shared = [key for key in content["runs"] if key.startswith("spelling dora r=2")]
     assert shared
     assert all(content["runs"][key] == accuracy["runs"][key] for key in shared)
@@ -350,10 +232,7 @@ def test_detach(data, tmp_path):
     table = "\n".join(report.detail_detach(content))
     assert f"| DoRA, dense, norm detached | {totals['reference']:,.1f} |" in table
     assert "batch 2 x length 28, r=2" in table
-    assert (tmp_path / "detach_laptop_dry.png").stat().st_size > 10000
-
-
-# ---- pattern
+    assert (results / "detach_laptop_dry.png").stat().st_size > 10000
 
 
 def test_pattern(data, tmp_path):
@@ -383,244 +262,18 @@ def test_pattern(data, tmp_path):
                 assert found["r"] == pytest.approx(torch.corrcoef(changes.double().T)[0, 1].item(), abs=1e-4)
 
 
-# ---- commonsense, by the scripts themselves
-
-
-def test_commonsense(data, tmp_path, monkeypatch):
-    folder = tmp_path / "configs"
-    folder.mkdir()
-    settings = {
-        "model_name_or_path": str(data / "smollm2"), "dtype": "float32", "r": 2, "lora_alpha": 4,
-        "format": "instruction", "dataset": "replaced", "output_dir": "replaced", "max_length": 256, "use_cpu": True,
-        "max_steps": 2,
-        "per_device_train_batch_size": 2, "dropout_mode": "branch",
-    }  # fmt: skip
-    (folder / "llama_7b_r32.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    monkeypatch.setattr(reproduce_commonsense, "CONFIGS", folder)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    tests = tmp_path / "commonsense" / "test"
-    tests.mkdir(parents=True)
-    record = {"instruction": "Is it so?", "input": "", "output": "the correct answer is true", "answer": "true"}
-    (tmp_path / "commonsense" / "train.json").write_text(json.dumps([record] * 4), encoding="utf-8")
-    answers = ("true", "solution1", "answer1", "ending1", "option1", "answer1", "answer1", "answer1")
-    names = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa")
-    for name, answer in zip(names, answers, strict=True):
-        fitting = record | {"answer": answer, "output": f"the correct answer is {answer}"}
-        (tests / f"{name}.json").write_text(json.dumps([fitting]), encoding="utf-8")
-    options, plan = Options(size="full", data=tmp_path, results=tmp_path / "results"), Plan(ranks=(3,), seeds=(0,))
-    reproduce_commonsense.run(options, plan)
-    content = json.loads((tmp_path / "results/accuracy_full.json").read_text(encoding="utf-8"))
-    assert set(content["runs"]) == {"commonsense lora r=3 seed=0", "commonsense dora r=3 seed=0"}
-    assert all(set(run["tasks"]) == set(names) for run in content["runs"].values())
-    (config,) = tmp_path.glob("outputs/reproduce/commonsense_dora_r3_seed0_*/adapter_config.json")
-    assert json.loads(config.read_text(encoding="utf-8"))["r"] == 3
-    # the cost of detaching asks for the memory before it trains anything
-    with pytest.raises(ValueError, match=r"memory_full\.json: not there yet"):
-        reproduce_commonsense.run_detach(options, plan)
-    totals = {"reference": 1.0, "dora": 1.0, "dora_not_detached": 1.0}
-    memory = {"summary": {"llama": {"setting": "16 x 256", "total_mib": {"16 x 256": totals}}}}
-    options.path("memory").write_text(json.dumps(memory), encoding="utf-8")
-    with pytest.raises(ValueError, match="at 16 x 256, found none of reference_not_detached, which did not fit"):
-        reproduce_commonsense.run_detach(options, plan)
-    totals["reference_not_detached"] = 2.0
-    options.path("memory").write_text(json.dumps(memory), encoding="utf-8")
-    reproduce_commonsense.run_detach(options, plan)
-    content = json.loads((tmp_path / "results/detach_full.json").read_text(encoding="utf-8"))
-    assert content["runs"].keys() == {f"commonsense {method} r=3 seed=0" for method in ("dora", "dora_not_detached")}
-    assert content["summary"]["total_mib"] == totals
-    (config,) = tmp_path.glob("outputs/reproduce/commonsense_dora_not_detached_r3_seed0_*/adapter_config.json")
-    assert '"detach_norm": false' in config.read_text(encoding="utf-8")
-    # other data or another configuration are other runs
-    with (tests / "boolq.json").open("a", encoding="utf-8") as file:
-        file.write(" ")
-    with pytest.raises(ValueError, match="expected runs of the model and data with digest"):
-        reproduce_commonsense.run(options, plan)
-    settings = reproduce_commonsense.settings_of(options, plan)
-    (folder / "llama_7b_r32.yaml").write_text(yaml.safe_dump(settings | {"r": 4}), encoding="utf-8")
-    assert reproduce_commonsense.settings_of(options, plan) != settings
-
-
 @pytest.mark.parametrize("claim", ["accuracy", "detach"])
 def test_a_dry_run_at_full_size_trains_the_small_model(claim, data, tmp_path):
-    call(claim, data, tmp_path, "--size", "full")
+    call(claim, data, tmp_path, "--size", "full", *FEW)
     content = json.loads((tmp_path / f"{claim}_full_dry.json").read_text(encoding="utf-8"))
     assert content["settings"]["model"] == "SmolLM2-135M-Instruct"
 
 
-# ---- the page
-
-
-def case(method, rank, *accuracies):
-    mean = sum(accuracies) / len(accuracies)
-    return {"task": "t", "method": method, "rank": rank, "accuracies": accuracies, "mean": mean, "spread": 0.01}
-
-
-def spread_of(low, high):
-    return {"mean": (low + high) / 2, "low": low, "high": high, "count": 9}
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "verdict"),
-    [
-        (0.01, 0.1, verdicts.YES),  # beats
-        (-0.005, 0.005, verdicts.YES),  # matches
-        (-0.02, 0.1, verdicts.NO),  # no proof of either
-        (-0.05, -0.001, verdicts.NO),
-    ],
-)
-def test_verdict_on_the_gain(low, high, verdict):
-    gains = {"t": spread_of(low, high)}
-    content = {"summary": {"gains": gains, "cases": {"full": case("full", 0, 0.5)}}, "seeds": [0, 1, 2]}
-    assert verdicts.judge_gain({"accuracy": content})[1] == verdict
-    gains["other"] = spread_of(0.05, 0.2)
-    assert verdicts.judge_gain({"accuracy": content})[1] == (
-        verdicts.YES if verdict == verdicts.YES else verdicts.PARTLY
-    )
-    assert verdicts.judge_gain({"accuracy": content | {"seeds": [0, 1]}})[1] == verdicts.OPEN
-
-
-LOW, FLAT = (0.3, 0.31, 0.29), (0.0, 0.01, -0.01)
-
-
-@pytest.mark.parametrize(
-    ("at_low", "at_high", "other", "verdict"),
-    [
-        (LOW, FLAT, LOW, verdicts.YES),
-        (LOW, FLAT, FLAT, verdicts.PARTLY),  # on one of two tasks
-        (LOW, LOW, FLAT, verdicts.NO),  # a gain, but none that falls
-        (FLAT, FLAT, FLAT, verdicts.NO),
-        ((0.3, 0.0, 0.0), FLAT, FLAT, verdicts.NO),  # nothing that one seed could have brought
-    ],
-)
-def test_verdict_on_low_ranks(at_low, at_high, other, verdict):
-    cases = {}
-    for task, gains in (("t", {2: at_low, 32: at_high}), ("other", {2: other, 32: FLAT})):
-        for rank, gain in gains.items():
-            cases[f"{task} lora {rank}"] = case("lora", rank, 0.4, 0.4, 0.4) | {"task": task}
-            cases[f"{task} dora {rank}"] = case("dora", rank, *(0.4 + g for g in gain)) | {"task": task}
-    content = {"summary": {"gains": {"t": {}, "other": {}}, "cases": cases}, "seeds": [0, 1, 2]}
-    assert verdicts.judge_low_rank({"accuracy": content})[1] == verdict
-    fewer = {name: found for name, found in cases.items() if found["rank"] == 2}
-    content["summary"]["cases"] = fewer
-    assert verdicts.judge_low_rank({"accuracy": content})[1] == verdicts.OPEN  # one rank is neither low nor high
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "pictures", "verdict"),
-    [
-        (-0.005, 0.002, None, verdicts.YES),
-        (0.02, 0.03, None, verdicts.YES),  # a gain is no loss
-        (-0.1, 0.001, None, verdicts.NO),  # a wide interval that holds 0 is no proof
-        (-0.1, -0.02, None, verdicts.NO),
-        (-0.005, 0.002, (-0.03, -0.02), verdicts.PARTLY),
-        (-0.1, 0.001, (-0.005, 0.002), verdicts.PARTLY),
-    ],
-)
-def test_verdict_on_detaching(low, high, pictures, verdict):
-    totals = {"reference": 8.0, "reference_not_detached": 10.0, "dora": 7.0, "dora_not_detached": 7.0}
-    summary = {"differences": {"t": spread_of(low, high)}, "total_mib": totals}
-    contents = {"detach": {"summary": summary, "seeds": [0, 1, 2]}}
-    if pictures is not None:
-        found = {"differences": {"dora - dora_not_detached": spread_of(*pictures)}}
-        contents["vl_bart"] = {"summary": found, "seeds": [0, 1, 2]}
-    figure, found = verdicts.judge_detach(contents)
-    assert found == verdict
-    assert "dense algorithm 20.0 %, on ours 0.0 %" in figure
-    contents["detach"]["seeds"] = [0]
-    assert verdicts.judge_detach(contents)[1] == verdicts.OPEN
-
-
-@pytest.mark.parametrize(
-    ("gain", "to_full", "dora", "verdict", "of_videos"),
-    [
-        ((0.001, 0.01), (-0.005, 0.01), 0.8, verdicts.YES, verdicts.YES),
-        ((0.001, 0.01), (-0.05, -0.02), 0.8, verdicts.PARTLY, verdicts.YES),  # as the paper's own videos
-        ((-0.01, 0.01), (-0.005, 0.01), 0.8, verdicts.PARTLY, verdicts.NO),
-        ((-0.01, 0.01), (-0.05, 0.01), 0.8, verdicts.NO, verdicts.NO),  # no proof of either
-        ((-0.02, -0.01), (-0.005, 0.01), 0.8, verdicts.NO, verdicts.NO),
-        ((0.001, 0.01), (-0.005, 0.01), 0.35, verdicts.NO, verdicts.NO),  # as good with another's picture
-        ((0.001, 0.01), (-0.005, 0.01), 0.2, verdicts.NO, verdicts.NO),  # below who never looks
-    ],
-)
-def test_verdict_on_vl_bart(gain, to_full, dora, verdict, of_videos):
-    summary = {
-        "methods": {"lora": {"mean": 0.7}, "dora": {"mean": dora, "swapped": 0.4}, "full": {"mean": 0.8}},
-        "differences": {"dora - lora": spread_of(*gain), "dora - full": spread_of(*to_full)},
-        "question_only": 0.3,
-    }
-    for claim, expected in (("vl_bart", verdict), ("vl_bart_video", of_videos)):
-        assert verdicts.judge_vl_bart(claim)({claim: {"summary": summary, "seeds": [0, 1, 2]}})[1] == expected
-        assert verdicts.judge_vl_bart(claim)({claim: {"summary": summary, "seeds": [0, 1]}})[1] == verdicts.OPEN
-
-
-@pytest.mark.parametrize(
-    ("measured", "by_setting", "verdict"),
-    [
-        (23.0, {}, verdicts.YES),
-        (13.0, {}, verdicts.PARTLY),
-        (8.0, {}, verdicts.NO),
-        (8.0, {"x": 22.0}, verdicts.PARTLY),
-    ],
-)
-def test_verdict_on_memory(measured, by_setting, verdict):
-    found = {
-        "saving_percent": {"reference": measured, "dora": 0.1}, "paper_percent": 24.4,
-        "saved_mib": {"measured": 2.0, "predicted": 3.0}, "saved_gb": {"at_full_size": 4.0, "paper": 9.1},
-        "saving_percent_by_setting": {"first": measured, **by_setting}, "ours_to_lora": 1.0,
-        "ours_paper_dropout_to_lora": 1.3,
-    }  # fmt: skip
-    text, found_verdict = verdicts.judge_memory("llama")({"memory": {"summary": {"llama": found}}})
-    assert found_verdict == verdict
-    assert "2.00 MiB (predicted from shapes 3.00 MiB, for the real model 4.00 GB, paper 9.1 GB)" in text
-
-
-@pytest.mark.parametrize(
-    ("full", "lora", "dora", "verdict"),
-    [
-        ((-0.6, -0.4), (0.6, 0.8), (-0.4, -0.1), verdicts.YES),
-        ((-0.6, 0.4), (0.6, 0.8), (-0.4, 0.1), verdicts.PARTLY),
-        ((0.4, 0.6), (0.6, 0.8), (0.9, 0.95), verdicts.NO),
-        ((0.4, 0.6), (-0.6, -0.4), (0.1, 0.2), verdicts.NO),
-    ],
-)
-def test_verdict_on_the_pattern(full, lora, dora, verdict):
-    limits = {"full": full, "lora": lora, "dora": dora}
-    found = {m: {"r": (low + high) / 2, "low": low, "high": high, "count": 9} for m, (low, high) in limits.items()}
-    paper = {"full": -0.62, "lora": 0.83, "dora": -0.31}
-    content = {"summary": {"correlations": {"query projections": found}, "paper": paper}}
-    assert verdicts.judge_pattern({"pattern": content})[1] == verdict
-
-
-def test_page_says_what_is_missing(tmp_path):
-    page = report.page(tmp_path)
-    assert page.count(f"**{verdicts.OPEN}**") == len(verdicts.ROWS)
-
-
-def test_page_of_toy_results_is_empty(data, tmp_path):
+def test_page_of_toy_results_is_empty(data, results):
     """Results of a dry run are no results."""
-    call("accuracy", data, tmp_path / "results")
-    call("report", data, tmp_path / "results")
-    page = (tmp_path / "results" / "REPRODUCTION.md").read_text(encoding="utf-8")
+    call("report", data, results)
+    page = (results / "REPRODUCTION.md").read_text(encoding="utf-8")
     assert page.count(f"**{verdicts.OPEN}**") == len(verdicts.ROWS)
-
-
-def test_the_stored_page_is_the_generated_one():
-    assert (RESULTS.parent / "REPRODUCTION.md").read_text(encoding="utf-8") == report.page(RESULTS)
-    assert not list(RESULTS.glob("*_dry.json"))
-
-
-def test_stored_results_suffice_for_a_verdict():
-    contents = report.load(RESULTS, "laptop")
-    assert set(contents) == set(reproduce.CLAIMS) - {"report"}
-    for claim, content in contents.items():
-        assert claim == "memory" or len(content["seeds"]) >= verdicts.MIN_SEEDS
-        assert not any(machine["modified"] for machine in content["machines"]), f"{claim} was not run from a commit"
-        assert {run["machine"] for run in content["runs"].values()} == set(range(len(content["machines"])))
-        assert len(content["machines"]) == len({json.dumps(machine) for machine in content["machines"]})
-        assert list(RESULTS.glob(f"{claim}_laptop*.png"))
-    pictures = contents["vl_bart"]["summary"]
-    assert min(method["mean"] for method in pictures["methods"].values()) > pictures["question_only"]
 
 
 def test_commands_of_the_docstring_exist():

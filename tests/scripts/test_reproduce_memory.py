@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import reproduce
-import reproduce_common
-import reproduce_memory
-import reproduce_verdicts
 from dora_peft.ops import content
-from reproduce_common import Options
-from reproduce_memory import DTYPE, families, measure, predict_saving, summarise
-from reproduce_memory_figure import SHRUNK
+from reproduction import common as reproduce_common
+from reproduction import memory as reproduce_memory
+from reproduction import verdicts as reproduce_verdicts
+from reproduction.common import Options
+from reproduction.memory import DTYPE, families, measure, predict_saving, summarise
+from reproduction.memory_figure import SHRUNK
 
 CPU = torch.device("cpu")
 FACTORS = {"llama": 512, "vl_bart": 64}
@@ -43,11 +43,8 @@ def pretend(monkeypatch, too_large=lambda method, length: False):
         return {"total_mib": 120.0 if method.endswith("not_detached") else 100.0}
 
     monkeypatch.setattr(reproduce_memory, "measure", fake)
-    machine = {
-        "device": "x86_64 CPU",
-        "processor": "a processor",
-        "commit": None,
-    }  # asking git takes longer than all else
+    # Asking git takes longer than all else.
+    machine = {"device": "x86_64 CPU", "processor": "a processor", "commit": None}
     monkeypatch.setattr(reproduce_common, "describe_machine", lambda device: machine)
     return measured
 
@@ -70,7 +67,7 @@ def test_memory(tmp_path):
             assert found["saved_gb"] == pytest.approx({"at_full_size": expected, "paper": 37.3 - 28.2})
         assert found["saving_percent"]["reference"] == savings[found["setting"]]
         assert found["ours_paper_dropout_to_lora"] == values["dora"] / values["lora"]
-        # the dropout of our default is a case of its own where there is dropout
+        # the dropout of our default is a separate case if there is dropout
         default = "dora_branch" if family.dropout else "dora"
         assert found["ours_to_lora"] == values[default] / values["lora"]
         assert ("dora_branch" in values) == (family.dropout > 0)
@@ -166,9 +163,6 @@ def test_full_size_needs_a_gpu(claim, tmp_path, capsys):
     assert "needs a GPU of 80 GB, and found none" in capsys.readouterr().err
 
 
-# ---- figures of other settings
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -199,9 +193,6 @@ def test_the_settings_hold_what_a_figure_depends_on(tmp_path, monkeypatch):
     assert set(llama) == {"shape", "targets", "rank", "alpha", "dropout"}
     assert llama["shape"]["hidden"] == 64
     assert llama["dropout"] == 0.05
-
-
-# ---- a GPU that is too small
 
 
 def test_a_case_that_does_not_fit_is_left_out(tmp_path, monkeypatch, capsys):

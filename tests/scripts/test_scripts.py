@@ -17,8 +17,10 @@ import chat
 import check_interchange
 import evaluate_spelling
 import prepare_cmudict
-import wheel_data
 from dora_peft import DoraConfig
+from finetune import generation
+from prepare import wheels as wheel_data
+from prepare.records import format_prompt, split_words
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 DICTIONARY = """\
@@ -87,17 +89,17 @@ def test_parse_dictionary_keeps_plain_words_with_their_first_pronunciation():
 
 def test_split_is_disjoint_complete_and_repeats():
     words = {f"word{i}" for i in range(100)}
-    train, test = prepare_cmudict.split_words(words, num_test=20, seed=0)
+    train, test = split_words(words, num_test=20, seed=0)
     assert len(test) == 20
     assert not set(train) & set(test)
     assert set(train) | set(test) == words
-    assert prepare_cmudict.split_words(sorted(words, reverse=True), num_test=20, seed=0) == (train, test)
-    assert prepare_cmudict.split_words(words, num_test=20, seed=1) != (train, test)
+    assert split_words(sorted(words, reverse=True), num_test=20, seed=0) == (train, test)
+    assert split_words(words, num_test=20, seed=1) != (train, test)
 
 
 def test_split_that_leaves_nothing_to_train_on_is_refused():
     with pytest.raises(ValueError, match="num_test must be below the number of words, 3"):
-        prepare_cmudict.split_words(["a", "b", "c"], num_test=3, seed=0)
+        split_words(["a", "b", "c"], num_test=3, seed=0)
 
 
 def test_prepare_cmudict_writes_both_files(tmp_path, monkeypatch):
@@ -161,18 +163,18 @@ def test_records_are_checked(tmp_path):
 
 
 def test_answers_do_not_depend_on_the_batch(tiny_llama):
-    model, tokenizer = evaluate_spelling.load_model(tiny_llama[0], None, None)
-    prompts = [prepare_cmudict.format_prompt(word) for word in ("window", "mill", "tomorrows")]
-    together = evaluate_spelling.generate_answers(model, tokenizer, prompts, batch_size=3, max_new_tokens=8)
-    alone = evaluate_spelling.generate_answers(model, tokenizer, prompts, batch_size=1, max_new_tokens=8)
+    model, tokenizer = generation.load_model(tiny_llama[0], None, None)
+    prompts = [format_prompt(word) for word in ("window", "mill", "tomorrows")]
+    together = generation.generate_answers(model, tokenizer, prompts, batch_size=3, max_new_tokens=8)
+    alone = generation.generate_answers(model, tokenizer, prompts, batch_size=1, max_new_tokens=8)
     assert together == alone
 
 
 def test_evaluation_and_conversation_prompt_as_training_does(tiny_llama):
-    from llama_data import IGNORE, encode_answer
+    from finetune.data import IGNORE, encode_answer
 
     tokenizer = tiny_llama[1]
-    prompt, completion = prepare_cmudict.format_prompt("window"), prepare_cmudict.format_completion(["W", "IH"])
+    prompt, completion = format_prompt("window"), prepare_cmudict.format_completion(["W", "IH"])
     token_ids, labels = encode_answer(prompt, completion, tokenizer)
     prompt_length = labels.count(IGNORE)
     assert token_ids[:prompt_length] == tokenizer(prompt)["input_ids"]
@@ -181,9 +183,7 @@ def test_evaluation_and_conversation_prompt_as_training_does(tiny_llama):
 
 
 def test_evaluate_spelling_writes_its_result(tiny_llama, adapter, tmp_path, monkeypatch, capsys):
-    records = [
-        {"prompt": prepare_cmudict.format_prompt(word), "completion": " AH"} for word in ("ball", "call", "fall")
-    ]
+    records = [{"prompt": format_prompt(word), "completion": " AH"} for word in ("ball", "call", "fall")]
     dataset = write_jsonl(tmp_path / "test.jsonl", records)
     result_file = tmp_path / "results" / "dora.json"
     arguments = ["--model_name_or_path", tiny_llama[0], "--adapter", adapter, "--dataset", str(dataset), "--limit", "2"]
@@ -218,14 +218,12 @@ def test_chat_keeps_the_turns_and_needs_a_template(tiny_llama):
     assert chat.build_prompt("chat", history, tokenizer) == "[hi][ho][ha]"
 
 
-def test_interchange_agrees_with_plain_peft(tiny_llama, adapter, tmp_path):
+def test_interchange_agrees_with_plain_peft(tiny_llama, adapter, tmp_path, monkeypatch):
     reference = tmp_path / "reference.safetensors"
     where = ["--model_name_or_path", tiny_llama[0], "--adapter", adapter]
     script = str(SCRIPTS / "check_interchange.py")
-    write = subprocess.run(
-        [sys.executable, script, "--write", reference, *where], capture_output=True, text=True, cwd=SCRIPTS.parent
-    )
-    assert write.returncode == 0, write.stderr
+    monkeypatch.setattr(sys, "argv", [script, "--write", str(reference), *where])
+    check_interchange.main()
     # An editable install makes dora_peft importable everywhere: hide it, as in an environment that lacks it.
     hide = (
         "import importlib.util, runpy, sys; find = importlib.util.find_spec; sys.modules['dora_peft'] = None\n"
@@ -274,7 +272,7 @@ def test_gpu_refuses_a_stage_that_it_does_not_know(tmp_path):
     assert "no stage 'unknown'; there are: tests kernels" in result.stderr
 
 
-@pytest.mark.parametrize("stages", [["kernels", "qdora"], pytest.param([], marks=pytest.mark.slow)], ids=["two", "all"])
+@pytest.mark.parametrize("stages", [["kernels"], pytest.param([], marks=pytest.mark.slow)], ids=["one", "all"])
 def test_gpu_dry_run(stages):
     environment = {**os.environ, "PYTHON": sys.executable}
     command = ["bash", SCRIPTS / "gpu.sh", "--dry-run", *stages]

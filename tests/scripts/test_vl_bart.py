@@ -3,162 +3,24 @@
 import dataclasses
 import json
 import shutil
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from finetune_fixtures import write_jsonl
-from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForSeq2SeqLM,
-    BartConfig,
-    BartForConditionalGeneration,
-    PreTrainedTokenizerFast,
-    T5Config,
-)
 
-import prepare_easy_vqa
-import reproduce_vl_bart as subject
-import vl_bart_data as data
-from dora_peft import DoraConfig
-from reproduce_common import Options, at_edge, interval, lowest
-from vl_bart_model import (
-    VlBartConfig,
+from reproduction import vl_bart as subject
+from reproduction.common import Options, at_edge, interval, lowest
+from vl_bart import data as data
+from vl_bart.model import (
     VlBartForConditionalGeneration,
     build_small,
-    build_vl_bart,
-    random_batch,
 )
 
 CPU = torch.device("cpu")
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("vl_bart_*.yaml"))
-
-
-@pytest.fixture
-def model():
-    return build_vl_bart("toy").eval()
-
-
-@pytest.fixture
-def batch(model):
-    torch.manual_seed(1)
-    return random_batch(model.config, 3, 6, 4, CPU)
-
-
-# ---- the model
-
-
-def test_saved_and_loaded(model, batch, tmp_path):
-    model.save_pretrained(tmp_path)
-    again = VlBartForConditionalGeneration.from_pretrained(tmp_path).eval()
-    assert again.config.model_type == "vl_bart"
-    assert again.config.visual_dim == 12
-    assert torch.equal(model(**batch).logits, again(**batch).logits)
-    assert type(AutoConfig.from_pretrained(tmp_path)) is VlBartConfig
-    through_auto = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
-    assert type(through_auto) is VlBartForConditionalGeneration
-    assert torch.equal(model(**batch).logits, through_auto(**batch).logits)
-
-
-def test_the_picture_and_its_order_matter(model, batch):
-    logits = model(**batch).logits
-    other = batch | {"visual_features": batch["visual_features"].flip(1)}
-    assert not torch.allclose(logits, model(**other).logits)
-    assert not torch.allclose(
-        logits, model(**batch | {"visual_features": torch.zeros_like(other["visual_features"])}).logits
-    )
-
-
-def test_padding_of_the_question_does_not_matter(model, batch):
-    longer = dict(batch)
-    longer["input_ids"] = torch.cat([batch["input_ids"], torch.full((3, 2), model.config.pad_token_id)], 1)
-    longer["attention_mask"] = torch.cat([batch["attention_mask"], torch.zeros(3, 2, dtype=torch.int64)], 1)
-    torch.testing.assert_close(model(**longer).logits, model(**batch).logits)
-
-
-def test_generation_writes_what_the_logits_prefer(model, batch):
-    inputs = {name: batch[name] for name in ("visual_features", "input_ids", "attention_mask")}
-    found = model.generate(
-        **inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False, num_beams=1, forced_eos_token_id=None
-    )
-    logits = model(**inputs, decoder_input_ids=found[:, :-1]).logits
-    logits[..., model.config.eos_token_id] = -torch.inf
-    assert torch.equal(logits.argmax(-1)[:, :4], found[:, 1:5])
-
-
-@pytest.fixture
-def bart():
-    shape = {"d_model": 32, "vocab_size": 64}
-    for side in ("encoder", "decoder"):
-        shape |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 64}
-    return BartForConditionalGeneration(BartConfig(**shape)).eval()
-
-
-def test_around_a_pretrained_bart(bart, batch, tmp_path):
-    text = {name: tensor for name, tensor in batch.items() if name != "visual_features"}
-    # facebook/bart-base holds BartModel, without the output layer, which is the embedding
-    for part, name in ((bart, "whole"), (bart.model, "without output layer")):
-        part.save_pretrained(tmp_path / name)
-        model = VlBartForConditionalGeneration.from_bart(str(tmp_path / name), 12, 36).eval()
-        assert torch.equal(model(**text).logits, bart(**text).logits)
-        assert model(**batch).logits.shape == bart(**text).logits.shape
-
-
-def test_the_settings_of_generation_are_kept(bart, batch, tmp_path):
-    expected = {"num_beams": 3, "forced_bos_token_id": 0, "no_repeat_ngram_size": 2, "early_stopping": True}
-    bart.generation_config.update(**expected)
-    bart.save_pretrained(tmp_path / "bart")
-    model = VlBartForConditionalGeneration.from_bart(str(tmp_path / "bart"), 12, 36).eval()
-    model.save_pretrained(tmp_path / "again")
-    for found in (model, AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "again").eval()):
-        assert {name: getattr(found.generation_config, name) for name in expected} == expected
-        inputs = {name: batch[name] for name in ("visual_features", "input_ids", "attention_mask")}
-        assert (found.generate(**inputs, max_new_tokens=4)[:, 1] == 0).all()
-
-
-def test_around_another_model(bart, tmp_path):
-    T5Config().save_pretrained(tmp_path / "t5")
-    with pytest.raises(ValueError, match="t5: expected a model of type 'bart', found 't5'"):
-        VlBartForConditionalGeneration.from_bart(str(tmp_path / "t5"), 12, 36)
-    bart.save_pretrained(tmp_path / "bart")
-    weights = load_file(tmp_path / "bart/model.safetensors")
-    del weights["model.encoder.layers.0.fc1.weight"]
-    save_file(weights, tmp_path / "bart/model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"bart: expected all weights of BART, found none for model\.encoder.*fc1"):
-        VlBartForConditionalGeneration.from_bart(str(tmp_path / "bart"), 12, 36)
-
-
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]])
-def test_adapters_on_the_attention(model, batch, targets):
-    adapted = get_peft_model(model, DoraConfig(r=2, target_modules=targets))
-    adapted(**batch).loss.backward()
-    gradients = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
-    # of the encoder's, the decoder's and the cross attention
-    assert sum("lora_B" in name for name in gradients) == 3 * len(targets)
-    assert all(g is not None and g.abs().sum() > 0 for name, g in gradients.items() if "lora_A" not in name)
-
-
-def test_features_of_another_width(model, batch):
-    with pytest.raises(ValueError, match=r"at most 36 tokens of 12 features, found the shape \[3, 36, 13\]"):
-        model(**batch | {"visual_features": torch.zeros(3, 36, 13)})
-    with pytest.raises(ValueError, match="expected input_ids"):
-        model(visual_features=batch["visual_features"])
-
-
-# ---- data
-
-
-RECORDS = [
-    {"picture": 0, "question": "what color is it?", "answer": "red"},
-    {"picture": 1, "question": "what color is it?", "answer": "blue"},
-    {"picture": 1, "question": "what color is it?", "answer": "blue"},
-    {"picture": 2, "question": "is it a circle?", "answer": "yes"},
-]
 
 
 def write_data(folder, pictures=12):
@@ -171,102 +33,6 @@ def write_data(folder, pictures=12):
         questions = [("what color is it?", "red"), ("what is the red shape?", "circle"), ("is it a circle?", "yes")]
         records = [{"picture": i, "question": q, "answer": a} for i in range(pictures) for q, a in questions]
         write_jsonl(folder / f"{part}.jsonl", records)
-
-
-def test_question_only():
-    test = [*RECORDS[:3], {"picture": 0, "question": "new?", "answer": "blue"}]
-    assert data.question_only(RECORDS, test) == 3 / 4  # blue, and blue for what was never asked
-
-
-def test_batches():
-    tokenizer = data.word_tokenizer(RECORDS)
-    part = data.Part(torch.arange(3 * 4 * 5, dtype=torch.uint8).view(3, 4, 5), RECORDS)
-    batch = data.make_batch(part, [RECORDS[3], RECORDS[0]], tokenizer)
-    assert torch.equal(batch["visual_features"][1], part.features[0].float() / 127.5 - 1)
-    assert tokenizer.decode(batch["labels"][0]).split() == ["yes", "</s>"]
-    assert "<unk>" not in tokenizer.decode(batch["input_ids"][1])
-    others = data.make_batch(part, [RECORDS[3], RECORDS[0]], tokenizer, [1, 2])
-    assert torch.equal(others.pop("visual_features"), part.pictures([1, 2]))
-    assert all(torch.equal(others[name], batch[name]) for name in others)
-
-
-def byte_level_bpe(texts):
-    """A tokenizer as BART's."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "<pad>", "</s>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="<pad>", eos_token="</s>")
-
-
-def test_answers_of_byte_level_bpe_end_without_a_space():
-    records = [RECORDS[0], {"picture": 1, "question": "what is it?", "answer": "a dark blue one"}]
-    tokenizer = byte_level_bpe(text for record in records for text in (record["question"], record["answer"]))
-    assert len(tokenizer("red </s>")["input_ids"]) > len(tokenizer("red</s>")["input_ids"])  # what is to be avoided
-    labels = data.make_batch(data.Part(torch.zeros(2, 4, 5), records), records, tokenizer)["labels"]
-    for row, record in zip(labels, records, strict=True):
-        ids = row[row != data.IGNORE].tolist()
-        assert ids == [*tokenizer(record["answer"])["input_ids"], tokenizer.eos_token_id]
-        assert tokenizer.decode(ids) == f"{record['answer']}</s>"
-        assert (row[len(ids) :] == data.IGNORE).all()
-    assert len({len(row[row != data.IGNORE]) for row in labels}) == 2  # one was padded
-
-
-def test_patches():
-    pixels = torch.arange(16 * 24 * 3).view(16, 24, 3)
-    patches = prepare_easy_vqa.patchify(pixels)
-    assert patches.shape == (6, 192)
-    assert torch.equal(patches[4].view(8, 8, 3), pixels[8:, 8:16])
-    with pytest.raises(ValueError, match="found 12 x 16"):
-        prepare_easy_vqa.patchify(torch.zeros(12, 16, 3))
-
-
-def test_silhouettes():
-    pixels = torch.full((24, 16, 3), 200)
-    pixels[6:10, 3:5, 0] = 90  # one channel differs enough, on the border of the first patch
-    pixels[20, 12] = 210  # too like the background
-    found = prepare_easy_vqa.silhouettes(pixels)
-    assert found.shape == (6, 256)
-    expected = torch.zeros(32, 24)
-    expected[4 + 6 : 4 + 10, 4 + 3 : 4 + 5] = 255
-    for index, (row, column) in enumerate((row, column) for row in (0, 8, 16) for column in (0, 8)):
-        window = expected[row : row + 16, column : column + 16]
-        assert torch.equal(found[index].view(16, 16).float(), window)
-
-
-def test_prepared_from_the_archive(tmp_path):
-    import io
-
-    from PIL import Image
-
-    colours = [(255, 0, 0), (0, 0, 255)]
-    with zipfile.ZipFile(tmp_path / "package.whl", "w") as archive:
-        archive.writestr("easy_vqa/data/train/questions.json", json.dumps([["what?", "red", 0], ["what?", "blue", 1]]))
-        for number, colour in enumerate(colours):
-            buffer = io.BytesIO()
-            Image.new("RGB", (16, 8), colour).save(buffer, "png")
-            archive.writestr(f"easy_vqa/data/train/images/{number}.png", buffer.getvalue())
-    with zipfile.ZipFile(tmp_path / "package.whl") as archive:
-        prepare_easy_vqa.write_part(archive, "train", tmp_path)
-    features = load_file(tmp_path / "train.safetensors")["features"]
-    assert features.shape == (2, 2, 448)
-    assert [tuple(f[0, 256:259].tolist()) for f in features] == colours
-    assert data.load_part(tmp_path, "train", "").records[1] == {"picture": 1, "question": "what?", "answer": "blue"}
-
-
-def test_bad_data(tmp_path):
-    with pytest.raises(ValueError, match=r"train\.jsonl and .*train\.safetensors: no such file\. Run it\."):
-        data.load_part(tmp_path, "train", "Run it.")
-    save_file({"features": torch.zeros(2, 1, 1)}, tmp_path / "train.safetensors")
-    write_jsonl(tmp_path / "train.jsonl", RECORDS)
-    with pytest.raises(ValueError, match=r"train\.jsonl, line 4: expected picture below 2"):
-        data.load_part(tmp_path, "train", "")
-
-
-# ---- settings and the claim
 
 
 def test_there_are_configs():
@@ -470,7 +236,7 @@ def test_every_backbone_has_its_folder(toy_options, count_backbones, tmp_path):
         run(warmup=0.5)
 
 
-def test_force_trains_the_backbone_anew(toy_options, count_backbones):
+def test_force_trains_the_backbone_again(toy_options, count_backbones):
     subject.run(toy_options, seeds=(0,))
     folder = Path("outputs/reproduce") / count_backbones[0]
     (folder / "stale").touch()

@@ -1,0 +1,1 @@
+"""Fine-tuning a causal language model: settings, data, model, training."""

@@ -1,0 +1,1 @@
+"""Data sets and models: what they are fetched from and how a record reads."""

@@ -1,0 +1,1 @@
+"""The paper's claims, measured; reproduce/ holds the page and the results."""

@@ -1,0 +1,1 @@
+"""VL-BART: a BART that answers questions about images and videos."""

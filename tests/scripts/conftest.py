@@ -1,0 +1,51 @@
+"""What the tests of several scripts start from: one thread, data sets cached in a temporary folder, refusals."""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from commonsense_fixtures import make_record, write_list
+
+from prepare.commonsense import TASKS
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a busy machine threads that wait for each other make these tiny models up to fifty times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def cache_in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[[str], contextlib.AbstractContextManager[None]]:
+    """That a command ends with an error that matches a pattern, and without a traceback."""
+
+    @contextlib.contextmanager
+    def check(pattern: str) -> Iterator[None]:
+        with pytest.raises(SystemExit):
+            yield
+        assert re.search(f"error: .*{pattern}", capsys.readouterr().err)
+
+    return check
+
+
+@pytest.fixture
+def download(tmp_path: Path) -> Path:
+    """A folder as LLM-Adapters lays its data out, 6 training records and 3 test records per task."""
+    folder = tmp_path / "LLM-Adapters"
+    train = [make_record(task, number) for number in range(10, 16) for task in TASKS]
+    write_list(folder / "ft-training_set" / "commonsense_170k.json", train)
+    for task in TASKS:
+        write_list(folder / "dataset" / task / "test.json", [make_record(task, number) for number in range(3)])
+    return folder

@@ -1,0 +1,81 @@
+"""What several programs share: what counts as kept for backward, and files that are written whole or not at all."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.bases import SHAPES, build_base
+from benchmarks.contenders import Contender, build_contender
+from common.files import replacing
+from common.memory import record_saved_bytes, saved_bytes
+
+CPU = torch.device("cpu")
+
+
+FLOAT = 4
+
+
+def make(name: str, base: nn.Module, dropout: float = 0.0, **options: Any) -> Contender:
+    options = {"adapter_dtype": torch.float32, "seed": 0, "rank": 4, **options}
+    return build_contender(name, base, dropout=dropout, **options)
+
+
+def tiny(dtype: torch.dtype = torch.float32) -> Any:
+    return build_base(SHAPES["tiny"], 2, 128, dtype, CPU, 0)
+
+
+def loss_of(contender: Contender) -> Tensor:
+    ids = torch.arange(32).view(2, 16)
+    return contender.call(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def test_saved_bytes_of_a_sequence() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 5), nn.Sigmoid(), nn.Linear(5, 2)), torch.randn(8, 3)
+    # The output of the sigmoid, which is the input of the second layer; x was there before.
+    assert saved_bytes(lambda: model(x).sum()) == 8 * 5 * FLOAT
+
+
+def test_saved_bytes_count_what_a_context_keeps() -> None:
+    class Keep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.kept = [x.exp()]  # seen by no hook
+            ctx.temporary = x.cos().sum().item()
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.kept[0]
+
+    x = torch.randn(8, 3, requires_grad=True)
+    assert saved_bytes(lambda: Keep.apply(x).sum()) == 8 * 3 * FLOAT
+    with record_saved_bytes(nn.Identity()) as hooked:
+        loss = Keep.apply(x).sum()
+    assert sum(hooked.values()) == 0
+    loss.backward()
+
+
+def test_saved_bytes_agree_with_the_hooks_on_lora() -> None:
+    """LoRA keeps everything through save_for_backward, so both ways of counting see the same."""
+    lora = make("lora", tiny(), dropout=0.1)
+    with record_saved_bytes(lora.module) as hooked:
+        loss = loss_of(lora)
+    loss.backward()
+    ids = 2 * 16 * 8  # the tokens, which the second count leaves out as older than the forward pass
+    assert abs(saved_bytes(lambda: loss_of(lora)) - sum(hooked.values())) <= 4 * ids
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.json"
+
+    def interrupted() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(path.parent.iterdir()) == []
