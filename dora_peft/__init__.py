@@ -1,4 +1,4 @@
-"""DoRA (weight-decomposed low-rank adaptation) as a PEFT tuner of its own.
+"""DoRA (weight-decomposed low-rank adaptation), a tuner for PEFT.
 
     from peft import get_peft_model
     from dora_peft import DoraConfig
@@ -9,11 +9,11 @@ Importing the package registers `PeftType.DORA`, `DoraConfig` and `DoraModel` wi
 """
 
 from .config import DoraConfig
-from .layers.layer import DoraLayer
+from .layers import DoraLayer
 from .model import DoraModel
 from .norms import checking, refresh
 from .ops.choice import implementation
-from .ops.kept_output import on_overwritten_output
+from .ops.overwritten import on_overwritten_output
 from .optim import param_groups
 from .plugin import register as _register
 from .plugin.use_dora import accelerate_use_dora

@@ -21,10 +21,9 @@ from .adapters.names import exactly
 from .adapters.undo import restored_on_failure, switched
 from .bases.peft_names import all_linear
 from .config import DoraConfig
-from .layers import merge_checks
-from .layers.layer import DoraLayer
+from .layers import DoraLayer, merge_checks
 from .layers.magnitude import Magnitude
-from .ops.kept_output import Report
+from .ops.overwritten import Report
 
 
 class DoraModel(BaseTuner):
@@ -290,7 +289,7 @@ class DoraModel(BaseTuner):
         """
         hotswap.swap(self.model, self.peft_config, path, adapter_name, torch_device)
 
-    # PEFT 0.21 calls these two for checkpoints; for 0.20 plugin/peft_020.py does.
+    # PEFT 0.21 calls these three for checkpoints; for 0.20 plugin/peft_020.py does.
 
     @classmethod
     def _get_adapter_state_dict(

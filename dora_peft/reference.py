@@ -84,7 +84,7 @@ def dora_linear(
     tied: Tensor | None = None,
     detach_norm: bool = True,
 ) -> Tensor:
-    """y for x [..., in]: [..., out]. `dropped` is drop(x), the input of the low-rank branch; x where it is None.
+    """y for x [..., in]: [..., out]. `dropped` is drop(x), the input of the low-rank branch; x if that is None.
 
     dropout_mode "branch" drops the low-rank branch only, as in LoRA:
 

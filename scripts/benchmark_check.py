@@ -11,7 +11,7 @@ DoRA layers, as a share of what it is part of:
     decoding, llama-512   4 layers, one token behind a prompt of 64, r=16         goal: at most 5 % of a token
 
 In each round one training step warms the caches, a second is timed with the refresh that it brings, and then, between
-steps, the check 20 times, when nothing has changed: `norms.weight_norm` of every layer, which compares and returns what
+steps, the check 20 times, when nothing has changed: `norms.up_to_date` of every layer, which compares and returns what
 it has. In decoding 16 tokens are timed one by one, then what evaluation asks of every layer before a token. Before
 anything is timed, every layer's check has to see one changed element that no version counter shows.
 
@@ -44,12 +44,14 @@ from common.arguments import positive
 from common.files import write_json
 from common.machine import describe_machine
 from dora_peft import norms, reference
+from dora_peft.layers.shortcut import key_of
 
 CPU = torch.device("cpu")
 ADAPTER = "default"
 LEARNING_RATE = 1e-4
 PROMPT, NEW_TOKENS = 64, 16
-Rounds = list[tuple[list[float], list[float]]]  # seconds of the steps or tokens of a round, and of its checks
+# seconds of the steps or tokens of a round, and of its checks
+Rounds = list[tuple[list[float], list[float]]]
 
 
 @dataclass(frozen=True)
@@ -100,20 +102,31 @@ def verify_training(layers: Sequence[Any]) -> None:
         RuntimeError: naming the module.
     """
     for layer in layers:
-        known = norms.weight_norm(layer, ADAPTER)
-        if norms.weight_norm(layer, ADAPTER) is not known:
+        known = norms.up_to_date(layer, ADAPTER)
+        if norms.up_to_date(layer, ADAPTER) is not known:
             raise RuntimeError(f"{layer.name}: expected the norm to be kept if nothing changed, found it refreshed.")
         lora_A, lora_B = layer.factor_parameters(ADAPTER)
         for factor in (lora_A, lora_B):
             with one_element_changed(factor):
-                found = norms.weight_norm(layer, ADAPTER)
+                found = norms.up_to_date(layer, ADAPTER)
             if found is known:
                 raise RuntimeError(f"{layer.name}: expected a refresh after an edit of A or B, found the norm kept.")
-        found = norms.weight_norm(layer, ADAPTER).value
+        found = norms.up_to_date(layer, ADAPTER).value
         expected = reference.weight_norm(layer.get_base_layer().weight, lora_A, lora_B, layer.scaling[ADAPTER])
         error = ((found - expected).norm() / expected.norm()).item()
         if not error < 1e-5:
             raise RuntimeError(f"{layer.name}: its norm differs from the reference's by {error:.1e} (relative).")
+
+
+def shortcut_is_open(layer: Any) -> bool:
+    """All that evaluation's shortcut asks before it multiplies."""
+    shortcut, x = layer._shortcut, torch.empty(1, 1, layer.in_features)
+    found = key_of(layer, layer, x, ADAPTER)
+    if found is None or found[0] != shortcut.key:
+        return False
+    _, lora_A, lora_B, magnitude = found
+    known = norms.fresh(layer, ADAPTER, lora_A, lora_B, layer.scaling[ADAPTER], shortcut.stored, shortcut.by_kernels)
+    return shortcut.folded.known is known and shortcut.folded.magnitude.fits(magnitude)
 
 
 def verify_decoding(layers: Sequence[Any]) -> None:
@@ -123,11 +136,11 @@ def verify_decoding(layers: Sequence[Any]) -> None:
         RuntimeError: naming the module.
     """
     for layer in layers:
-        if layer._shortcut is None or not layer._shortcut.is_open(layer):
+        if layer._shortcut is None or not shortcut_is_open(layer):
             raise RuntimeError(f"{layer.name}: expected evaluation's shortcut to be open after a token, found it shut.")
         for parameter in (*layer.factor_parameters(ADAPTER), layer.magnitude(ADAPTER)):
             with one_element_changed(parameter):
-                still_open = layer._shortcut.is_open(layer)
+                still_open = shortcut_is_open(layer)
             if still_open:
                 raise RuntimeError(f"{layer.name}: expected an edit of A, B or m to shut the shortcut, found it open.")
 
@@ -141,7 +154,8 @@ def seconds(call: Callable[[], Any]) -> float:
 def rounds_of(label: str, options: argparse.Namespace) -> Iterator[int]:
     """The numbers of the rounds, from -1, which warms up. The garbage collector runs between rounds only."""
     gc.collect()
-    gc.freeze()  # collections look at nothing older than this
+    # collections look at nothing older than this
+    gc.freeze()
     gc.disable()
     try:
         for number in tqdm(range(-1, options.rounds), desc=label, unit="round", disable=None):
@@ -167,13 +181,15 @@ def measure_training(setting: Setting, options: argparse.Namespace) -> tuple[int
 
     def check() -> None:
         for layer in layers:
-            norms.weight_norm(layer, ADAPTER)
+            norms.up_to_date(layer, ADAPTER)
 
     rounds = []
     for number in rounds_of(f"{setting.part}, {setting.model}", options):
-        step()  # the checks below have brought the norm up to date, so that this step would not refresh it
+        # the checks below have brought the norm up to date, so that this step would not refresh it
+        step()
         steps = [seconds(step)]
-        check()  # the optimizer has changed A and B: this one refreshes
+        # the optimizer has changed A and B: this one refreshes
+        check()
         checks = [seconds(check) for _ in range(options.checks)]
         if number >= 0:
             rounds.append((steps, checks))
@@ -191,7 +207,7 @@ def measure_decoding(setting: Setting, options: argparse.Namespace) -> tuple[int
 
     def check() -> None:
         for layer in layers:
-            layer._shortcut.is_open(layer)
+            shortcut_is_open(layer)
 
     rounds = []
     for number in rounds_of(f"{setting.part}, {setting.model}", options):

@@ -25,13 +25,15 @@ from common.files import write_json
 from common.machine import describe_machine
 from dora_peft.ops.kernels import linear as kernels
 
-BUFFERS = 4  # 64 MiB each by default: several times the largest cache
+# 64 MiB each by default: several times the largest cache
+BUFFERS = 4
 
 
 def median_seconds(run: Callable[[int], object], device: torch.device, rounds: int) -> float:
     """Of one call; `run` gets a number that goes around the buffers."""
     for number in range(BUFFERS):
-        run(number)  # tunes and warms up
+        # tunes and warms up
+        run(number)
     seconds = []
     for number in range(rounds):
         if device.type == "cuda":

@@ -69,7 +69,8 @@ def build(options: argparse.Namespace) -> Any:
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and name != "lm_head":
                 setattr(module, name, quantized(child, options.device))
-    for module in model.modules():  # what is left: embeddings, norms, rotary frequencies
+    for module in model.modules():
+        # what is left: embeddings, norms, rotary frequencies
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
                 value = torch.randn(parameter.shape, device=options.device, dtype=parameter.dtype) * 0.02

@@ -104,7 +104,8 @@ def run_benchmark(tree: Path, folder: Path, suite: str, arguments: Sequence[str]
     """What one process of the tree's own benchmark stores."""
     path = folder / "result.json"
     script = str(tree / "scripts" / "benchmark.py")
-    python = [sys.executable, "-W", "ignore::FutureWarning"]  # of transformers about PEFT
+    # of transformers about PEFT
+    python = [sys.executable, "-W", "ignore::FutureWarning"]
     command = [*python, script, suite, *arguments, "--json", str(path)]
     status = subprocess.run(command, env=environment(tree), stdout=subprocess.DEVNULL).returncode
     if status != 0:

@@ -105,13 +105,15 @@ for word in "$@"; do
         DEVICE=cpu LIMIT=100000
         RESULTS=$(mktemp -d)
         REPRODUCTION=$RESULTS
-        [ "${STAGES[-1]}" != reproduce_accuracy ] || unset 'STAGES[-1]' # which trains the real model
+        # It trains the real model.
+        [ "${STAGES[-1]}" != reproduce_accuracy ] || unset 'STAGES[-1]'
         trap 'rm -rf "$RESULTS"' EXIT
         export TRITON_INTERPRET=1 OMP_NUM_THREADS=1
         # the last of two equal options counts
         TOY=(--model tiny --layers 1 --batch 1 --seq-len 8 --rank 2 --rounds 2 --warmup 1 --accumulation 1
             --new-tokens 2 --repeats 1 --contenders "dora,dora:triton")
-        TOY_MEMORY=--no-peak # which takes a process for each figure
+        # Peaks take a process for each figure.
+        TOY_MEMORY=--no-peak
         TOY_REPRODUCTION=--dry_run
         TOY_KERNELS="--tokens 64 --width 48 --rank 4 --rounds 2"
         TOY_QDORA="--hidden 64 --layers 1 --vocab 64 --tokens 8 --rank 2 --rounds 2"

@@ -31,7 +31,8 @@ from prepare.wheels import download_wheel
 
 REQUIREMENT = "easy-vqa==1.0"
 PATCH = 8
-CONTRAST = 24  # of 255, between a shape and the corner's background; every picture's shape reaches 105
+# of 255, between a shape and the corner's background; every picture's shape reaches 105
+CONTRAST = 24
 
 
 def patchify(pixels: Tensor, patch: int = PATCH) -> Tensor:

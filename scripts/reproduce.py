@@ -93,9 +93,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             module.run(options, config, grid.get("seeds"), model)
         else:
             module.run(options)
-    except (ValueError, RuntimeError, OSError) as error:  # OSError: such as a model that the Hub does not give
+    except (ValueError, RuntimeError, OSError) as error:
+        # OSError: such as a model that the Hub does not give
         if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
-            raise  # torch's own, such as a lack of memory, need their traceback
+            # torch's own, such as a lack of memory, need their traceback
+            raise
         parser.error(str(error))
 
 

@@ -28,12 +28,15 @@ from common.files import write_json
 from common.machine import describe_machine
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "search"))  # the search is a test that is used here as a program
+# the search is a test that is used here as a program
+sys.path.insert(0, str(ROOT / "tests" / "search"))
 
 from runner import Report, names, run  # noqa: E402 - found by the line above
 
-LEAST = 200  # runs of each operation in the long search
-SHARE = 0.001  # of the examples may disagree
+# runs of each operation in the long search
+LEAST = 200
+# of the examples may disagree
+SHARE = 0.001
 # Kinds of disagreement that are understood and stay, with the reason.
 EXPLAINED: dict[str, str] = {}
 
@@ -84,7 +87,8 @@ def result(report: Report, seed: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    torch.set_num_threads(1)  # the tensors are tiny
+    # the tensors are tiny
+    torch.set_num_threads(1)
     start = time.monotonic()
 
     def progress(examples: int) -> None:

@@ -38,6 +38,7 @@ changed_tests() {
         case $file in
         tests/*/test_*.py | tests/test_*.py) ls "$file" ;;
         tests/*.py) grep -rlw "$(basename "$file" .py)" tests --include='test_*.py' ;;
+        scripts/*/*.py) grep -rlw "$(basename "$file" .py)" tests/scripts --include='test_*.py' || ls tests/scripts/test_*.py ;;
         dora_peft/*.py | scripts/*.py) if [ -f "$test" ]; then echo "$test"; else ls "$folder"/test_*.py; fi ;;
         esac
     done 2>/dev/null | sort -u
@@ -67,8 +68,8 @@ if [ $# -eq 0 ] && [ "$(uname -s)" = Linux ]; then
     say "pytest, the layers once more by Triton's kernels"
     # Tests that choose an implementation by themselves do not depend on the option.
     run_tests --implementation triton -m "not gpu and not slow and not implementation" \
-        tests/layers/test_{kinds,layer,layer_copies,merge,quantised,zero_rows}.py \
+        tests/layers/test_{kind,layer,layer_copies,merge,quantised,zero_rows}.py \
         tests/norms/test_{evaluation,refreshes,state}.py \
-        tests/ops/test_{changed_output,kept_output,linear,linear_dropout,linear_parts,magnitude_gradient}.py \
+        tests/ops/test_{dropout,kept_output,linear,linear_autograd,linear_parts,overwritten}.py \
         tests/ops/test_{products,recomputation,saved}.py tests/plugin/test_use_dora.py tests/whole/test_compile.py
 fi

@@ -117,7 +117,8 @@ def claim_lines(report: Mapping[str, Any], suite: str, quantity: str, title: str
         if (report["options"]["suite"], result["quantity"]) != (suite, quantity):
             continue
         if quantity == "saved_mib" and result["setting"]["checkpointing"] != "none":
-            continue  # the layers' inputs and nothing of the layers: equal for all
+            # the layers' inputs and nothing of the layers: equal for all
+            continue
         values = {name: found["values"] for name, found in result["contenders"].items()}
         setting = describe(report["options"], result["setting"])
         lines.append(benchmark_line(f"{title}: {setting}", values, unit))
@@ -136,7 +137,8 @@ def benchmark_line(label: str, values: Mapping[str, Sequence[float]], unit: str)
             cells.append("-")
         elif all(lora):
             cells.append(f"{statistics.median(a / b for a, b in zip(values[name], lora, strict=True)):.2f}")
-        else:  # LoRA has no norm: the count itself
+        else:
+            # LoRA has no norm: the count itself
             cells.append(f"{statistics.median(values[name]):.3g}")
     return f"| {label} | " + " | ".join(cells) + " |"
 

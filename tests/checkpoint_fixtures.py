@@ -33,7 +33,8 @@ class Net(nn.Module):
 
     def forward(self, ids):
         x = self.transposed(self.no_bias(self.linear(self.embed(ids))))
-        x = self.conv1d(x.transpose(1, 2))[..., None]  # [N, 8, length, 1]
+        # [N, 8, length, 1]
+        x = self.conv1d(x.transpose(1, 2))[..., None]
         x = self.grouped(self.conv2d(x))[..., None]
         return self.head(self.conv3d(x).flatten(2).transpose(1, 2))
 

@@ -111,7 +111,8 @@ class HubServer(ThreadingHTTPServer):
             "HF_TOKEN": self.token,
             "HF_HOME": str(home),
             "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",  # uploads through LFS; Xet would need a content-addressed store behind it
+            # uploads through LFS; Xet would need a content-addressed store behind it
+            "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "NO_PROXY": "127.0.0.1",

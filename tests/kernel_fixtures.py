@@ -9,12 +9,14 @@ from dora_peft import reference
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 S, P = 0.7, 0.3
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-DTYPES = [(FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32)]  # of x and W0, of A and B
+# of x and W0, of A and B
+DTYPES = [(FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32)]
 # N, in, out, r: alone, below and above every block size, none a multiple of one
 SIZES = [(1, 1, 1, 1), (3, 8, 5, 2), (17, 33, 65, 16), (70, 130, 257, 20), (131, 48, 129, 100)]
 LARGE = [(1, 4096, 4096, 16), (8192, 4096, 1024, 16), (65536, 64, 300, 7), (513, 1000, 4097, 384), (77, 333, 500, 768)]
 ALL = [*SIZES, *(pytest.param(size, marks=pytest.mark.gpu) for size in LARGE)]
-ROUNDING = {FP32: 2**-20, BF16: 2**-8, FP16: 2**-11}  # of a result in this dtype, relative to its norm
+# of a result in this dtype, relative to its norm
+ROUNDING = {FP32: 2**-20, BF16: 2**-8, FP16: 2**-11}
 
 
 @pytest.fixture(autouse=True)

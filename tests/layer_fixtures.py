@@ -90,7 +90,8 @@ def with_two_adapters(kind, dtype=torch.float64, **options):
             "second", DoraConfig(r=4 if kind == "conv2d-depthwise" else 2, target_modules=["layer"], **options)
         )
     perturb(dora(model), "second", seed=7)
-    if dtype == torch.float64:  # PEFT creates adapters of float64 layers in fp32
+    # PEFT creates adapters of float64 layers in fp32
+    if dtype == torch.float64:
         model.double()
     return model
 
@@ -113,9 +114,6 @@ def example(model, *, batch=3, grad=True):
     else:
         shape = (batch, 5, 12)
     return torch.randn(shape, generator=generator).to(base.weight.dtype).requires_grad_(grad)
-
-
-# ---- the truth
 
 
 def block_diagonal(B, groups):

@@ -10,14 +10,16 @@ from torch.utils._pytree import tree_leaves
 from dora_peft import reference
 from dora_peft.ops import choice
 from dora_peft.ops import linear as subject
+from dora_peft.ops.chunks import CHUNK
 
 S = 0.7
 FP64, FP32, BF16, FP16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 FORMS = ["weight", "base_out"]
-LENGTHS = [0, 1, 2, subject.CHUNK - 1, subject.CHUNK, subject.CHUNK + 1, 2 * subject.CHUNK + 3]
+LENGTHS = [0, 1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]
 # what a result may be off beyond twice the eager path's own error, relative to its norm
 FLOOR = {FP64: 1e-12, FP32: 1e-6, BF16: 2**-8, FP16: 2**-11}
-ROUNDING = {FP64: 2**-53, FP32: 2**-24, BF16: 2**-8, FP16: 2**-11}  # the largest relative error of one
+# the largest relative error of one
+ROUNDING = {FP64: 2**-53, FP32: 2**-24, BF16: 2**-8, FP16: 2**-11}
 
 
 def seeded(seed=0):
@@ -49,7 +51,8 @@ class Problem:
         self.leaves = {"x": randn(*shape, width, seed=seed + 4).to(dtype), "A": A, "B": B, "m": m}
         self.leaves["bias"] = randn(out, seed=seed + 5).to(dtype) if bias else None
         self.view = view or (lambda x: x)
-        self.products = []  # the rows that each call of base_product asked for
+        # the rows that each call of base_product asked for
+        self.products = []
         self.only("x", "A", "B", "m", "bias")
 
     def only(self, *names):

@@ -66,7 +66,8 @@ def test_atomic_text_replaces_or_keeps(tmp_path):
     atomic_write_text(str(path), "one ü")
     assert path.read_text(encoding="utf-8") == "one ü"
     with pytest.raises(UnicodeEncodeError):
-        atomic_write_text(str(path), "\ud800")  # a lone surrogate cannot be written
+        # a lone surrogate cannot be written
+        atomic_write_text(str(path), "\ud800")
     assert path.read_text(encoding="utf-8") == "one ü"
     assert os.listdir(tmp_path) == ["a.json"]
 

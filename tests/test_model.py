@@ -159,8 +159,10 @@ def test_rslora_scales_by_the_root_of_the_rank():
     [
         (["q_proj"], ["up_proj", "v_proj"], {"up_proj", "v_proj"}),
         (r".*\.q_proj", r".*\.(up|v)_proj", {"up_proj", "v_proj"}),
-        (["q_proj", "up_proj"], ["up_proj"], {"up_proj"}),  # they take precedence
-        (None, ["up_proj"], {"up_proj"}),  # target_modules: the architecture's default
+        # they take precedence
+        (["q_proj", "up_proj"], ["up_proj"], {"up_proj"}),
+        # target_modules: the architecture's default
+        (None, ["up_proj"], {"up_proj"}),
         (["q_proj"], "all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
     ],
 )

@@ -68,9 +68,11 @@ def test_detached_gradient_is_that_of_a_constant_scale():
 
 def test_full_gradient_of_B_is_orthogonal_to_the_merged_direction():
     """Moving a row along itself changes nothing, which the detached gradient does not know (sec. 4.1 of the paper)."""
-    weight, A, B, m, _ = problem(r=5)  # r = width: A is invertible, so every move of W0 + s B A is a move of B
+    # r = width: A is invertible, so every move of W0 + s B A is a move of B
+    weight, A, B, m, _ = problem(r=5)
     probe = torch.randn_like(weight)
-    radial = torch.linalg.solve(A.detach().T, (weight + S * B @ A).detach().T).T  # dB with s dB A along the row
+    # dB with s dB A along the row
+    radial = torch.linalg.solve(A.detach().T, (weight + S * B @ A).detach().T).T
     for detach in (False, True):
         (grad_B,) = gradients((reference.dora_weight(weight, A, B, m, S, detach_norm=detach) * probe).sum(), B)
         along = (grad_B * radial).sum(1)

@@ -17,9 +17,9 @@ from .. import norms
 from .._row_ranges import Recorded, bare, recorded, to_ranges
 from ..bases.offload import at_hand
 from ..config import DoraConfig
-from ..layers.layer import DoraLayer
+from ..layers import DoraLayer, layers_of
 from ..norms import ties
-from ..ops import functional
+from ..ops.norm import factored_norm_squared, floor
 from . import peft_rows
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -42,7 +42,7 @@ def to_checkpoint(
     infix = f".{adapter}" if infix is None else infix
     out = dict(tensors)
     tied_rows, filled_rows, complete = {}, {}, True
-    for name, layer in ties.layers(model, adapter):
+    for name, layer in layers_of(model, adapter):
         name = name.removeprefix("_fsdp_wrapped_module.")
         prefix = f"{name}." if name else ""
         m_key = f"{prefix}{MAGNITUDE}{infix}.weight"
@@ -70,8 +70,7 @@ def _readable_by_peft(
     Everything is computed from `tensors`: they may be others than the model's own (an average, a gathered state dict).
     """
     grouped = getattr(layer.get_base_layer(), "groups", 1) > 1
-    known = layer._norms.get(adapter)
-    tied = known.tied if known is not None and known.settled else norms.weight_norm(layer, adapter).tied
+    tied = norms.settle(layer, adapter).tied
     if tied is None and not grouped:
         # Asking for the norm would fail for a sharded model.
         return {}, None, None
@@ -121,7 +120,7 @@ def _norms_of(layer: DoraLayer, adapter: str, factors: tuple[Tensor, Tensor], ti
     # The adapter was trained on another base, where these rows were zero.
     other = tied & ~zero
     if bool(other.any()):
-        norm[other] = norms.weight_norm(layer, adapter).value.to(norm)[other]
+        norm[other] = norms.up_to_date(layer, adapter).value.to(norm)[other]
     return norm
 
 
@@ -146,7 +145,7 @@ def from_checkpoint(
             a layer does not have; nothing has been loaded then.
     """
     out = {f"{k}.weight" if k.endswith(MAGNITUDE) else k: v for k, v in tensors.items()}
-    layers = ties.layers(model, adapter)
+    layers = layers_of(model, adapter)
     problems = _problems_of_tensors(out)
     rows = _recorded_rows(layers, config, problems)
     for name, _ in layers:
@@ -267,17 +266,15 @@ def _load_layer(
         theirs = _peft_grouped_norm(layer, adapter, *in_file)
         ratio = _grouped_norm(layer, adapter, *factors) / theirs.clamp(min=1e-30)
         tensors[m_key] = magnitude * ratio.to(magnitude).view(magnitude.shape)
-    ties.settle(layer, adapter, tied, factors, tensors[m_key])
+    ties.settle_loaded(layer, adapter, tied, factors, tensors[m_key])
 
 
 @torch.no_grad()
 def _grouped_norm(layer: DoraLayer, adapter: str, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     weight, base = layer.base_weight(), norms.base_squared(layer)
     matrix_A, matrix_B = layer.as_matrices(lora_A, lora_B)
-    squared = functional.norm_squared(
-        weight, base, matrix_A.to(base), matrix_B.to(base), layer.initial_scaling(adapter)
-    )
-    return torch.maximum(squared.clamp_(min=0).sqrt_(), functional.floor(base))
+    squared = factored_norm_squared(weight, base, matrix_A.to(base), matrix_B.to(base), layer.initial_scaling(adapter))
+    return torch.maximum(squared.clamp_(min=0).sqrt_(), floor(base))
 
 
 @torch.no_grad()
@@ -285,6 +282,7 @@ def _peft_grouped_norm(layer: DoraLayer, adapter: str, lora_A: Tensor, lora_B: T
     """The norm that PEFT 0.20 to 0.21.2 divides by: B [out, r / groups] and A [r, in] reshaped to matrices whose
     product has the kernel's number of elements, though not its meaning."""
     kernel = layer.original_weight()
+    assert isinstance(kernel, Tensor)
     norm_dtype = norms.base_squared(layer).dtype
     r = lora_A.shape[0]
     change = lora_B.detach().to(kernel.device, norm_dtype).reshape(-1, r) @ lora_A.detach().to(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import norms
 from ..config import DoraConfig
-from ..layers.layer import DoraLayer
+from ..layers import DoraLayer
 from ..ops import merging
 from ..reference import alpha_divisor
 from .names import exactly
@@ -96,8 +96,9 @@ def _parts_by_layer(
         if not isinstance(layer, DoraLayer) or not present:
             continue
         # The sum is defined by merged weights, so a layer that has none has no sum either.
-        if not layer._mergeable():
-            raise ValueError(f"Adapters of module '{name}' cannot be combined: {layer._merge_obstacle()}")
+        obstacle = layer.kind.merge_obstacle(layer.get_base_layer())
+        if obstacle is not None:
+            raise ValueError(f"Adapters of module '{name}' cannot be combined: {obstacle}")
         parts[name] = _Parts(layer, present, rank=sum(layer.r[a] for a, _ in present))
     if not exact:
         largest = max(part.layer.r[a] for part in parts.values() for a, _ in part.weighted)
@@ -139,13 +140,13 @@ def _fill_layer(part: _Parts, adapter_name: str) -> None:
     # Truncation gives fewer than `rank` rows if the layer is smaller than that.
     new_A.flatten(1)[: lora_A.shape[0]].copy_(lora_A)
     new_B.flatten(1)[:, : lora_B.shape[1]].copy_(lora_B)
-    layer._norms[adapter_name] = norms.Norm(tied=_tied_in_all(layer, names), settled=True)
-    layer.magnitude(adapter_name).view(-1).copy_(k * norms.weight_norm(layer, adapter_name).value)
+    norms.settle_as(layer, adapter_name, _tied_in_all(layer, names))
+    layer.magnitude(adapter_name).view(-1).copy_(k * norms.up_to_date(layer, adapter_name).value)
 
 
 def _tied_in_all(layer: DoraLayer, names: list[str]) -> Tensor | None:
     """The rows [out] that are tied in every one of these adapters: c is 1 in all of them, so in the sum too."""
-    masks = [norms.weight_norm(layer, name).tied for name in names]
+    masks = [norms.up_to_date(layer, name).tied for name in names]
     known = [mask for mask in masks if mask is not None]
     tied = torch.stack(known).all(0) if len(known) == len(masks) else None
     return tied if tied is not None and bool(tied.any()) else None

@@ -8,7 +8,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..config import DoraConfig
-from ..layers.layer import DoraLayer
+from ..layers import DoraLayer
 from .checkpoint import from_checkpoint
 from .names import belongs_to, to_parameter_names
 from .undo import restored_on_failure
@@ -50,7 +50,7 @@ def swap(
             layer.lora_alpha[adapter_name] = config.alpha_pattern.get(pattern, config.lora_alpha)
             layer.set_scale(adapter_name, 1.0)
             layer.detach_norm[adapter_name] = config.detach_norm
-        # By its module, where plugin/models.py has put one with better errors.
+        # Looked up in its module at each call, so that the patch of plugin/models.py is taken.
         tensors = save_and_load.load_peft_weights(path, device=torch_device)
         tensors = from_checkpoint(model, adapter_name, tensors, config)
         _copy(model, adapter_name, to_parameter_names(model, adapter_name, tensors), path)

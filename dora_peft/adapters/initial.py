@@ -69,7 +69,7 @@ def subtract_loaded_initial(
         initial_name: The name of the initial adapter.
         config: The initial adapter's config.
     """
-    # By its module, where plugin/peft_020.py has put one for DoRA.
+    # Looked up in its module at each call, so that the patch of plugin/peft_020.py is taken.
     initial = save_and_load.get_peft_model_state_dict(tuner, adapter_name=initial_name)
     config = copy.copy(config)
     # Asked of the tuner, the record names modules from there; the base model is its attribute `model`.

@@ -7,8 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
 from tqdm import tqdm
 
-from ..layers import merge_checks
-from ..layers.layer import DoraLayer
+from ..layers import DoraLayer, merge_checks
 from .undo import remember
 
 

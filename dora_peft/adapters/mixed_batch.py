@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..layers.layer import DoraLayer
+from ..layers import DoraLayer
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layers.layer import DoraLayer
+from ..layers import DoraLayer
 
 TINY = 1e-12
 # The largest |B A| of a filled row and the least norm left alone, if PEFT computes in fp16.
@@ -69,7 +69,7 @@ def fill_grouped(
     lora_A, lora_B = _copy(lora_A), _copy(lora_B)
     rows = rows.to(lora_B.device)
     filled = rows & ~lora_B.flatten(1).any(1)
-    groups, per_group = layer.get_base_layer().groups, lora_B.shape[1]
+    groups, per_group = getattr(layer.get_base_layer(), "groups", 1), lora_B.shape[1]
     parts = lora_A.flatten(1).view(groups, per_group, groups, -1)
     for o in rows.nonzero()[:, 0].tolist():
         # [r / groups, in / groups]

@@ -10,8 +10,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from ..config import DoraConfig
-from ..layers.kinds import layer_class
-from ..layers.layer import DoraLayer
+from ..layers import DoraLayer, layer_class
 
 # Modules whose weight these architectures use without calling the module, so that an adapter would never run
 # (peft.tuners.tuners_utils._check_lora_target_modules_mamba, which looks at PEFT's own types only).

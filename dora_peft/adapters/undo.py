@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..layers.layer import DoraLayer
+from ..layers import DoraLayer
 
 _CONTAINERS = (dict, OrderedDict, list, set)
 

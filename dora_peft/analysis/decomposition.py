@@ -92,9 +92,7 @@ def _adapted_change(module: LoraLayer, adapter: str, name: str) -> Change:
     else:
         base = base_weight(module.get_base_layer(), name)
         if adapter in module.lora_A:
-            lora_A, lora_B = (
-                part[adapter].get_parameter("weight").flatten(1) for part in (module.lora_A, module.lora_B)
-            )
+            lora_A, lora_B = (_weight_of(part[adapter]).flatten(1) for part in (module.lora_A, module.lora_B))
         else:
             lora_A, lora_B = module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
     sums = low_rank_sums(base, lora_A, lora_B, float(module.scaling[adapter]))
@@ -103,7 +101,7 @@ def _adapted_change(module: LoraLayer, adapter: str, name: str) -> Change:
     if isinstance(module, Readable) and bool((sums[0] == 0).any()):
         # the magnitude of a zero row follows its norm, once that is up to date
         module.scale(adapter)
-    return change_of(*sums, module.lora_magnitude_vector[adapter].get_parameter("weight"))
+    return change_of(*sums, _weight_of(module.lora_magnitude_vector[adapter]))
 
 
 def decompose_folder(
@@ -139,7 +137,7 @@ def is_adapted(model: nn.Module) -> bool:
 def copy_weights(model: nn.Module, target: str | None = None) -> dict[str, Tensor]:
     """W0 of a model that is going to be fully fine-tuned, in CPU memory: a `reference` for `decompose`."""
     linears = _select(_linears(_root(model)), target)
-    return {name: module.get_parameter("weight").detach().to("cpu", copy=True) for name, module in linears.items()}
+    return {name: _weight_of(module).detach().to("cpu", copy=True) for name, module in linears.items()}
 
 
 def _decompose_adapter(root: nn.Module, folder: Path, target: str | None) -> dict[str, Change]:
@@ -253,3 +251,10 @@ def _named(name: str, compare: Callable[P, Change], *args: P.args, **kwargs: P.k
         return compare(*args, **kwargs)
     except ValueError as error:
         raise ValueError(f"module '{name}': {error}") from error
+
+
+def _weight_of(module: nn.Module) -> Tensor:
+    """A parameter, or what is computed in the place of one."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight

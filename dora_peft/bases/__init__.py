@@ -7,7 +7,8 @@
     offloaded.py     any of these while accelerate keeps it elsewhere
 
 base.py says what a new kind has to provide. Beside the weight itself: inspection.py finds out how to call a layer whose
-weight cannot be read, input_gradient.py gives dL/dx to layers that have none, offload.py knows accelerate's hooks.
+weight cannot be read, input_gradient.py gives dL/dx to layers that have none, offload.py knows accelerate's hooks,
+peft_names.py has the names of PEFT's that are not public.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def base_weight(layer: nn.Module, name: str, weight: Tensor | None = None) -> Ba
         weight: Stands in for `layer.weight`: the original one while adapters are merged.
 
     Returns:
-        The first kind that fits, see the head of this file.
+        The first that fits: offloaded, bitsandbytes, dequantised as a whole, dense, opaque.
 
     Raises:
         ValueError: The layer's weight has a dtype that is neither floating point nor a known quantisation.

@@ -4,14 +4,16 @@ A new kind of base provides `block`; or, if its rows cannot be read, the first t
 
     row_norms_squared()   ||W0||^2 per output row      [out]
     times(A)              W0 A^T                       [out, r]
-    vjp(g)                g^T W0                       [r, in]       only for detach_norm=False
-    rows(index)           dense rows of W0             [k, in]       only rows whose norm cancels
+    vjp(g)                g^T W0                       [r, in]       for detach_norm=False, and bases without dL/dx
+    rows(index)           dense rows of W0             [k, in]       rows whose norm cancels, or whose output lost c
     stored()              what kernels read W0 from                  None if they cannot
 
 and to be merged into, `replacement` and, if another parameter is not enough, `keep_original`, `install` and `restore`.
 
-No temporary of size [out, in] exists but in `dense`, and sums are accumulated in fp32 (fp64 for an fp64 base). A
-convolution's kernel is flattened: in = in_channels * prod(kernel_size). An embedding's rows are its dimensions.
+W0 is read in blocks of about BLOCK_BYTES, but for grouped convolutions in low precision, weights that their library
+can only dequantise as a whole, and `dense`; `replacement` makes the new weight. Sums are accumulated in fp32 (fp64 for
+an fp64 base). A convolution's kernel is flattened: in = in_channels * prod(kernel_size). An embedding's rows are its
+dimensions.
 """
 
 from __future__ import annotations

@@ -153,3 +153,15 @@ def check_creatable(layer: nn.Module, name: str, init_lora_weights: bool | str) 
             f"init_lora_weights={init_lora_weights!r} changes the base weight, and that of module '{name}' is "
             "offloaded: expected it in memory. Load the base model without offloading, or use another initialisation."
         )
+
+
+def stored_weight(base: nn.Module) -> Tensor | nn.Module:
+    """The weight of a base layer as stored: a tensor, or the layer itself if it keeps its weight in parts."""
+    for name in ("weight", "qweight", "W_q"):
+        stored = base._parameters.get(name)
+        if stored is None:
+            # computed at each call, or a buffer
+            stored = getattr(base, name, None)
+        if isinstance(stored, Tensor):
+            return stored
+    return base

@@ -1,4 +1,4 @@
-"""m as a module, and what is said where somebody cast it."""
+"""m as a module, and what is said if somebody has cast it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-_LOW_PRECISION = (torch.float16, torch.bfloat16)
+from ..ops.constants import LOW_PRECISION
 
 
 class Magnitude(nn.Module):
@@ -22,16 +22,18 @@ class Magnitude(nn.Module):
     """
 
     instances: ClassVar[weakref.WeakSet[Magnitude]] = weakref.WeakSet()
-    asked: torch.dtype | None = None  # a low precision that was asked for by name
+    # a low precision that was asked for by name
+    asked: torch.dtype | None = None
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(value)
         self.instances.add(self)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
-        self.instances.add(self)  # copied or unpickled
+        # copied or unpickled
+        self.instances.add(self)
 
     @classmethod
     def all(cls) -> list[Magnitude]:
@@ -39,7 +41,8 @@ class Magnitude(nn.Module):
         while True:
             try:
                 return list(cls.instances)
-            except RuntimeError:  # another thread has just made or copied a model
+            except RuntimeError:
+                # another thread has just made or copied a model
                 continue
 
     def cast(self, dtype: torch.dtype) -> None:
@@ -52,29 +55,29 @@ class Magnitude(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Magnitude:
         def keep_precision(tensor: Tensor) -> Tensor:
             new = fn(tensor)
-            return tensor.to(new.device) if new.dtype in _LOW_PRECISION else new
+            return tensor.to(new.device) if new.dtype in LOW_PRECISION else new
 
         return super()._apply(keep_precision, recurse)
 
 
-def warn_about_low_precision(layer: Any, adapter: str) -> None:
+def warn_about_low_precision(holder: Magnitude, name: str, notices: set[str]) -> None:
     """Say once per model that its magnitudes are in bf16 or fp16 without anyone having asked for it.
 
     Args:
-        layer: A DoraLayer.
-        adapter: One of its adapters.
+        holder: A magnitude that is about to be used in training.
+        name: Its layer's, for the message.
+        notices: What has been said about the model already.
     """
-    holder = layer._modules["lora_magnitude_vector"]._modules[adapter]
-    magnitude = holder._parameters["weight"]
-    if magnitude.dtype not in _LOW_PRECISION or "low precision" in layer.notices or magnitude.dtype == holder.asked:
+    magnitude = holder.weight
+    if magnitude.dtype not in LOW_PRECISION or "low precision" in notices or magnitude.dtype == holder.asked:
         return
     if not magnitude.requires_grad:
         return
-    layer.notices.add("low precision")
+    notices.add("low precision")
     if _is_gathered(magnitude):
         return
     warnings.warn(
-        f"The magnitude of module '{layer.name}' is in {magnitude.dtype}, where a step of an optimizer is below one "
+        f"The magnitude of module '{name}' is in {magnitude.dtype}, where a step of an optimizer is below one "
         "rounding step: it will not be trained (of 1,152 such magnitudes none moved in 20 steps of AdamW). It was made "
         "in float32 and cast from outside, as some trainers do to all parameters of a quantised model. Before the "
         "optimizer is created, call .float() on every dora_peft.layers.magnitude.Magnitude in model.modules(), or ask "

@@ -14,17 +14,19 @@ from torch import Tensor, nn
 
 from ..bases import BaseWeight
 from ..ops import merging
+from .kind import Kind
 
 # rows start:stop of W0, start and stop -> the same rows of W'
 Rows = Callable[[Tensor, int, int], Tensor]
 
 
-class Layer(Protocol):
+class MergingLayer(Protocol):
     """What merging uses of a `DoraLayer`."""
 
     name: str
     merged_adapters: list[str]
     other_names: list[str]
+    kind: Kind
     scaling: dict[str, float]
     _original: tuple[nn.Parameter] | None
 
@@ -33,12 +35,9 @@ class Layer(Protocol):
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]: ...
     def factor_parameters(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]: ...
     def scale(self, adapter: str) -> Tensor: ...
-    def _mergeable(self) -> bool: ...
-    def _merge_obstacle(self) -> str: ...
-    def _to_layout(self, delta: Tensor) -> Tensor: ...
 
 
-def merge(layer: Layer, adapters: list[str], safe_merge: bool, offload_original: bool) -> None:
+def merge(layer: MergingLayer, adapters: list[str], safe_merge: bool, offload_original: bool) -> None:
     """Write W' of adapters that are not merged yet, composed in order with those that are, into the base layer.
 
     Args:
@@ -78,7 +77,7 @@ def merge(layer: Layer, adapters: list[str], safe_merge: bool, offload_original:
     layer.merged_adapters.extend(adapters)
 
 
-def unmerge(layer: Layer) -> None:
+def unmerge(layer: MergingLayer) -> None:
     """Restore the original weight parameter, bit for bit; nothing happens if nothing is merged.
 
     Raises:
@@ -94,7 +93,7 @@ def unmerge(layer: Layer) -> None:
     layer.merged_adapters.clear()
 
 
-def merged_rows(layer: Layer, adapters: list[str], weight: BaseWeight) -> Rows:
+def merged_rows(layer: MergingLayer, adapters: list[str], weight: BaseWeight) -> Rows:
     """What gives rows of W' from the same rows of W0, for adapters composed in order.
 
     Args:
@@ -110,22 +109,24 @@ def merged_rows(layer: Layer, adapters: list[str], weight: BaseWeight) -> Rows:
     return lambda rows, start, stop: merging.merged_rows(rows, start, stop, parts)
 
 
-def delta_weight(layer: Layer, adapter: str) -> Tensor:
+def delta_weight(layer: MergingLayer, adapter: str) -> Tensor:
     """W' - W0 in the base weight's shape and the dtype of the adapter's B.
 
     Raises:
         NotImplementedError: The base gives no rows, or W' is not of the base's kind.
     """
     weight = layer.base_weight()
-    if not weight.has_rows or not layer._mergeable():
-        raise NotImplementedError(f"W' - W0 is not available for module '{layer.name}': {layer._merge_obstacle()}")
+    base = layer.get_base_layer()
+    obstacle = _obstacle(layer, weight.has_rows)
+    if obstacle is not None:
+        raise NotImplementedError(f"W' - W0 is not available for module '{layer.name}': {obstacle}")
     with torch.no_grad():
         merged = merged_rows(layer, [adapter], weight)
         delta = torch.cat([merged(rows, start, stop) - rows for start, stop, rows in weight.blocks()])
-    return layer._to_layout(delta).to(layer.factor_parameters(adapter)[1].dtype)
+    return layer.kind.in_layout(base, delta).to(layer.factor_parameters(adapter)[1].dtype)
 
 
-def check_mergeable(layer: Layer, brought_in: bool) -> None:
+def check_mergeable(layer: MergingLayer, brought_in: bool) -> None:
     """Nothing if a merged weight can be written and stays.
 
     Args:
@@ -138,8 +139,9 @@ def check_mergeable(layer: Layer, brought_in: bool) -> None:
     """
     base = layer.get_base_layer()
     stored = base._parameters.get("weight")
-    if not layer.base_weight().mergeable or not layer._mergeable():
-        reason = f"{layer._merge_obstacle()} Use the adapter unmerged."
+    obstacle = _obstacle(layer, layer.base_weight().mergeable)
+    if obstacle is not None:
+        reason = f"{obstacle} Use the adapter unmerged."
     elif stored is None:
         reason = (
             "its weight is not a parameter but computed from others at each call (weight_norm, spectral_norm, "
@@ -161,3 +163,13 @@ def check_mergeable(layer: Layer, brought_in: bool) -> None:
     else:
         return
     raise NotImplementedError(f"Merging is not supported for module '{layer.name}' ({type(base).__name__}): {reason}")
+
+
+def _obstacle(layer: MergingLayer, writable: bool) -> str | None:
+    """Why there is no W' for the base layer, None if there is one.
+
+    Args:
+        writable: Whether the base weight gives what is asked for.
+    """
+    obstacle = layer.kind.merge_obstacle(layer.get_base_layer())
+    return obstacle if obstacle is not None or writable else "its weight cannot be written back."

@@ -14,7 +14,7 @@ from typing import Protocol, cast
 from torch import nn
 
 
-class Layer(Protocol):
+class NamedLayer(Protocol):
     """What is used here of a `DoraLayer`, which is a module as well."""
 
     name: str
@@ -23,7 +23,7 @@ class Layer(Protocol):
     def get_base_layer(self) -> nn.Module: ...
 
 
-def note_other_names(model: nn.Module, layers: Sequence[tuple[str, Layer]]) -> None:
+def note_other_names(model: nn.Module, layers: Sequence[tuple[str, NamedLayer]]) -> None:
     """Write into each DoRA layer's `other_names` under which names the model reaches its base module besides.
 
     Args:
@@ -50,7 +50,7 @@ def owners_of_weights(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def warn_of_untying(layer: Layer, owners: list[str], for_good: bool) -> None:
+def warn_of_untying(layer: NamedLayer, owners: list[str], for_good: bool) -> None:
     """Say that merging gives `layer` another weight than its sharers have.
 
     Args:

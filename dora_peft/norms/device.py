@@ -1,68 +1,57 @@
 """v on a device with kernels: the check decides there, so that no forward pass waits for the host.
 
 What only the host knows (another s, another version of the base weight) it passes on as "due"; whether A, B or a sample
-of W0 hold something new is told by sums that the device makes and compares (norm_kernels.py). Of another tensor as base
-weight, as sharding and offloading bring one, all is summed: identity alone refreshes nothing. Every forward
-pass gets a v of its own, and what the device remembers is written by the check alone.
+of W0 hold something new is decided by sums that the device makes and compares (kernels/norm.py). Of another tensor as
+base weight, as sharding and offloading bring one, all is summed: identity alone refreshes nothing. Every forward pass
+gets its own v, and what the device remembers is written by the check alone.
 """
 
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..bases import BaseWeight
 from ..ops import choice
-from ..ops.kept_output import version
-
-
-@dataclass
-class DeviceNorm:
-    """What the host knows of one v that a device remembers.
-
-    Attributes:
-        memory: The device's, see `norm_kernels.Memory`.
-        stored: W0 as kernels read it.
-        weight, version, address: The base weight that `stored` is a view of.
-        scaling: s of the last check.
-    """
-
-    memory: Any
-    stored: Any
-    weight: weakref.ref[Any]
-    version: int | None
-    address: int
-    scaling: float
+from ..ops.content import version
+from .adapted import AdaptedLayer
+from .records import DeviceNorm, Norm, Stored
 
 
 def check(
-    layer: Any, norm: Any, lora_A: Tensor, lora_B: Tensor, scaling: float, weight: Any, seam: Any
+    layer: AdaptedLayer,
+    norm: Norm,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    stored: Stored,
+    seam: Callable[[], BaseWeight],
 ) -> Tensor | None:
     """A new v [out] of these factors, s and W0, or None if no kernel can read W0.
 
     Args:
-        norm: The adapter's `state.Norm`, which keeps the device's memory.
-        weight: W0 as stored in the layer, or the tensor that stands in for it.
-        seam: Gives the `BaseWeight` of `weight`.
+        norm: The adapter's record, which keeps the device's memory.
+        stored: W0 as stored in the layer, or the tensor in its place.
+        seam: Gives the `BaseWeight` of `stored`.
     """
-    known: DeviceNorm | None = norm.device
-    address = weight.data_ptr() if isinstance(weight, Tensor) else 0
-    another = known is None or known.weight() is not weight
-    due = known is None or known.scaling != scaling or (not another and known.version != version(weight))
+    known, kernels = norm.device, choice.norm_kernels()
+    address = stored.data_ptr() if isinstance(stored, Tensor) else 0
+    count = version(stored) if isinstance(stored, Tensor) else None
+    another = known is None or known.weight() is not stored
+    due = known is None or known.scaling != scaling or (not another and known.version != count)
     if known is None or another or due or known.address != address:
         matrix = seam()
-        kernels, stored = choice.norm_kernels(matrix.device, matrix.dtype), matrix.stored()
-        if kernels is None or stored is None:
+        readable = matrix.stored()
+        if readable is None or not choice.uses_kernels(matrix.device, matrix.dtype):
             return None
         fits = known is not None and known.memory.remembered.device == matrix.device
         memory = known.memory if known is not None and fits else kernels.Memory(matrix.out_features, matrix.device)
         due = due or not fits
-        known = DeviceNorm(memory, stored, weakref.ref(weight), version(weight), address, scaling)
+        known = DeviceNorm(memory, readable, weakref.ref(stored), count, address, scaling)
     norm.device = known
-    kernels = choice.norm_kernels(known.memory.remembered.device, torch.float32)
     A, B = (factor.detach().to(torch.float32) for factor in layer.as_matrices(lora_A, lora_B))
     factors = (lora_A, lora_B)
     return kernels.checked_norm(known.memory, known.stored, A, B, float(scaling), factors, due=due, another=another)

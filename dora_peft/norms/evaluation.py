@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..ops import functional, linear
+from ..ops import choice
 from ..ops.content import Bits
-from .state import Snapshot, is_checking
+from ..ops.linear_autograd import fold
+from ..ops.norm import scale
+from .adapted import AdaptedLayer
+from .records import Folded, Snapshot
+from .state import is_checking
 
 
-@dataclass(frozen=True)
-class Folded:
-    """c and the factors of one adapter as evaluation multiplies by them.
-
-    Attributes:
-        lora_B: s c * B [out, r], in the base's compute dtype.
-        c: m / v [out].
-        lora_A: A [r, in] in the base's compute dtype, None where A has it already.
-        known: What v, A, B and s these belong to.
-        magnitude: What m held.
-    """
-
-    lora_B: Tensor
-    c: Tensor
-    lora_A: Tensor | None
-    known: Snapshot
-    magnitude: Bits
-
-    def fits(self, known: Snapshot, magnitude: Tensor) -> bool:
-        return self.known is known and self.magnitude.fits(magnitude)
-
-
-def folded(layer: Any, adapter: str, known: Snapshot) -> Folded:
+def folded(layer: AdaptedLayer, adapter: str, known: Snapshot) -> Folded:
     """What evaluation multiplies by; made again if A, B, m, s or W0 changed, and dropped by `train()`.
 
     Args:
-        known: The adapter's norm as `weight_norm` has just given it.
+        known: The adapter's norm as `up_to_date` has just given it.
     """
     norm, magnitude = layer._norms[adapter], layer.magnitude(adapter)
     kept = norm.folded
@@ -49,15 +28,19 @@ def folded(layer: Any, adapter: str, known: Snapshot) -> Folded:
     dtype = _compute_dtype(layer, lora_B)
     with torch.inference_mode(False), torch.no_grad():
         held = Bits(magnitude)
-        c = functional.scale(held.copy.view(-1), known.value, known.tied)
-        product = linear.fold(lora_B.detach(), c, layer.scaling[adapter]).to(dtype)
+        c = scale(held.copy.view(-1), known.value, known.tied)
+        scaling, alpha = layer.scaling[adapter], 1.0
+        if not choice.uses_kernels(lora_B.device, dtype):
+            scaling, alpha = 1.0, float(scaling)
+        product = fold(lora_B.detach(), c, scaling).to(dtype)
         cast_A = None if lora_A.dtype is dtype else lora_A.detach().to(dtype)
-    new = Folded(product, c, cast_A, known, held)
-    if not layer.training:  # amid training it would not be worth its memory
+    new = Folded(product, alpha, c, cast_A, known, held)
+    if not layer.training:
+        # amid training it would not be worth its memory
         norm.folded = new
     return new
 
 
-def _compute_dtype(layer: Any, lora_B: Tensor) -> torch.dtype:
-    weight = layer.original_weight()
-    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else lora_B.dtype
+def _compute_dtype(layer: AdaptedLayer, lora_B: Tensor) -> torch.dtype:
+    stored = layer.original_weight()
+    return stored.dtype if isinstance(stored, Tensor) and stored.is_floating_point() else lora_B.dtype

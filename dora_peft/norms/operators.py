@@ -6,12 +6,25 @@ Inductor with two forward passes before a backward pass.
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+import weakref
 
 import torch
 from torch import Tensor, nn
 
-from .state import layers, settle, weight_norm
+from .adapted import AdaptedLayer
+from .state import settle, up_to_date_for
+
+# Layers by number, for operators, which take numbers and tensors only.
+_layers: weakref.WeakValueDictionary[int, AdaptedLayer] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+def register(layer: AdaptedLayer) -> int:
+    """A number by which operators find `layer`, for as long as it lives."""
+    number = next(_numbers)
+    _layers[number] = layer
+    return number
 
 
 @torch.library.custom_op("dora_peft::weight_norm", mutates_args=())
@@ -25,13 +38,15 @@ def _weight_norm(
     out_features: int,
     double: bool,
 ) -> Tensor:
-    owner = layers.get(layer)
+    owner = _layers.get(layer)
     if owner is None:
         raise RuntimeError("A compiled graph outlived the DoRA layer that it was made of. Compile the model again.")
     own = owner.original_weight()
-    if weight is not None and isinstance(own, Tensor) and own.data_ptr() == weight.data_ptr():
-        weight = own  # the graph's alias of it
-    return weight_norm(owner, adapter, (lora_A, lora_B), scaling, weight).value.clone()
+    # the graph holds an alias of the layer's weight, or another tensor in its place
+    alias = weight is None or (isinstance(own, Tensor) and own.data_ptr() == weight.data_ptr())
+    stored = own if alias or weight is None else weight
+    known = up_to_date_for(owner, adapter, (lora_A, lora_B), scaling, stored, stands_in=not alias)
+    return known.value.clone()
 
 
 @_weight_norm.register_fake
@@ -39,25 +54,27 @@ def _(lora_A, lora_B, weight, scaling, layer, adapter, out_features, double):
     return lora_A.new_empty(out_features, dtype=torch.float64 if double else torch.float32)
 
 
-@torch.compiler.assume_constant_result  # torch.compile runs it as it is, while it traces
+# torch.compile runs it as it is, while it traces.
+@torch.compiler.assume_constant_result
 def _settled(layer: int, adapter: str) -> bool:
-    return settle(layers[layer], adapter).settled
+    return settle(_layers[layer], adapter).settled
 
 
-def traced(layer: Any, adapter: str) -> tuple[Tensor, Tensor | None]:
+def traced(layer: AdaptedLayer, adapter: str) -> tuple[Tensor, Tensor | None]:
     """v [out] without gradient and the tied rows, while torch.compile traces the layer."""
     _settled(layer.number, adapter)
     lora_A, lora_B = layer.factor_parameters(adapter)
     stored = layer.original_weight()
-    plain = type(stored) in (Tensor, nn.Parameter) and stored.is_floating_point()
+    dense = stored if isinstance(stored, Tensor) and type(stored) in (Tensor, nn.Parameter) else None
+    dense = dense if dense is not None and dense.is_floating_point() else None
     value = torch.ops.dora_peft.weight_norm(
         lora_A.detach(),
         lora_B.detach(),
-        stored.detach() if plain else None,
+        None if dense is None else dense.detach(),
         float(layer.scaling[adapter]),
         layer.number,
         adapter,
         layer.magnitude(adapter).numel(),
-        plain and stored.dtype is torch.float64,
+        dense is not None and dense.dtype is torch.float64,
     )
     return value, layer._norms[adapter].tied

@@ -1,189 +1,185 @@
-"""v of each adapter of a layer: the check of its content at every use, and the refresh where that changed."""
+"""v of each adapter of a layer: the check of its content at every use, and the refresh if that changed."""
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..bases.inspection import parts
 from ..bases.offload import at_hand
-from ..ops import choice, functional
+from ..ops import choice
 from ..ops.content import Bits, Fingerprint
+from ..ops.norm import floor, row_norms
+from ..ops.products import compose_weight
 from . import device
+from .adapted import AdaptedLayer
+from .lifecycle import settle_as
+from .records import BaseNorm, Norm, Snapshot, Stored
 
 # What stands for PEFT's own layers while accelerate_use_dora() is on.
-views: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
-# Layers by number, for operators, which take numbers and tensors only.
-layers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-_numbers = itertools.count()
+views: weakref.WeakKeyDictionary[nn.Module, AdaptedLayer] = weakref.WeakKeyDictionary()
 _checking = False
 
 
-@dataclass(frozen=True)
-class BaseNorm:
-    """||W0||^2 per output row, and the smallest v that is divided by, both [out], with the weight they belong to.
-
-    `parts` are those of the tensors that W0 is made from besides, None for a layer that has none ever, see
-    `base_checks.parts`.
-    """
-
-    squared: Tensor
-    floor: Tensor
-    weight: Fingerprint
-    parts: tuple[Fingerprint, ...] | None
-
-    def made_from(self, layer: Any) -> bool:
-        """Whether the parts of the layer's weight still are what they were."""
-        if self.parts is None:
-            return True
-        tensors = parts(layer.get_base_layer())
-        if tensors is None or len(tensors) != len(self.parts):
-            return False
-        return all(part.fits(tensor) for part, tensor in zip(self.parts, tensors, strict=True))
+def up_to_date(layer: AdaptedLayer, adapter: str) -> Snapshot:
+    """v of an adapter, refreshed if A, B, s or W0 hold something else than when it was computed. No gradient."""
+    factors, scaling, stored = layer.factor_parameters(adapter), layer.scaling[adapter], layer.original_weight()
+    return up_to_date_for(layer, adapter, factors, scaling, stored)
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """v and all that it was computed from. Never changed: another content gets another one.
-
-    Attributes:
-        value: v [out], fp32 (fp64 for an fp64 base), floored where it vanishes over a non-zero row of W0.
-        tied: Rows whose magnitude follows their norm [out, bool], None where there are none.
-        lora_A, lora_B: What A and B held; None for an adapter of magnitudes alone, whose factors are 0.
-        base: None for a v that a device checks, or on the meta device: it is not looked up again.
-        by_kernels: Whether Triton's kernels computed it, which round differently.
-    """
-
-    value: Tensor
-    tied: Tensor | None
-    lora_A: Bits | None
-    lora_B: Bits | None
-    scaling: float
-    base: BaseNorm | None
-    by_kernels: bool
-
-    def fits(self, lora_A: Tensor, lora_B: Tensor, scaling: float, weight: Any, layer: Any = None) -> bool:
-        """Whether v still is that of these factors [r, in] and [out, r], s and W0 as stored, and of the layer's parts.
-
-        Args:
-            layer: None where `weight` is dense, or no weight of the layer's own.
-        """
-        if self.scaling != scaling or self.base is None:
-            return False
-        if self.lora_A is not None and self.lora_B is not None:
-            # the one that training changes most first
-            if not self.lora_B.fits(lora_B) or not self.lora_A.fits(lora_A):
-                return False
-        elif lora_A.device != self.value.device:
-            return False
-        if self.by_kernels != choice.uses_kernels(lora_A.device, lora_A.dtype):
-            return False
-        return self.base.weight.fits(weight) and (layer is None or self.base.made_from(layer))
-
-
-@dataclass
-class Norm:
-    """What a layer knows about the norm of one adapter. A copy, or another process, computes it again.
-
-    Attributes:
-        tied: Rows whose magnitude follows their norm [out, bool], None where there are none.
-        settled: Whether `tied` is known: from creation on, or read at loading; otherwise guessed at the first use.
-        known: The last v, None where there is none yet.
-        folded: What evaluation keeps, see evaluation.py.
-        device: What a device remembers, see device.py.
-    """
-
-    tied: Tensor | None = None
-    settled: bool = False
-    known: Snapshot | None = None
-    folded: Any = None
-    device: Any = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"tied": self.tied, "settled": self.settled, "known": None, "folded": None, "device": None}
-
-
-def register(layer: Any) -> int:
-    """A number by which operators find `layer`, for as long as it lives."""
-    number = next(_numbers)
-    layers[number] = layer
-    return number
-
-
-def weight_norm(
-    layer: Any,
+def up_to_date_for(
+    layer: AdaptedLayer,
     adapter: str,
-    factors: tuple[Tensor, Tensor] | None = None,
-    scaling: float | None = None,
-    weight: Any = None,
+    factors: tuple[Tensor, Tensor],
+    scaling: float,
+    stored: Stored,
+    *,
+    stands_in: bool = False,
 ) -> Snapshot:
-    """v of an adapter, refreshed if A, B, s or W0 hold something else than when it was computed. No gradient.
+    """`up_to_date` of these factors as stored, s and W0 as stored, which a caller may lend for one call.
 
     Args:
-        factors: A and B as stored, the layer's own where None; likewise the scaling s, and W0 as stored.
+        stands_in: Whether `stored` is another tensor than the layer's weight.
     """
-    norm = settle(layer, adapter)
-    lora_A, lora_B = layer.factor_parameters(adapter) if factors is None else factors
-    scaling = layer.scaling[adapter] if scaling is None else scaling
-    stored = layer.original_weight() if weight is None else weight
-    if choice.uses_kernels(lora_A.device, lora_A.dtype):
-        found = _on_device(layer, adapter, norm, lora_A, lora_B, scaling, stored, weight)
-        if found is not None:
-            return found
-    known = norm.known
-    if known is not None and known.fits(lora_A, lora_B, scaling, stored, layer if weight is None else None):
-        if _checking:
-            _check(layer, adapter, known, lora_A, lora_B, scaling, weight)
-        return known
+    lora_A, lora_B = factors
+    by_kernels = choice.uses_kernels(lora_A.device, lora_A.dtype)
+    known = fresh(layer, adapter, lora_A, lora_B, scaling, stored, by_kernels, stands_in)
+    if known is None:
+        known, _ = refreshed(layer, adapter, lora_A, lora_B, scaling, stored, by_kernels, stands_in)
+    return known
+
+
+def fresh(
+    layer: AdaptedLayer,
+    adapter: str,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    stored: Stored,
+    by_kernels: bool,
+    stands_in: bool = False,
+) -> Snapshot | None:
+    """v if it needs no refresh, or if a device refreshes it by itself; else None."""
+    norm = layer._norms.get(adapter)
+    if norm is None or not norm.settled:
+        norm = settle(layer, adapter)
+    known = _on_device(layer, adapter, norm, lora_A, lora_B, scaling, stored, stands_in) if by_kernels else None
+    if known is None:
+        known = norm.known
+        if known is None or not _fits(known, lora_A, lora_B, scaling, stored, by_kernels):
+            return None
+        base = known.base
+        if base is not None and base.parts is not None and not (stands_in or base.made_from(layer.get_base_layer())):
+            return None
+    if _checking:
+        _check(layer, adapter, known, lora_A, lora_B, scaling, _weight(stored, stands_in))
+    return known
+
+
+def _fits(known: Snapshot, lora_A: Tensor, lora_B: Tensor, scaling: float, stored: Stored, by_kernels: bool) -> bool:
+    """Whether v still is that of these factors [r, in] and [out, r], s and W0 as stored, computed in this way."""
+    base = known.base
+    if known.scaling != scaling or base is None or known.by_kernels is not by_kernels:
+        return False
+    if known.lora_A is not None and known.lora_B is not None:
+        # the one that training changes most first
+        if not known.lora_B.fits(lora_B) or not known.lora_A.fits(lora_A):
+            return False
+    elif lora_A.device != known.value.device:
+        return False
+    return base.weight.fits(stored)
+
+
+def refreshed(
+    layer: AdaptedLayer,
+    adapter: str,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    stored: Stored,
+    by_kernels: bool,
+    stands_in: bool = False,
+    *,
+    composes: bool = False,
+) -> tuple[Snapshot, Tensor | None]:
+    """v, computed now, and W0 + s B A [out, in] if `composes` asks for it and v was made from it as a whole."""
+    norm = layer._norms[adapter]
+    if any(t.is_meta for t in (lora_A, lora_B, layer.magnitude(adapter))):
+        empty = torch.empty(layer.magnitude(adapter).numel(), device="meta")
+        return Snapshot(empty, norm.tied, None, None, scaling, None, False), None
+    weight = _weight(stored, stands_in)
     with _undisturbed(lora_A.device.type), at_hand(layer.get_base_layer()):
-        return _refresh(layer, adapter, norm, lora_A, lora_B, scaling, weight)
+        return _refresh(layer, adapter, norm, lora_A, lora_B, scaling, weight, by_kernels, composes)
+
+
+def _refresh(
+    layer: AdaptedLayer,
+    adapter: str,
+    norm: Norm,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    weight: Tensor | None,
+    by_kernels: bool,
+    composes: bool,
+) -> tuple[Snapshot, Tensor | None]:
+    """`refreshed` with the weight here and nothing recorded."""
+    # Copied first: what another thread writes to the factors while v is computed is seen next time.
+    trained = not layer.magnitude_only.get(adapter)
+    copy_A, copy_B = (Bits(lora_A), Bits(lora_B)) if trained else (None, None)
+    base, composed = base_norm(layer, weight), None
+    seam = layer.base_weight(weight) if composes else None
+    if seam is not None and seam.has_blocks:
+        A, B = (factor.detach().to(seam.dtype) for factor in layer.as_matrices(lora_A, lora_B))
+        composed = compose_weight(seam.block(0, seam.out_features), A, B, scaling)
+        value = torch.linalg.vector_norm(composed, dim=1)
+    else:
+        value = _compute(layer, adapter, base.squared, lora_A, lora_B, scaling, weight)
+    if norm.tied is not None:
+        norm.tied = norm.tied.to(value.device)
+        _follow(layer.magnitude(adapter), norm.tied, value)
+    value = torch.maximum(value, base.floor)
+    norm.known = known = Snapshot(value, norm.tied, copy_A, copy_B, scaling, base, by_kernels)
+    norm.folded = None
+    return known, composed
+
+
+def _weight(stored: Stored, stands_in: bool) -> Tensor | None:
+    """The tensor in the place of the layer's weight, None if there is none."""
+    if not stands_in:
+        return None
+    assert isinstance(stored, Tensor)
+    return stored
 
 
 def _on_device(
-    layer: Any, adapter: str, norm: Norm, lora_A: Tensor, lora_B: Tensor, scaling: float, stored: Any, weight: Any
+    layer: AdaptedLayer,
+    adapter: str,
+    norm: Norm,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    stored: Stored,
+    stands_in: bool,
 ) -> Snapshot | None:
     """v that the device checks, None if its kernels cannot."""
     if any(getattr(t, "is_meta", False) for t in (lora_A, lora_B, stored)):
         return None
-
-    def seam() -> Any:
-        return layer.base_weight() if weight is None else layer.base_weight_of(weight)
-
+    weight = _weight(stored, stands_in)
     with _undisturbed(lora_A.device.type):
-        value = device.check(layer, norm, lora_A, lora_B, scaling, stored, seam)
+        value = device.check(layer, norm, lora_A, lora_B, scaling, stored, lambda: layer.base_weight(weight))
         if value is None:
             return None
-        if norm.tied is not None and isinstance(layer.magnitude(adapter), nn.Parameter):
+        magnitude = layer.magnitude(adapter)
+        if norm.tied is not None and isinstance(magnitude, nn.Parameter):
             norm.tied = norm.tied.to(value.device)
-            device.follow(layer.magnitude(adapter), norm.tied, value)
-    known = Snapshot(value, norm.tied, None, None, scaling, None, True)
-    if _checking:
-        _check(layer, adapter, known, lora_A, lora_B, scaling, weight)
-    return known
-
-
-def composed(layer: Any, adapter: str) -> tuple[Snapshot, Tensor | None]:
-    """`weight_norm`, and W0 + s B A [out, in] if the norm had to be refreshed from it. For a weight of one block."""
-    norm = settle(layer, adapter)
-    lora_A, lora_B = layer.factor_parameters(adapter)
-    scaling, known = layer.scaling[adapter], norm.known
-    if known is not None and known.fits(lora_A, lora_B, scaling, layer.original_weight()) and not _checking:
-        return known, None
-    if _checking or not layer.base_weight().has_blocks:
-        return weight_norm(layer, adapter), None
-    with _undisturbed(lora_A.device.type):
-        squared = base_squared(layer)
-        A, B = (factor.detach().to(squared.dtype) for factor in layer.as_matrices(lora_A, lora_B))
-        direction = functional.direction(layer.base_weight(), A, B, float(scaling))
-        value = torch.linalg.vector_norm(direction, dim=1)
-        return _refresh(layer, adapter, norm, lora_A, lora_B, scaling, None, value), direction
+            device.follow(magnitude, norm.tied, value)
+    return Snapshot(value, norm.tied, None, None, scaling, None, True)
 
 
 @contextmanager
@@ -193,73 +189,56 @@ def _undisturbed(device_type: str) -> Iterator[None]:
         yield
 
 
-def base_norm(layer: Any, weight: Any = None) -> BaseNorm:
-    """||W0||^2 per output row; computed once, again only if W0 holds something else."""
+def base_norm(layer: AdaptedLayer, weight: Tensor | None = None) -> BaseNorm:
+    """||W0||^2 per output row; computed once, again only if W0 holds something else.
+
+    Args:
+        weight: Stands in for the layer's weight.
+    """
     stored = layer.original_weight() if weight is None else weight
     known = layer._base_norm
-    if known is None or not known.weight.fits(stored) or (weight is None and not known.made_from(layer)):
+    if (
+        known is None
+        or not known.weight.fits(stored)
+        or (weight is None and not known.made_from(layer.get_base_layer()))
+    ):
         with _undisturbed(getattr(stored, "device", torch.device("cpu")).type):
-            seam = layer.base_weight() if weight is None else layer.base_weight_of(weight)
-            squared = seam.row_norms_squared()
+            squared = layer.base_weight(weight).row_norms_squared()
             tensors = None if weight is not None else parts(layer.get_base_layer())
             others = None if tensors is None else tuple(map(Fingerprint, tensors))
-            known = layer._base_norm = BaseNorm(squared, functional.floor(squared), Fingerprint(stored), others)
+            known = layer._base_norm = BaseNorm(squared, floor(squared), Fingerprint(stored), others)
     return known
 
 
-def base_squared(layer: Any) -> Tensor:
+def base_squared(layer: AdaptedLayer) -> Tensor:
     """||W0||^2 per output row [out]."""
     return base_norm(layer).squared
 
 
 def _compute(
-    layer: Any, adapter: str, squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, weight: Any
+    layer: AdaptedLayer,
+    adapter: str,
+    squared: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    weight: Tensor | None,
 ) -> Tensor:
     """v [out], not floored, for ||W0||^2 per row."""
     if layer.magnitude_only.get(adapter):
         return squared.sqrt()
     A, B = (factor.detach().to(squared.dtype) for factor in layer.as_matrices(lora_A, lora_B))
-    seam = layer.base_weight() if weight is None else layer.base_weight_of(weight)
-    return functional.norm(seam, squared, A, B, float(scaling))
+    return row_norms(layer.base_weight(weight), squared, A, B, float(scaling))
 
 
-def _refresh(
-    layer: Any,
-    adapter: str,
-    norm: Norm,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    weight: Any,
-    value: Tensor | None = None,
-) -> Snapshot:
-    """A new snapshot, with v from `value` [out] if that is given."""
-    if any(t.is_meta for t in (lora_A, lora_B, layer.magnitude(adapter))):
-        empty = torch.empty(layer.magnitude(adapter).numel(), device="meta")
-        return Snapshot(empty, norm.tied, None, None, scaling, None, False)
-    # Copied first: what another thread writes to the factors while v is computed is seen next time.
-    trained = not layer.magnitude_only.get(adapter)
-    copy_A, copy_B = (Bits(lora_A), Bits(lora_B)) if trained else (None, None)
-    base = base_norm(layer, weight)
-    if value is None:
-        value = _compute(layer, adapter, base.squared, lora_A, lora_B, scaling, weight)
-    if norm.tied is not None:
-        norm.tied = norm.tied.to(value.device)
-        _follow(layer.magnitude(adapter), norm.tied, value)
-    by_kernels = choice.uses_kernels(lora_A.device, lora_A.dtype)
-    value = torch.maximum(value, base.floor)
-    norm.known = known = Snapshot(value, norm.tied, copy_A, copy_B, scaling, base, by_kernels)
-    norm.folded = None
-    return known
-
-
-def settle(layer: Any, adapter: str) -> Norm:
+def settle(layer: AdaptedLayer, adapter: str) -> Norm:
     """The norm's record with its tied rows known."""
     norm = layer._norms.get(adapter)
     if norm is not None and norm.settled:
         return norm
     if any(t.is_meta for t in (*layer.factor_parameters(adapter), layer.magnitude(adapter))):
-        return layer._norms.setdefault(adapter, Norm())  # nothing is here yet
+        # nothing is here yet
+        return layer._norms.setdefault(adapter, Norm())
     layer.settle_late(adapter)
     return layer._norms[adapter]
 
@@ -273,21 +252,15 @@ def _follow(magnitude: Tensor, tied: Tensor, value: Tensor) -> None:
         magnitude.data.view(-1)[tied] = value[tied].to(magnitude.dtype)
 
 
-def initial(layer: Any, adapter: str) -> Tensor:
-    """m at creation: ||W0 + s B A||, [out]. Rows where it is 0 are tied from now on."""
+def initial(layer: AdaptedLayer, adapter: str) -> Tensor:
+    """m at creation: ||W0 + s B A||, [out]. Rows in which it is 0 are tied from now on."""
     lora_A, lora_B = layer.factor_parameters(adapter)
     with _undisturbed(lora_A.device.type):
         base = base_norm(layer)
         value = _compute(layer, adapter, base.squared, lora_A, lora_B, layer.scaling[adapter], None)
-        layer._norms[adapter] = Norm(tied=_or_none(value == 0), settled=True)
+        zero = value == 0
+        settle_as(layer, adapter, zero if bool(zero.any()) else None)
     return value
-
-
-def _or_none(mask: Tensor) -> Tensor | None:
-    return mask if bool(mask.any()) else None
-
-
-# ---- the check of the check
 
 
 def refresh(model: nn.Module) -> None:
@@ -297,26 +270,27 @@ def refresh(model: nn.Module) -> None:
     forward pass, a base weight by its version counter and a sample of its elements.
     """
     for module in model.modules():
-        for layer in _layers_of(module):
-            layer._base_norm = layer._shortcut = None
-            for norm in layer._norms.values():
-                norm.known = norm.folded = norm.device = None
-
-
-def _layers_of(module: nn.Module) -> list[Any]:
-    found = [module] if isinstance(getattr(module, "_norms", None), dict) else []
-    taken_over = views.get(module)
-    return found if taken_over is None else [*found, taken_over]
+        own = cast(AdaptedLayer, module) if isinstance(getattr(module, "_norms", None), dict) else None
+        for layer in (own, views.get(module)):
+            if layer is not None:
+                layer._base_norm = None
+                for norm in layer._norms.values():
+                    norm.known = norm.folded = norm.device = None
 
 
 def _check(
-    layer: Any, adapter: str, known: Snapshot, lora_A: Tensor, lora_B: Tensor, scaling: float, weight: Any
+    layer: AdaptedLayer,
+    adapter: str,
+    known: Snapshot,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    weight: Tensor | None,
 ) -> None:
     with _undisturbed(lora_A.device.type), at_hand(layer.get_base_layer()):
-        seam = layer.base_weight() if weight is None else layer.base_weight_of(weight)
-        squared = seam.row_norms_squared()
+        squared = layer.base_weight(weight).row_norms_squared()
         value = _compute(layer, adapter, squared, lora_A, lora_B, scaling, weight)
-        value = torch.maximum(value, functional.floor(squared))
+        value = torch.maximum(value, floor(squared))
         worst = ((known.value - value).abs() / value).max().item() if len(value) else 0.0
     if not worst <= 64 * torch.finfo(value.dtype).eps:
         raise RuntimeError(
@@ -326,12 +300,13 @@ def _check(
 
 
 def is_checking() -> bool:
+    """Whether every use recomputes v, see `checking`."""
     return _checking
 
 
 @contextmanager
 def checking() -> Iterator[None]:
-    """Recompute v at every use and raise a RuntimeError that names the module where a cached one is stale."""
+    """Recompute v at every use and raise a RuntimeError that names the module if a cached one is stale."""
     global _checking
     before, _checking = _checking, True
     try:

@@ -1,11 +1,11 @@
 """Tied rows: which rows of a layer have a magnitude that follows their norm (c = 1), and how that travels.
 
 A row whose norm is 0 at creation, a zero row of W0, is tied: it trains as plain LoRA instead of dividing by 0. Which
-rows are tied is a fact of the adapter, not of its values: after some steps nothing in A, B and m tells it reliably.
+rows are tied is a fact of the adapter, not of its values: after some steps nothing in A, B and m shows it reliably.
 So a folder says it, in its own entries of adapter_config.json, by module of the base model as ranges of rows:
 
     tied_rows     c = 1 there
-    filled_rows   of these, the rows where v was still 0 and B got an entry for plain PEFT alone; loading takes it out
+    filled_rows   of these, the rows whose v was still 0 and B got an entry for plain PEFT alone; loading takes it out
 
 Both are `{"model.layers.0.self_attn.o_proj": [[17, 19], [40, 41]], ...}` with only the modules that have such rows, and
 present although empty: a folder without them was written by PEFT or by an earlier version. There the loaded values
@@ -14,19 +14,18 @@ are asked, before anything else can change them.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import norms
 from ..bases import BaseWeight, Dense
+from . import lifecycle, state
+from .adapted import AdaptedLayer
 
 
 def rows_to_keep_zero(weight: BaseWeight, init_lora_weights: bool | str) -> Tensor | None:
-    """The zero rows of W0, bool [out], where the initialisation would blur them; None where there are none.
+    """The zero rows of W0, bool [out], if the initialisation would blur them; None if there are none.
 
-    PiSSA and its kin move s B A out of W0 and leave rounding noise in a zero row of both; an orthogonal B is not zero.
+    PiSSA and OLoRA move s B A out of W0 and leave rounding noise in a zero row of both; an orthogonal B is not zero.
     v is not exactly 0 then, though W0 + s B A is meant to be W0.
     """
     blurs = isinstance(init_lora_weights, str) and init_lora_weights != "gaussian"
@@ -53,14 +52,16 @@ def guess(magnitude: Tensor, value: Tensor, stored: set[torch.dtype]) -> Tensor:
     # a file in fp32 may hold what had been rounded to another dtype
     rounded = {d for d in (torch.bfloat16, torch.float16) if torch.equal(magnitude, magnitude.to(d).to(magnitude))}
     infos = [torch.finfo(dtype) for dtype in stored | rounded]
-    # m and v are products of a few numbers rounded to that dtype; below its normal numbers it tells nothing apart, and
+    # m and v are products of a few numbers rounded to that dtype; below its normal numbers nothing is certain, and
     # m of a grouped convolution comes from a floored v
     rtol, atol = max(1e-4, *(4 * i.eps for i in infos)), max(1e-29, *(i.smallest_normal for i in infos))
     return torch.isclose(magnitude.to(value), value, rtol=rtol, atol=atol)
 
 
 @torch.no_grad()
-def settle(layer: Any, adapter: str, tied: Tensor | bool | None, factors: Any, magnitude: Tensor) -> None:
+def settle_loaded(
+    layer: AdaptedLayer, adapter: str, tied: Tensor | bool | None, factors: tuple[Tensor, Tensor], magnitude: Tensor
+) -> None:
     """Tie the rows of an adapter that is being loaded, before anyone can change its tensors.
 
     Args:
@@ -71,38 +72,42 @@ def settle(layer: Any, adapter: str, tied: Tensor | bool | None, factors: Any, m
     """
     if isinstance(tied, bool):
         zero = zero_rows(layer)
-        if zero is None:  # W0 is still to come: read off the tensors at the next use
-            layer._norms[adapter] = norms.Norm()
+        if zero is None:
+            # W0 is still to come: read off the tensors at the next use
+            lifecycle.unsettle(layer, adapter)
             return
         tied = _of_zero_rows(layer, adapter, zero, factors, magnitude) if bool(zero.any()) else None
-    layer._norms[adapter] = norms.Norm(tied=tied, settled=True)
+    lifecycle.settle_as(layer, adapter, tied)
 
 
-def settle_late(layer: Any, adapter: str) -> Tensor | None:
+def settle_late(layer: AdaptedLayer, adapter: str) -> Tensor | None:
     """The tied rows of an adapter that was loaded while W0 was not here, from its tensors as they are now.
 
     Raises:
         RuntimeError: W0 is still not here.
     """
-    settle(layer, adapter, False, layer.factor_parameters(adapter), layer.magnitude(adapter))
+    settle_loaded(layer, adapter, False, layer.factor_parameters(adapter), layer.magnitude(adapter))
     norm = layer._norms[adapter]
     if not norm.settled:
         raise RuntimeError(f"The base weight of module '{layer.name}' is on the meta device or sharded; load it first.")
     return norm.tied
 
 
-def zero_rows(layer: Any) -> Tensor | None:
-    """Which rows of W0 are zero, bool [out]; None where W0 is not here (on the meta device, sharded)."""
+def zero_rows(layer: AdaptedLayer) -> Tensor | None:
+    """Which rows of W0 are zero, bool [out]; None if W0 is not here (on the meta device, sharded)."""
     weight = layer.base_weight()
     if weight.device.type == "meta" or hasattr(layer.original_weight(), "device_mesh"):
         return None
-    return norms.base_squared(layer) == 0
+    return state.base_squared(layer) == 0
 
 
-def _of_zero_rows(layer: Any, adapter: str, zero: Tensor, factors: Any, magnitude: Tensor) -> Tensor | None:
+def _of_zero_rows(
+    layer: AdaptedLayer, adapter: str, zero: Tensor, factors: tuple[Tensor, Tensor], magnitude: Tensor
+) -> Tensor | None:
     m = magnitude.detach().flatten().to(zero.device)
     if layer.magnitude_only.get(adapter):
-        tied = zero  # m is never trained apart from v there; the factors in the file are for plain PEFT
+        # m is never trained apart from v there; the factors in the file are for plain PEFT
+        tied = zero
     else:
         stored = {tensor.dtype for tensor in (magnitude, *factors)}
         tied = zero.clone()
@@ -111,7 +116,7 @@ def _of_zero_rows(layer: Any, adapter: str, zero: Tensor, factors: Any, magnitud
 
 
 @torch.no_grad()
-def change_norm(layer: Any, adapter: str, factors: Any, rows: Tensor) -> Tensor:
+def change_norm(layer: AdaptedLayer, adapter: str, factors: tuple[Tensor, Tensor], rows: Tensor) -> Tensor:
     """||s B A|| of some rows, [k], in fp32 (fp64 for an fp64 base). `rows` is bool [out]."""
     dtype = layer.base_weight().dtype
     lora_A, lora_B = (factor.detach().to(rows.device, dtype) for factor in layer.as_matrices(*factors))
@@ -120,12 +125,3 @@ def change_norm(layer: Any, adapter: str, factors: Any, rows: Tensor) -> Tensor:
     largest = product.abs().amax(1, keepdim=True).clamp_(min=torch.finfo(dtype).tiny)
     norm = torch.linalg.vector_norm(product / largest, dim=1) * largest[:, 0]
     return norm * abs(layer.initial_scaling(adapter))
-
-
-def layers(model: nn.Module, adapter: str) -> list[tuple[str, Any]]:
-    """The DoRA layers of a model that have this adapter, by name."""
-    return [
-        (n, m)
-        for n, m in model.named_modules()
-        if adapter in getattr(m, "lora_magnitude_vector", {}) and hasattr(m, "_norms")
-    ]

@@ -1,1 +1,11 @@
-"""What is computed: functions on tensors, which know no modules."""
+"""What is computed: functions of tensors; of a module at most its geometry or identity is asked.
+
+choice, constants, torch_names      which implementation computes, and what the implementations share
+linear, linear_autograd, options    the linear layer: for its callers, as an autograd function, and what that is given
+products, chunks, dropout           which library multiplies, many tokens in parts, the mask of dropout
+norm                                v = ||W0 + s B A|| and c = m / v
+compose                             y = c z + b for other kinds of layer, and their low-rank branches
+kept_output, overwritten, content   whether a kept output, a factor or a weight still holds what it held
+merging                             W' and weighted sums of adapters
+kernels/                            Triton's kernels
+"""

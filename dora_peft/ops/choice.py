@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-from typing import Any
+from functools import lru_cache
+from types import ModuleType
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 from .constants import interpreted
+from .torch_names import is_exporting, is_recorded, jit_state, modes, transforming
 
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
-_implementation = "auto"
-_modules: dict[str, Any] = {}
+# How one layer computes one forward pass, see `decide`.
+How = Literal["dense", "compiled", "torch", "triton"]
+# What `implementation` has chosen; written by it alone.
+selected = "auto"
 
 
+# A function to its users; a class, so that it may also open a `with` block.
 class implementation:
     """Choose how DoRA layers compute, from here on or for the length of a `with` block.
 
@@ -37,24 +41,24 @@ class implementation:
     """
 
     def __init__(self, name: str) -> None:
-        global _implementation
+        global selected
         if name not in IMPLEMENTATIONS:
             raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, found {name!r}.")
         if name == "triton":
             _require_triton()
-        self._before, _implementation = _implementation, name
+        self._before, selected = selected, name
 
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, *_: Any) -> None:
-        global _implementation
-        _implementation = self._before
+    def __exit__(self, *_: object) -> None:
+        global selected
+        selected = self._before
 
 
 def _require_triton() -> None:
     obstacle = None
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         obstacle = "Triton is not installed; install dora-peft[triton]"
     elif not torch.cuda.is_available() and not interpreted():
         obstacle = "torch sees no GPU"
@@ -62,13 +66,27 @@ def _require_triton() -> None:
         raise RuntimeError(f"implementation('triton') is not available: {obstacle}. Use 'auto' or 'torch'.")
 
 
-def use_reference() -> bool:
-    return _implementation == "reference"
+def decide(device: torch.device, *dtypes: torch.dtype) -> How:
+    """How a layer computes, for tensors on `device` in these dtypes; asked once by a pass.
+
+    Whether kernels take the norm and the products, whose dtypes differ, is asked with `uses_kernels`, and then kept by
+    the layer's shortcut.
+
+    "dense" and "compiled" are plain differentiable operations: torch.compile derives the backward pass itself, and
+    chooses better what to keep; torch.func's transforms cannot pass through an autograd function that saves its output;
+    a recording must not depend on what was looked up. "dense" computes v from W0 + s B A at each call, "compiled" asks
+    the operator `dora_peft::weight_norm`. "torch" and "triton" are autograd functions.
+    """
+    if computes_densely():
+        return "dense"
+    if torch.compiler.is_compiling():
+        return "compiled"
+    return "triton" if uses_kernels(device, *dtypes) else "torch"
 
 
-def transforming() -> bool:
-    """Whether a torch.func transform is at work."""
-    return torch._C._are_functorch_transforms_active()
+def computes_densely() -> bool:
+    """Whether v has to be computed by plain operations at each call."""
+    return selected == "reference" or transforming() or tracing()
 
 
 def tracing() -> bool:
@@ -77,70 +95,42 @@ def tracing() -> bool:
     What is recorded has to compute v from A, B and W0: a value that was looked up would be a constant there.
     """
     if torch.compiler.is_compiling():
-        return _is_exporting()
-    return torch._C._get_tracing_state() is not None or (torch._C._len_torch_dispatch_stack() > 0 and _is_recorded())
-
-
-def _is_exporting() -> bool:
-    ask = getattr(torch.compiler, "is_exporting", None)  # torch 2.7
-    return ask() if ask is not None else torch.compiler._is_exporting_flag
-
-
-def _is_recorded() -> bool:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
-    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-
-    return any(isinstance(m, (ProxyTorchDispatchMode, FakeTensorMode)) for m in _get_current_dispatch_mode_stack())
-
-
-def by_autograd() -> bool:
-    """Whether to compute by plain differentiable operations instead of autograd functions of our own.
-
-    torch.compile derives the backward pass itself, and chooses better what to keep; torch.func transforms cannot pass
-    through an autograd function that saves its output; a recording must not depend on what was looked up.
-    """
-    if _implementation == "reference" or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    return torch._C._get_tracing_state() is not None or (torch._C._len_torch_dispatch_stack() > 0 and _is_recorded())
+        return is_exporting()
+    return jit_state() is not None or (modes() > 0 and is_recorded())
 
 
 def uses_kernels(device: torch.device, *dtypes: torch.dtype) -> bool:
     """Whether Triton kernels compute what lies on `device` in these dtypes. They have no fp64."""
-    if torch.float64 in dtypes or _implementation not in ("auto", "triton"):
+    if torch.float64 in dtypes or selected not in ("auto", "triton"):
         return False
-    return _implementation == "triton" or (device.type == "cuda" and _has_triton())
+    return selected == "triton" or (device.type == "cuda" and _has_triton())
 
 
-@torch.compiler.assume_constant_result  # torch.compile runs it as it is, while it traces
+# torch.compile runs it as it is, while it traces.
+@torch.compiler.assume_constant_result
+@lru_cache
 def _has_triton() -> bool:
-    if "triton" not in _modules:
-        _modules["triton"] = importlib.util.find_spec("triton")
-    return _modules["triton"] is not None
+    return importlib.util.find_spec("triton") is not None
 
 
-def fused(tensor: Tensor, *others: Tensor) -> Any:
-    """The module `fused`, whose kernels compute the layer for these tensors, or None."""
-    return _module("kernels.fused") if uses_kernels(tensor.device, tensor.dtype, *(t.dtype for t in others)) else None
+# The modules of kernels import Triton, so they are imported only if they are used.
+
+
+def layer_kernels() -> ModuleType:
+    """The module whose kernels compute a linear layer."""
+    from .kernels import fused
+
+    return fused
+
+
+def norm_kernels() -> ModuleType:
+    """The module whose kernels compute v."""
+    from .kernels import norm
+
+    return norm
 
 
 @torch.compiler.assume_constant_result
 def load_operators() -> None:
     """Register torch.ops.dora_peft.linear."""
-    _module("kernels.operators")
-
-
-def kernels() -> Any:
-    """The module `kernels.sample`, where Triton is known to be there."""
-    return _module("kernels.sample")
-
-
-def norm_kernels(device: torch.device, dtype: torch.dtype) -> Any:
-    """The module `norm_kernels` for a weight on `device` that accumulates in `dtype`, or None."""
-    return _module("kernels.norm") if uses_kernels(device, dtype) else None
-
-
-def _module(name: str) -> Any:
-    if name not in _modules:
-        _modules[name] = importlib.import_module(f".{name}", __package__)  # imports Triton, so only where it is used
-    return _modules[name]
+    from .kernels import operators  # noqa: F401

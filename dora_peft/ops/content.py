@@ -1,9 +1,9 @@
-"""Whether a tensor still holds what it held, told by its bits.
+"""Whether a tensor still holds what it held, decided by its bits.
 
-Identity, address and version counter do not tell: averaging helpers, trainers and optimizers write through `.data`, raw
-pointers and copies, and a freed address is used again. So the small factors are compared with a copy, bit for bit, and
-the large frozen weight by a sample of its elements; another tensor with the same sample is told by a digest of all of
-its bits.
+Identity, address and version counter do not show it: averaging helpers, trainers and optimizers write through `.data`,
+raw pointers and copies, and a freed address is used again. So the small factors are compared with a copy, bit for bit,
+and the large frozen weight by a sample of its elements; another tensor with the same sample is compared by a digest of
+all its bits.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import ctypes
 import sys
 import weakref
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,16 @@ from torch import Tensor, nn
 # Elements of a frozen weight that are compared at every forward pass, evenly spaced from a fixed odd place on; a weight
 # of at most WHOLE elements is compared in full.
 SAMPLE, WHOLE = 64, 4096
-# Words of a weight that the digest sums with weights of their own, and that it takes at once: temporaries that stay in
+# Words of a weight that the digest weights differently, and words that it takes at once: temporaries that stay in
 # the cache.
 _ROW, _BLOCK = 2**10, 2**16
 _MASK = 2**64 - 1
 _PLAIN = (Tensor, nn.Parameter)
+# A base weight as stored: a tensor, packed if quantised, or a module that keeps it in parts.
+Weight = Tensor | nn.Module
 
 
-def _find_memcmp() -> Any:
+def _find_memcmp() -> Callable[[int, int, int], int] | None:
     """C's memcmp: 1.1 us for two tensors of 32 KiB, where torch.equal takes 6."""
     try:
         # PyDLL: to let go of Python's lock would take longer than to compare
@@ -38,7 +40,7 @@ def _find_memcmp() -> Any:
     return function
 
 
-_memcmp = _find_memcmp()
+MEMCMP = _find_memcmp()
 
 
 class Bits:
@@ -53,16 +55,22 @@ class Bits:
     def __init__(self, tensor: Tensor) -> None:
         self.copy = copy = tensor.detach().clone(memory_format=torch.contiguous_format)
         self.shape, self.dtype = copy.shape, copy.dtype
-        self.by_address = _memcmp is not None and copy.is_cpu and type(copy) in _PLAIN
+        self.by_address = MEMCMP is not None and copy.is_cpu and type(copy) in _PLAIN
         self.pointer, self.size = (copy.data_ptr(), copy.nbytes) if self.by_address else (0, 0)
 
     def fits(self, tensor: Tensor) -> bool:
         """Whether `tensor` holds the same bits. Waits for the device if that is no CPU."""
-        if self.by_address and tensor.is_cpu and type(tensor) in _PLAIN and tensor.is_contiguous():
+        if (
+            self.by_address
+            and MEMCMP is not None
+            and tensor.is_cpu
+            and type(tensor) in _PLAIN
+            and tensor.is_contiguous()
+        ):
             return (
                 tensor.dtype is self.dtype
                 and tensor.shape == self.shape
-                and not _memcmp(tensor.data_ptr(), self.pointer, self.size)
+                and not MEMCMP(tensor.data_ptr(), self.pointer, self.size)
             )
         copy = self.copy
         if tensor.dtype is not self.dtype or tensor.shape != self.shape or tensor.device != copy.device:
@@ -75,8 +83,8 @@ def same_bits(tensor: Tensor, copy: Tensor) -> bool:
     """Whether `tensor` holds the bits of `copy`, a contiguous tensor. Waits for the device if that is no CPU."""
     if tensor.dtype is not copy.dtype or tensor.shape != copy.shape or tensor.device != copy.device:
         return False
-    if _memcmp is not None and tensor.is_cpu and type(tensor) in _PLAIN and tensor.is_contiguous():
-        return not _memcmp(tensor.data_ptr(), copy.data_ptr(), copy.nbytes)
+    if MEMCMP is not None and tensor.is_cpu and type(tensor) in _PLAIN and tensor.is_contiguous():
+        return not MEMCMP(tensor.data_ptr(), copy.data_ptr(), copy.nbytes)
     with torch.no_grad():
         return torch.equal(_integers(tensor.detach()), _integers(copy))
 
@@ -96,41 +104,45 @@ class Fingerprint:
     as sharding and offloading give at every forward pass, the sample, and for another tensor the digest.
 
     Args:
-        weight: The weight as stored: any dtype, packed as well. A tensor without storage of its own, or a module that
+        weight: The weight as stored: any dtype, packed as well. A tensor without storage, or a module that
             keeps its weight in parts, is known by identity and version alone.
     """
 
-    def __init__(self, weight: Any) -> None:
+    def __init__(self, weight: Weight) -> None:
         self.same = _reference(weight)
-        self.version = _version(weight)
-        self.sample = _sample(weight)
-        self.digest = None if self.sample is None else digest(_plain(weight))
-        self.view: Tensor | None = None  # of the elements of `sample` in the weight itself, at `address`
+        self.version = version(weight)
+        self.sample, self.digest, self.whole = _sample(weight), 0, False
+        if self.sample is not None and isinstance(weight, Tensor):
+            self.digest, self.whole = digest(_plain(weight)), self.sample.numel() == weight.numel()
+        # of the elements of `sample` in the weight itself, at `address`
+        self.view: Tensor | None = None
         self.address = 0
-        self.whole = self.sample is not None and self.sample.numel() == weight.numel()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         raise TypeError("A fingerprint belongs to one tensor and cannot be copied.")
 
-    def fits(self, weight: Any) -> bool:
+    def fits(self, weight: Weight) -> bool:
         """Whether `weight` is what this was made from, as far as the sample sees. One that is elsewhere (meta) is."""
+        if not isinstance(weight, Tensor):
+            return self.same() is weight
         if self.same() is weight:
             if self.version is None or self.sample is None:
-                return _version(weight) == self.version and (self.sample is None or self._same_sample(weight))
+                return version(weight) == self.version and (self.sample is None or self._same_sample(weight))
             if weight._version != self.version:
                 return False
             if self.view is None or weight.data_ptr() != self.address:
                 return self._look_at(weight)
-            if self.whole and _memcmp is not None:
-                return not _memcmp(self.address, self.sample.data_ptr(), self.sample.nbytes)
+            if self.whole and MEMCMP is not None:
+                return not MEMCMP(self.address, self.sample.data_ptr(), self.sample.nbytes)
             return torch.equal(self.view, self.sample)
-        if getattr(weight, "is_meta", False):
-            return True  # offloaded: its hook brings the same content in
+        if weight.is_meta:
+            # offloaded: its hook brings the same content in
+            return True
         return self.sample is not None and self._same_sample(weight) and self._adopt(weight)
 
-    def _look_at(self, weight: Any) -> bool:
+    def _look_at(self, weight: Tensor) -> bool:
         """As `_same_sample`, and from now on through a view."""
-        if getattr(weight, "is_meta", False):
+        if weight.is_meta:
             return True
         if not self._same_sample(weight):
             return False
@@ -142,7 +154,7 @@ class Fingerprint:
         """Of the weight's memory: it is about to be moved or freed."""
         self.view = None
 
-    def _same_sample(self, weight: Any) -> bool:
+    def _same_sample(self, weight: Weight) -> bool:
         found, sample = _sample(weight), self.sample
         if found is None or sample is None or found.dtype is not sample.dtype or found.device != sample.device:
             return False
@@ -152,11 +164,11 @@ class Fingerprint:
         """Whether another tensor has the same content; it is the one to be compared with from now on."""
         if self.digest != digest(_plain(weight)):
             return False
-        self.same, self.version = _reference(weight), _version(weight)
+        self.same, self.version = _reference(weight), version(weight)
         return True
 
 
-def _reference(weight: Any) -> Any:
+def _reference(weight: Weight) -> Callable[[], object]:
     """Does not keep the weight alive: an offloaded one goes after its forward pass."""
     try:
         return weakref.ref(weight)
@@ -164,7 +176,8 @@ def _reference(weight: Any) -> Any:
         return lambda: None
 
 
-def _version(weight: Any) -> Any:
+def version(weight: object) -> int | None:
+    """The version counter, None for what has none."""
     return None if not isinstance(weight, Tensor) or weight.is_inference() else weight._version
 
 
@@ -173,8 +186,8 @@ def _plain(weight: Tensor) -> Tensor:
     return weight.detach() if type(weight) in _PLAIN else weight.as_subclass(Tensor).detach()
 
 
-def _sample(weight: Any) -> Tensor | None:
-    """A copy of some elements of `weight`; None where it has no storage of its own."""
+def _sample(weight: Weight) -> Tensor | None:
+    """A copy of some elements of `weight`; None if it has no storage."""
     if not isinstance(weight, Tensor) or weight.is_meta or not weight.numel():
         return None
     if type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__:
@@ -197,7 +210,7 @@ def _start(step: int) -> int:
 
 
 def digest(tensor: Tensor) -> int:
-    """64 bits that tell the content of `tensor`: other values, other signs, other places of the same values.
+    """64 bits that differ with the content of `tensor`: other values, other signs, other places of the same values.
 
     Each word of 64 bits is mixed before it is weighted: with plain or odd-weighted sums alone two changes of the
     highest bit would cancel modulo 2^64. The shift is an arithmetic one: a flipped sign reaches every lower bit.
@@ -215,7 +228,8 @@ def digest(tensor: Tensor) -> int:
             if whole < len(mixed):
                 parts.append(mixed[whole:].mul_(weights[: len(mixed) - whole]).sum(0, keepdim=True))
         total = words.numel()
-        for part in torch.cat(parts).tolist() if parts else []:  # at once: a device is waited for only here
+        # read at once: a device is waited for only here
+        for part in torch.cat(parts).tolist() if parts else []:
             total = ((total ^ part) * 0x9E3779B97F4A7C15 + 1) & _MASK
             total ^= total >> 31
     return total

@@ -36,8 +36,9 @@ def weighted_sum(
 
 def truncate(lora_A: Tensor, lora_B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best rank-`rank` approximation of B A (truncated SVD through two thin QR decompositions, no [out, in])."""
-    q_B, r_B = torch.linalg.qr(lora_B)  # [out, k], [k, r]
-    q_A, r_A = torch.linalg.qr(lora_A.T)  # [in, k], [k, r]
+    # [out, k] and [k, r], [in, k] and [k, r]
+    q_B, r_B = torch.linalg.qr(lora_B)
+    q_A, r_A = torch.linalg.qr(lora_A.T)
     u, sigma, vh = torch.linalg.svd(r_B @ r_A.T, full_matrices=False)
     root = sigma[:rank].sqrt()
     return (root[:, None] * vh[:rank]) @ q_A.T, q_B @ (u[:, :rank] * root)

@@ -38,8 +38,11 @@ What importing the package installs without `register`:
 
     torch.optim, step pre-hook      warns once per optimizer that decays magnitudes (optim.py); of all optimizers, as
                                     nothing else sees one that a trainer made
+    torch.library                   `dora_peft::weight_norm` (norms/operators.py), and once kernels compile
+                                    `dora_peft::linear` and `linear_backward` (ops/kernels/operators.py)
 
-And only while `accelerate_use_dora` is on: `forward` of PEFT's LoRA layers and of its DoRA variants (use_dora.py).
+And only while `accelerate_use_dora` is on: `forward` of PEFT's LoRA layers and of its DoRA variants (use_dora.py); for
+the length of a call with `adapter_names`: forward pre-hooks on the adapted layers (adapters/mixed_batch.py).
 """
 
 from __future__ import annotations
@@ -56,7 +59,7 @@ from peft.tuners.tuners_utils import BaseTuner
 
 from ..bases.offload import staying_add_hook
 from ..config import DoraConfig
-from ..layers.layer import DoraLayer
+from ..layers import DoraLayer
 from ..model import DoraModel
 from . import configs, models, peft_020, transformers
 from .patching import patch

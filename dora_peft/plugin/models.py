@@ -16,9 +16,9 @@ from torch import nn
 
 from .._files import staged_directory
 from ..adapters import card
-from ..adapters.undo import restored_on_failure
+from ..adapters.undo import restored_on_failure, switched
 from ..config import MARKER, ROW_RECORDS, DoraConfig
-from ..layers.layer import DoraLayer
+from ..layers import DoraLayer
 from .configs import into_dora, read_config
 from .patching import Function, patch
 
@@ -143,13 +143,10 @@ def _add_adapter(original: Function) -> Function:
 
 def _set_adapter(original: Function) -> Function:
     def set_adapter(self: PeftModel, *args: object, **kwargs: object) -> object:
-        before = self.active_adapter
-        try:
+        if not _is_dora(self):
             return original(self, *args, **kwargs)
-        except BaseException:
-            if _is_dora(self):
-                self.active_adapter = before
-            raise
+        with restored_on_failure(self, modules=switched(self)):
+            return original(self, *args, **kwargs)
 
     return set_adapter
 

@@ -14,8 +14,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from ..adapters.checkpoint import from_checkpoint, keys_of
 from ..adapters.undo import restored_on_failure
 from ..config import DoraConfig
-from ..layers.layer import DoraLayer
-from ..norms.ties import layers
+from ..layers import DoraLayer, layers_of
 from .models import shape_error
 from .patching import Function, patch
 
@@ -66,7 +65,7 @@ def _check_loaded(model: PreTrainedModel, adapter_name: str, arguments: dict[str
     config = cast(DoraConfig, model.peft_config[adapter_name])
     converted = from_checkpoint(model, adapter_name, tensors, config)
     with torch.no_grad():
-        for name, layer in layers(model, adapter_name):
+        for name, layer in layers_of(model, adapter_name):
             parameters = (*layer.factor_parameters(adapter_name), layer.magnitude(adapter_name))
             for parameter, key in zip(parameters, keys_of(f"{name}.", converted), strict=True):
                 value = converted.get(key)

@@ -1,7 +1,7 @@
 """The fast forward and backward for models built with PEFT's own `LoraConfig(use_dora=True)`.
 
 A framework that builds the adapter itself (TRL, LLaMA-Factory, Axolotl, diffusers' scripts) keeps doing so; modules,
-parameters and checkpoints stay PEFT's. Only `forward` of PEFT's LoRA layers goes through this package where their one
+parameters and checkpoints stay PEFT's. Only `forward` of PEFT's LoRA layers goes through this package, if their one
 active adapter is DoRA.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from peft.tuners import lora
@@ -17,17 +18,33 @@ from peft.tuners.lora import variants
 from torch import Tensor, nn
 
 from .. import norms
-from ..bases import unpack_for_gradient
-from ..layers.kinds import Embedding, Linear, _ConvNd
-from ..layers.layer import DoraLayer
+from ..bases import BaseWeight, base_weight, unpack_for_gradient
+from ..bases.inspection import stored_weight
+from ..bases.offload import at_hand
+from ..layers.conv import ConvKind
+from ..layers.embedding import EmbeddingKind
+from ..layers.forward import adapt_keeping_output, adapt_plainly, drops_base, may_differ_again
+from ..layers.kind import Kind
+from ..layers.linear import LinearKind, adapt_linear
+from ..layers.shortcut import Shortcut
 from ..norms import ties
 from ..ops import choice
-from ..ops.kept_output import Outputs, Report
+from ..ops.overwritten import Outputs, Report
+from .patching import patch, unpatch
+
+if TYPE_CHECKING:
+
+    class PeftLayer(nn.Module, lora.LoraLayer):
+        """One of PEFT's LoRA layers, all of which derive from both."""
+
 
 _DROPOUT_MODES = ("peft", "branch")
-_state: str | None = None  # the dropout mode while on
-_originals: list[tuple[Any, str, Any]] = []
+# The dropout mode, None while off.
+_state: str | None = None
 _warned: set[str] = set()
+# A forward method, or PEFT's function in the place of one.
+Forward = Callable[..., Tensor]
+_DORA_VARIANTS = (variants.DoraLinearVariant, variants.DoraEmbeddingVariant, variants._DoraConvNdVariant)
 _report = Report()
 
 
@@ -65,65 +82,65 @@ class accelerate_use_dora:
     def __enter__(self) -> accelerate_use_dora:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.undo()
 
 
 def _switch(mode: str | None) -> None:
     global _state
     _state = mode
-    if mode is not None and not _originals:
-        for cls in _peft_classes():
-            _replace(cls, "forward", _forward)
-        for variant in (variants.DoraLinearVariant, variants.DoraEmbeddingVariant, variants._DoraConvNdVariant):
-            _replace(variant, "forward", _warn_and_forward)
-    elif mode is None:
-        while _originals:
-            owner, name, original = _originals.pop()
-            setattr(owner, name, original)
+    for owners, make in ((_peft_classes(), _forward), (_DORA_VARIANTS, _warn_and_forward)):
+        for owner in owners:
+            if mode is None:
+                unpatch(owner, "forward")
+            else:
+                patch(owner, "forward", make)
+    if mode is None:
         norms.views.clear()
         _warned.clear()
 
 
-def _peft_classes() -> list[Any]:
-    classes: list[Any] = [lora.Linear, lora.Embedding, lora.layer._ConvNd]
-    for name in ("Linear8bitLt", "Linear4bit"):  # where bitsandbytes is installed
-        cls = getattr(lora, name, None) or getattr(lora.bnb, name, None)
-        if cls is not None:
-            classes.append(cls)
-    return classes
+def _peft_classes() -> list[type]:
+    # the last two are there if bitsandbytes is installed
+    quantised = [getattr(lora, n, None) or getattr(lora.bnb, n, None) for n in ("Linear8bitLt", "Linear4bit")]
+    return [lora.Linear, lora.Embedding, lora.layer._ConvNd, *(cls for cls in quantised if cls is not None)]
 
 
-def _replace(owner: Any, name: str, make: Any) -> None:
-    original = owner.__dict__[name]
-    _originals.append((owner, name, original))
-    new = make(getattr(owner, name))
-    setattr(owner, name, staticmethod(new) if isinstance(original, staticmethod) else new)
-
-
-def _forward(original: Any) -> Any:
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or torch.compiler.is_compiling() or _obstacle(self) is not None:
+def _forward(original: Forward) -> Forward:
+    def forward(self: PeftLayer, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if args or kwargs or torch.compiler.is_compiling():
             return original(self, x, *args, **kwargs)
         view = norms.views.get(self)
-        if view is None:
-            view = norms.views[self] = _VIEWS[_kind(self)](self)
-        adapter = self.active_adapters[0]
-        unpack_for_gradient(self.get_base_layer(), x, self.training)
-        shortcut = view._shortcut
-        if shortcut is not None and shortcut.is_open(view):
-            return shortcut(x, view)
-        if view._drops_base(adapter) or view._needs_autograd():
-            return view.adapt_plainly([adapter], x)
-        return view.adapt_fast(adapter, x)
+        # read once: another thread may replace it
+        shortcut = view._shortcut if isinstance(view, View) else None
+        if shortcut is not None and isinstance(view, View):
+            y = shortcut(view, self, x)
+            if y is not None:
+                return y
+        if _obstacle(self) is not None:
+            return original(self, x)
+        if not isinstance(view, View):
+            view = norms.views[self] = View(self)
+        return _adapted(view, self, self.active_adapters[0], x)
 
     return forward
 
 
-def _warn_and_forward(original: Any) -> Any:
+def _adapted(view: View, module: PeftLayer, adapter: str, x: Tensor) -> Tensor:
+    unpack_for_gradient(view.get_base_layer(), x, module.training)
+    how = choice.decide(x.device, x.dtype)
+    if how == "dense" or drops_base(view, adapter) or may_differ_again(view):
+        return adapt_plainly(view, [adapter], how, x, (), {})
+    if isinstance(view.kind, LinearKind):
+        y, view._shortcut = adapt_linear(view, module, adapter, how, x, (), {})
+        return y
+    return adapt_keeping_output(view, adapter, how, x, (), {})
+
+
+def _warn_and_forward(original: Forward) -> Forward:
     """Around PEFT's DoRA itself: whatever arrives here was not taken over."""
 
-    def forward(module: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(module: PeftLayer, *args: object, **kwargs: object) -> Tensor:
         if not torch.compiler.is_compiling():
             reason = _obstacle(module) or "it is called with options such as adapter_names"
             message = f"{type(module).__module__}.{type(module).__name__}: {reason}"
@@ -137,19 +154,15 @@ def _warn_and_forward(original: Any) -> Any:
     return forward
 
 
-_DORA_VARIANTS = (variants.DoraLinearVariant, variants.DoraEmbeddingVariant, variants._DoraConvNdVariant)
-
-
-def _kind(module: Any) -> str:
+def _kind(module: PeftLayer) -> Kind:
     if isinstance(module, lora.Embedding):
-        return "embedding"
-    return "conv" if isinstance(module, lora.layer._ConvNd) else "linear"
+        return EmbeddingKind()
+    return ConvKind() if isinstance(module, lora.layer._ConvNd) else LinearKind()
 
 
-def _obstacle(module: Any) -> str | None:
-    """Why PEFT has to compute this layer now; None where this package can."""
-    known: Any = tuple(_peft_classes())
-    if not isinstance(module, known):
+def _obstacle(module: PeftLayer) -> str | None:
+    """Why PEFT has to compute this layer now; None if this package can."""
+    if not isinstance(module, tuple(_peft_classes())):
         return "a class that this package does not know"
     if module.disable_adapters or module.merged:
         return "its adapters are disabled or merged"
@@ -170,114 +183,107 @@ def _obstacle(module: Any) -> str | None:
     return None
 
 
-class _Always(dict[str, Any]):
+T = TypeVar("T")
+
+
+class _Always(dict[str, T]):
     """The same value for every adapter."""
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: T) -> None:
         super().__init__()
         self.value = value
 
-    def __missing__(self, _: str) -> Any:
+    def __missing__(self, _: str) -> T:
+        return self.value
+
+    def get(self, _: str, default: object = None) -> T:  # type: ignore[override]
         return self.value
 
 
-class _View:
-    """One of PEFT's layers with the interface of a DoraLayer: its modules and parameters, our norm and formulas."""
+class View:
+    """One of PEFT's layers as the norms and formulas of this package see it: its modules and parameters, our records.
+
+    Attributes:
+        kind: How it computes.
+    """
 
     magnitude_only = _Always(False)
     detach_norm = _Always(True)
-    _original = None
 
-    get_base_layer = DoraLayer.get_base_layer
-    original_weight = DoraLayer.original_weight
-    base_weight = DoraLayer.base_weight
-    factor_parameters: Any = DoraLayer.factor_parameters
-    factors = DoraLayer.factors
-    as_matrices: Any = DoraLayer.as_matrices
-    magnitude = DoraLayer.magnitude
-    scale = DoraLayer.scale
-    base_weight_of = DoraLayer.base_weight_of
-    held_weight = DoraLayer.held_weight
-    _tied = DoraLayer._tied
-    _dense_norm = DoraLayer._dense_norm
-    _wide_matrix = DoraLayer._wide_matrix
-    _as_matrix: Any = DoraLayer._as_matrix
-    _drops_base: Any = DoraLayer._drops_base
-    _dropped: Any = DoraLayer._dropped
-    adapt: Any = DoraLayer.adapt
-    adapt_plainly: Any = DoraLayer.adapt_plainly
-    adapt_fast: Any = DoraLayer.adapt_fast
-    _needs_autograd: Any = DoraLayer._needs_autograd
-    _own_forward: Any = DoraLayer._own_forward
-    _without_bias: Any = DoraLayer._without_bias
-    _base_output: Any = DoraLayer._base_output
-    _base_product: Any = DoraLayer._base_product
-    _pinned_product: Any = DoraLayer._pinned_product
-    _dense_weight: Any = DoraLayer._dense_weight
-    _multiplies: Any = DoraLayer._multiplies
-    _oriented: Any = DoraLayer._oriented
-    _multiply: Any = DoraLayer._multiply
-    _bias = DoraLayer._bias
-    _per_channel: Any = DoraLayer._per_channel
-
-    def __init__(self, module: Any) -> None:
-        self.module = weakref.ref(module)  # the table of views must not keep the layer alive
+    def __init__(self, module: PeftLayer) -> None:
+        # the table of views must not keep the layer alive
+        self._module = weakref.ref(module)
+        self.kind = _kind(module)
         self._norms: dict[str, norms.Norm] = {}
-        self._base_norm = self._seam = self._shortcut = None
-        self.name = f"{type(module).__name__}({', '.join(map(str, module.base_layer.weight.shape))})"
+        self._base_norm: norms.BaseNorm | None = None
+        self._shortcut: Shortcut | None = None
+        shape = getattr(module.base_layer, "weight", torch.empty(0)).shape
+        self.name = f"{type(module).__name__}({', '.join(map(str, shape))})"
         self._outputs = Outputs(self.name, _report)
         self.number = norms.register(self)
+
+    @property
+    def module(self) -> PeftLayer:
+        """PEFT's layer."""
+        module = self._module()
+        assert module is not None, "a view is used by its own layer alone"
+        return module
+
+    @property
+    def base_layer(self) -> nn.Module:
+        return self.module.base_layer
+
+    @property
+    def scaling(self) -> Mapping[str, float]:
+        return self.module.scaling
+
+    @property
+    def training(self) -> bool:
+        return self.module.training
+
+    @property
+    def lora_dropout(self) -> nn.ModuleDict:
+        return self.module.lora_dropout
+
+    @property
+    def dropout_mode(self) -> Mapping[str, str]:
+        return _Always("branch" if _state == "branch" else "paper")
+
+    def get_base_layer(self) -> nn.Module:
+        return self.module.get_base_layer()
+
+    def original_weight(self) -> norms.Stored:
+        return stored_weight(self.get_base_layer())
+
+    def base_weight(self, weight: Tensor | None = None) -> BaseWeight:
+        return base_weight(self.get_base_layer(), self.name, weight)
+
+    def factor_parameters(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
+        module = self.module
+        if isinstance(module, lora.Embedding):
+            return module.lora_embedding_A[adapter], module.lora_embedding_B[adapter]
+        # no parameters in FSDP, in replicas and under functional_call
+        return cast(nn.Parameter, module.lora_A[adapter].weight), cast(nn.Parameter, module.lora_B[adapter].weight)
+
+    def as_matrices(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+        return self.kind.as_matrices(self.get_base_layer(), lora_A, lora_B)
+
+    def magnitude(self, adapter: str) -> nn.Parameter:
+        return cast(nn.Parameter, self.module.lora_magnitude_vector[adapter].weight)
 
     def initial_scaling(self, adapter: str) -> float:
         """s as PEFT's layer has it."""
         return float(self.scaling[adapter])
 
+    def _get_embed_scale(self) -> Tensor | float | None:
+        return self.module._get_embed_scale()
+
     def settle_late(self, adapter: str) -> None:
-        """As `DoraLayer.settle_late`; PEFT's m stays 0 on a zero row of W0, whatever B has become there."""
-        DoraLayer.settle_late(self, adapter)  # type: ignore[arg-type]
-        zero = ties.zero_rows(self)
+        """Find out which rows are tied; PEFT's m stays 0 on a zero row of W0, whatever B has become there."""
+        with at_hand(self.get_base_layer()):
+            tied = ties.settle_late(self, adapter)
+            zero = ties.zero_rows(self)
         if zero is not None and bool(zero.any()):
-            own: Any = self
-            norm, magnitude = self._norms[adapter], own.magnitude(adapter).detach().view(-1)
-            tied = zero & (magnitude == 0).to(zero.device)
-            tied = tied if norm.tied is None else tied | norm.tied.to(zero.device)
-            norm.tied = tied if bool(tied.any()) else None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module(), name)
-
-    @property
-    def dropout_mode(self) -> _Always:
-        return _Always("branch" if _state == "branch" else "paper")
-
-
-class _LinearView(_View):
-    adapt_fast = Linear.adapt_fast
-    _own_forward = Linear._own_forward
-    _multiplies = Linear._multiplies
-    _oriented = Linear._oriented
-    _multiply = Linear._multiply
-    _as_matrix = Linear._as_matrix
-    _low_rank = Linear._low_rank
-
-
-class _EmbeddingView(_View):
-    factor_parameters = Embedding.factor_parameters
-    _drops_base = Embedding._drops_base
-    _dropped = Embedding._dropped
-    _as_matrix = Embedding._as_matrix
-    _multiplies = Embedding._multiplies
-    _multiply = Embedding._multiply
-    _low_rank = Embedding._low_rank
-
-
-class _ConvView(_View):
-    as_matrices = _ConvNd.as_matrices
-    _multiplies = _ConvNd._multiplies
-    _multiply = _ConvNd._multiply
-    _as_matrix = _ConvNd._as_matrix
-    _low_rank = _ConvNd._low_rank
-    _per_channel = _ConvNd._per_channel
-
-
-_VIEWS = {"linear": _LinearView, "embedding": _EmbeddingView, "conv": _ConvView}
+            never = zero & (self.magnitude(adapter).detach().view(-1) == 0).to(zero.device)
+            tied = never if tied is None else never | tied.to(zero.device)
+            norms.settle_as(self, adapter, tied if bool(tied.any()) else None)

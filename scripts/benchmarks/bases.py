@@ -21,7 +21,8 @@ class Shape:
     kv_heads: int
     layers: int
     vocab: int
-    head_dim: int | None = None  # hidden / heads if None
+    # hidden / heads if None
+    head_dim: int | None = None
     tied: bool = False
     qwen3: bool = False
 

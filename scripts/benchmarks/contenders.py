@@ -52,8 +52,10 @@ class _Floor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, dropped, weight, bias, lora_A, lora_B):
-        y = F.linear(x, weight, bias)  # [..., out]
-        after_A = F.linear(x if dropped is None else dropped, lora_A.to(x.dtype)).flatten(0, -2)  # [N, r]
+        # [..., out]
+        y = F.linear(x, weight, bias)
+        # [N, r]
+        after_A = F.linear(x if dropped is None else dropped, lora_A.to(x.dtype)).flatten(0, -2)
         y.view(-1, y.shape[-1]).addmm_(after_A, lora_B.to(x.dtype).T)
         ctx.save_for_backward(x if dropped is None else dropped, weight, lora_A, lora_B, after_A)
         ctx.shared = dropped is None
@@ -63,14 +65,19 @@ class _Floor(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight, lora_A, lora_B, after_A = ctx.saved_tensors
-        flat = grad.flatten(0, -2)  # [N, out]
-        grad_after_A = flat @ lora_B.to(x.dtype)  # [N, r]
-        grad_A = (grad_after_A.T @ x.flatten(0, -2)).to(lora_A.dtype)  # [r, in]
-        grad_B = (flat.T @ after_A).to(lora_B.dtype)  # [out, r]
+        # [N, out]
+        flat = grad.flatten(0, -2)
+        # [N, r]
+        grad_after_A = flat @ lora_B.to(x.dtype)
+        # [r, in]
+        grad_A = (grad_after_A.T @ x.flatten(0, -2)).to(lora_A.dtype)
+        # [out, r]
+        grad_B = (flat.T @ after_A).to(lora_B.dtype)
         A = lora_A.to(x.dtype)
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
-            grad_x = flat @ weight  # [N, in]
+            # [N, in]
+            grad_x = flat @ weight
             if ctx.shared:
                 grad_x.addmm_(grad_after_A, A)
             else:
@@ -128,7 +135,8 @@ def unavailable(name: str, device: torch.device) -> str | None:
         try:
             with dora_peft.implementation(name.partition(":")[2]):
                 return None
-        except Exception as error:  # whatever the reason, it is the note
+        except Exception as error:
+            # whatever the reason, it is the note
             return f"{type(error).__name__}: {error}"
     if name.endswith("_compiled") and device.type == "cpu":
         compilers = [os.environ.get("CXX", "g++"), "clang++"]

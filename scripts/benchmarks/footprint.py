@@ -91,7 +91,8 @@ def peak_of_process(name: str, options: Namespace, setting: Mapping[str, Any]) -
         values |= {key: value for key, value in setting.items() if value is not None}
         arguments = [f"--{key.replace('_', '-')}={value}" for key, value in values.items() if value is not None]
         script = Path(__file__).parents[1] / "benchmark.py"
-        python = [sys.executable, "-W", "ignore::FutureWarning"]  # of transformers about PEFT
+        # of transformers about PEFT
+        python = [sys.executable, "-W", "ignore::FutureWarning"]
         command = [*python, str(script), "memory", *arguments, f"--worker={name}", f"--json={path}"]
         status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
         if status != 0:

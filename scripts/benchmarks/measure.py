@@ -81,8 +81,10 @@ def interleave(
     order, shuffle = list(calls), random.Random(options.seed).shuffle
     times: dict[str, dict[str, list[float]]] = {}
     gc.collect()
-    gc.freeze()  # collections look at nothing older than this: 0.2 s each otherwise
-    gc.disable()  # and one in the middle of a run would hit whoever runs at that moment
+    # collections look at nothing older than this: 0.2 s each otherwise
+    gc.freeze()
+    # and one in the middle of a run would hit whoever runs at that moment
+    gc.disable()
     try:
         for index in tqdm(range(options.warmup + options.rounds), desc=label, unit="round", disable=None):
             shuffle(order)

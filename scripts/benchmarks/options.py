@@ -17,11 +17,13 @@ from benchmarks.suites import SUITES
 from common.arguments import positive
 
 CHECKPOINTING = ("none", "reentrant", "non-reentrant")
-ALWAYS = ["lora", "peft_dora"]  # the unit of all ratios, and what the other DoRAs have to equal
+# the unit of all ratios, and what the other DoRAs have to equal
+ALWAYS = ["lora", "peft_dora"]
 
 
 DEFAULT = [*ALWAYS, "dora", "dora:torch", "dora:reference", "dora:triton", "frozen", "lora_floor"]
-CPU_VOCABULARY = 2048  # the output layer, which no adapter touches, would outweigh a few cut layers on a CPU
+# the output layer, which no adapter touches, would outweigh a few cut layers on a CPU
+CPU_VOCABULARY = 2048
 
 
 # What a stored result is not distinguished by.

@@ -58,8 +58,10 @@ def time_steps(
 
     label = f"step r={rank} dropout={dropout} checkpointing={checkpointing}"
     times = interleave({name: lambda name=name: step(name) for name in contenders}, options, label)
-    losses.pop("lora_floor", None)  # AdamW takes other steps if B contains the scaling
-    if dropout == 0:  # the others saw the same batches, so they have to have learned the same
+    # AdamW takes other steps if B contains the scaling
+    losses.pop("lora_floor", None)
+    # the others saw the same batches, so they have to have learned the same
+    if dropout == 0:
         check_equal(losses, options.dtype)
     setting = {
         "rank": rank,
@@ -242,7 +244,8 @@ def measure_refresh(options: Namespace, shape: tuple[int, int], rank: int) -> It
 
     def timed(function: Callable[[], Any]) -> dict[str, float]:
         with torch.no_grad():
-            adapted.lora_B["default"].weight[0].neg_()  # an edit, which the check has to notice
+            # an edit, which the check has to notice
+            adapted.lora_B["default"].weight[0].neg_()
         start = clock(device)
         function()
         return {"refresh": clock(device) - start}
@@ -251,7 +254,7 @@ def measure_refresh(options: Namespace, shape: tuple[int, int], rank: int) -> It
         exact = (base.linear.weight.double() + scaling * (B.weight.double() @ A.weight.double())).norm(dim=1)
         norms = {
             "peft_dora": peft_norm().double(),
-            "dora": dora_peft.norms.weight_norm(adapted, "default").value.double(),
+            "dora": dora_peft.norms.up_to_date(adapted, "default").value.double(),
         }
     for function in (refresh_all, refresh_after_edit):
         before = count_norms(ours)
@@ -285,7 +288,8 @@ def count_refreshes(options: Namespace, skipped: Skipped) -> Result:
     """How many norms one adapted layer computes in an optimizer step with checkpointing over four micro-batches."""
     base = build_model(options, options.dtype)
     (tokens,) = random_tokens(options, 1, 4 * 16)
-    batches = tokens[:1].split(16, dim=1)  # small: the count does not depend on the size
+    # small: the count does not depend on the size
+    batches = tokens[:1].split(16, dim=1)
     contenders = build_contenders(base, options, skipped, options.rank[0], 0.0, options.adapter_dtype)
     counts = {}
     for name, contender in contenders.items():

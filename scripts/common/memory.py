@@ -12,7 +12,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode  # documented in "Extending PyTorch", whatever its path
+
+# documented in "Extending PyTorch", whatever its path
+from torch.utils._python_dispatch import TorchDispatchMode
 
 MIB = 2**20
 
@@ -60,7 +62,8 @@ class NewStorages(TorchDispatchMode):
 
     def alive_bytes(self) -> int:
         """Bytes of the noted storages that still exist."""
-        gc.collect()  # a cycle that waits for the collector is not kept for backward
+        # a cycle that waits for the collector is not kept for backward
+        gc.collect()
         return sum(size for reference, size in self.seen.values() if not reference.expired())
 
 
@@ -82,7 +85,8 @@ def saved_bytes(forward: Callable[[], Tensor]) -> int:
     Parameters, buffers and inputs existed before and do not. No saved-tensor hook is active. Call `forward` once
     before, so that nothing that it caches for good is counted. Runs the backward pass to free what was kept.
     """
-    gc.freeze()  # the collection in `alive_bytes` looks at nothing older than this
+    # the collection in `alive_bytes` looks at nothing older than this
+    gc.freeze()
     try:
         with NewStorages() as storages:
             loss = forward()

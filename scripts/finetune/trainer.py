@@ -112,5 +112,6 @@ def leave_process_group(trainer: Trainer) -> None:
     (torch 2.13; pytorch/pytorch#56297). The group's own Python object waits without the lock.
     """
     trainer.model_wrapped = trainer.model
-    trainer.accelerator.free_memory()  # drops its references too and collects the garbage
+    # drops its references too and collects the garbage
+    trainer.accelerator.free_memory()
     trainer.accelerator.end_training()

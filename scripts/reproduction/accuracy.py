@@ -46,8 +46,10 @@ TASKS = {
 # Of the adapters, around what was best for rank 8; a tenth of it in full fine-tuning. In the order in which a smaller
 # grid takes them.
 RATES = {"spelling": (4e-3, 2e-3, 8e-3, 1e-3, 1.6e-2), "cities": (2e-3, 4e-3, 1e-3, 5e-4, 8e-3)}
-FINALISTS = 2  # rates that are tried with every seed
-MEMORY_LENGTH = 28  # tokens of a record, for the memory beside the cost of detaching
+# rates that are tried with every seed
+FINALISTS = 2
+# tokens of a record, for the memory beside the cost of detaching
+MEMORY_LENGTH = 28
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
     "dora": {"method": "dora"},
@@ -62,7 +64,8 @@ class Trial:
 
     task: str
     method: str
-    rank: int  # 0 in full fine-tuning
+    # 0 in full fine-tuning
+    rank: int
     rate: float
     seed: int
 
@@ -72,7 +75,8 @@ class Trial:
         return f"{self.task} {self.method}{rank} lr={self.rate:g} seed={self.seed}"
 
 
-ANY = Trial("any", "full", 0, 1e-4, 0)  # for what does not depend on the run
+# for what does not depend on the run
+ANY = Trial("any", "full", 0, 1e-4, 0)
 
 
 class Laboratory:
@@ -95,7 +99,8 @@ class Laboratory:
         self.gguf_file = files[0].name if files else None
         self.tasks: dict[str, tuple[Dataset, Dataset, Dataset]] = {}
         self.digests: dict[str, str] = {}
-        disable_progress_bars()  # of `datasets`; the runs have their own lines
+        # of `datasets`; the runs have their own lines
+        disable_progress_bars()
         disable_progress_bar()
 
     def config(self, trial: Trial, output_dir: str = "outputs/reproduce") -> FinetuneConfig:
@@ -187,7 +192,8 @@ class Laboratory:
                 train_dataset=train,
                 callbacks=list(callbacks),
             )
-            trainer.remove_callback(PrinterCallback)  # a run has one line, when it ends
+            # a run has one line, when it ends
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
         return trainer.model.eval()
 
@@ -203,7 +209,8 @@ class Laboratory:
     def measure(self, model: nn.Module, records: Dataset, batch_size: int = 100) -> tuple[float, float]:
         """Mean loss per answer token, and the share of records whose answer tokens are all the most likely ones."""
         collate, total, tokens, right = AnswerCollator(self.tokenizer.pad_token_id), 0.0, 0, 0
-        order = sorted(range(len(records)), key=lambda i: len(records[i]["input_ids"]))  # little padding
+        # little padding
+        order = sorted(range(len(records)), key=lambda i: len(records[i]["input_ids"]))
         for start in range(0, len(order), batch_size):
             batch = collate([records[i] for i in order[start : start + batch_size]])
             batch = {name: tensor.to(self.options.device) for name, tensor in batch.items()}
@@ -253,8 +260,10 @@ def train_all(runs: Runs, laboratory: Laboratory, methods: Sequence[str]) -> dic
                 "rank": rank,
                 "rate": best,
                 "edge": at_edge(best, rates),
-                "validation_loss_by_rate": {f"{rate:g}": value for rate, value in first.items()},  # of the first seed
-                "mean_validation_loss": {f"{rate:g}": value for rate, value in means.items()},  # over all seeds
+                # of the first seed
+                "validation_loss_by_rate": {f"{rate:g}": value for rate, value in first.items()},
+                # over all seeds
+                "mean_validation_loss": {f"{rate:g}": value for rate, value in means.items()},
                 "accuracies": accuracies,
                 "mean": statistics.mean(accuracies),
                 "spread": statistics.stdev(accuracies) if seeds > 1 else 0.0,
@@ -273,7 +282,8 @@ def plan_of(options: Options) -> Plan:
     if options.dry_run:
         sizes = {"steps": 2, "batch": 2, "num_train": 8, "num_validation": 4, "num_test": 4}
         return Plan(tasks=("spelling",), ranks=(1, 2), seeds=(0, 1), **sizes)
-    if options.size == "full":  # LLaMA-7B; the paper's figure by rank is --ranks 4 8 16 32 64
+    # LLaMA-7B; the paper's figure by rank is --ranks 4 8 16 32 64
+    if options.size == "full":
         return Plan(tasks=("commonsense",), ranks=(4, 32))
     return Plan()
 

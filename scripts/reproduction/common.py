@@ -104,11 +104,14 @@ class Runs:
 
     def __init__(self, claim: str, options: Options, settings: dict[str, Any]) -> None:
         self.path, self.options = options.path(claim), options
-        settings = json.loads(json.dumps(settings))  # as the file gives it back
+        # as the file gives it back
+        settings = json.loads(json.dumps(settings))
         self.content: dict[str, Any] = {"claim": claim, "size": options.size, "command": options.command}
         self.content |= {"settings": settings, "machines": [], "runs": {}}
-        self.asked: set[str] = set()  # the keys that this command asked for
-        self.adopted: set[str] = set()  # and has not asked for yet
+        # the keys that this command asked for
+        self.asked: set[str] = set()
+        # and has not asked for yet
+        self.adopted: set[str] = set()
         if self.path.is_file() and not self.take(self.path):
             backups = (self.path.with_name(f"{self.path.name}.bak{number or ''}") for number in itertools.count())
             backup = next(path for path in backups if not path.exists())

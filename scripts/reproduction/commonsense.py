@@ -86,7 +86,8 @@ def execute(script: str, arguments: Sequence[str]) -> None:
 def train_all(runs: Runs, options: Options, plan: Plan, methods: Sequence[str]) -> dict[str, Any]:
     """For each method and rank the accuracies over the seeds."""
     total, settings, cases = len(methods) * len(plan.ranks) * len(plan.seeds), runs.content["settings"], {}
-    inputs = digest(*sorted((options.data / "commonsense" / "test").glob("*.json")))  # the rest is in the settings
+    # the rest is in the settings
+    inputs = digest(*sorted((options.data / "commonsense" / "test").glob("*.json")))
     for method in methods:
         for rank in plan.ranks:
             accuracies = [

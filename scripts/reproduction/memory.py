@@ -48,7 +48,8 @@ from reproduction.reference_linear import MatmulInFp32, ReferenceLinear
 from vl_bart.model import SIZES, VlBartConfig, build_vl_bart, random_batch
 
 DTYPE = torch.bfloat16
-ANSWER_LEN = 5  # tokens that VL-BART's decoder learns
+# tokens that VL-BART's decoder learns
+ANSWER_LEN = 5
 _7B = SHAPES["llama-7b"]
 LLAMA = {
     "full": _7B,
@@ -74,8 +75,10 @@ class Family:
     rank: int
     alpha: float
     dropout: float
-    settings: list[tuple[int, int]]  # batch and length; the first one is the paper's
-    shape: Mapping[str, Any] = field(default_factory=dict)  # what `build` and `batch` depend on
+    # batch and length; the first one is the paper's
+    settings: list[tuple[int, int]]
+    # what `build` and `batch` depend on
+    shape: Mapping[str, Any] = field(default_factory=dict)
 
     def methods(self) -> list[str]:
         """What is measured; without dropout it does not matter where it acts."""
@@ -90,7 +93,8 @@ class Family:
 def families(options: Options) -> dict[str, Family]:
     """The two models at the size asked for."""
     size = "toy" if options.dry_run else options.size
-    llama, shrink = LLAMA[size], 1 if size == "full" else 8  # ranks shrink with the widths
+    # ranks shrink with the widths
+    llama, shrink = LLAMA[size], 1 if size == "full" else 8
 
     def build_llama(device: torch.device) -> nn.Module:
         return build_base(llama, llama.layers, llama.vocab, DTYPE, device, 0)
@@ -168,8 +172,10 @@ def measure(
     """
     on_cpu = device.type == "cpu"
     if not on_cpu:
-        gc.collect()  # the previous model, whose modules refer to each other
-    gc.freeze()  # the collections below look at nothing older than this
+        # the previous model, whose modules refer to each other
+        gc.collect()
+    # the collections below look at nothing older than this
+    gc.freeze()
     torch.manual_seed(0)
     inputs = family.batch(base, batch, length, device)
 
@@ -200,7 +206,8 @@ def measure(
                 parts = ("weights", "gradients", "optimizer", "saved")
                 return found | {"total_mib": sum(found[f"{part}_mib"] for part in parts)}
             optimizer = torch.optim.AdamW(param_groups(model, 0.0), lr=1e-4)
-            step()  # makes the optimizer's moments, and tunes
+            # makes the optimizer's moments, and tunes
+            step()
             before = torch.cuda.memory_allocated()
             loss = forward()
             found["saved_mib"] = (torch.cuda.memory_allocated() - before) / MIB
@@ -221,7 +228,8 @@ def measure_if_it_fits(method: str, base: Callable[[], nn.Module], *case: Any) -
     try:
         return measure(method, base(), *case)
     except torch.OutOfMemoryError:
-        pass  # the exception holds the model until this block ends
+        # the exception holds the model until this block ends
+        pass
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -232,7 +240,8 @@ def measure_all(
     runs: Runs, name: str, family: Family, settings: Sequence[tuple[int, int]], device: torch.device, total: int
 ) -> None:
     """Every method at these batches and lengths."""
-    base = functools.cache(lambda: family.build(device))  # not at all if the file has everything
+    # not at all if the file has everything
+    base = functools.cache(lambda: family.build(device))
     for batch, length in settings:
         for method in family.methods():
             case = functools.partial(measure_if_it_fits, method, base, family, batch, length, device)
@@ -250,9 +259,11 @@ def run(options: Options) -> None:
     }
     runs = Runs("memory", options, settings)
     for key in [key for key, found in runs.runs.items() if "out_of_memory" in found]:
-        del runs.runs[key]  # this GPU may be larger
+        # this GPU may be larger
+        del runs.runs[key]
     total = sum(len(family.methods()) * len(family.settings) for family in cases.values())
-    for sweep in (False, True):  # the paper's settings first
+    for sweep in (False, True):
+        # the paper's settings first
         for name, family in cases.items():
             measure_all(runs, name, family, family.settings[1:] if sweep else family.settings[:1], device, total)
     whole = cases if options.size == "full" else families(dataclasses.replace(options, size="full", dry_run=False))
@@ -280,7 +291,8 @@ def conclude(found: Mapping[str, Any]) -> str:
         f"detaching saves {measured} (predicted {predicted}) or {found['saving_percent']['reference']:.1f} % on the "
         f"dense algorithm (paper {found['paper_percent']:.1f} %)"
     )
-    if "dora" in found["saving_percent"]:  # it may not have fitted
+    # it may not have fitted
+    if "dora" in found["saving_percent"]:
         text += f", {found['saving_percent']['dora']:.1f} % on ours"
     return f"{text}; ours takes {found['ours_to_lora']:.2f} of LoRA's memory" if "ours_to_lora" in found else text
 

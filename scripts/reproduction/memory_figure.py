@@ -8,7 +8,8 @@ from typing import Any
 
 from common.files import replacing
 
-METHODS = {  # in the order of the claim: the dense algorithm first
+# in the order of the claim: the dense algorithm first
+METHODS = {
     "reference_not_detached": "DoRA, dense,\nnorm not detached",
     "reference": "DoRA, dense,\nnorm detached",
     "dora_not_detached": "DoRA (ours),\nnorm not detached",
@@ -19,8 +20,10 @@ METHODS = {  # in the order of the claim: the dense algorithm first
     "full": "full fine-tuning",
 }
 TITLES = {"llama": "LLaMA-7B", "vl_bart": "VL-BART"}
-SHRUNK = {"llama": 512, "vl_bart": 64}  # at laptop size
-PAPER = {  # GB
+# at laptop size
+SHRUNK = {"llama": 512, "vl_bart": 64}
+# GB
+PAPER = {
     "llama": {"reference_not_detached": 37.3, "reference": 28.2},
     "vl_bart": {"reference_not_detached": 23.4, "reference": 20.5},
 }
@@ -78,7 +81,8 @@ def draw_savings(axes: Any, found: Mapping[str, Any]) -> None:
     """What detaching saves at each setting that fitted, and as a mark the predicted MiB in the same unit."""
     measured, predicted = found["saving_percent_by_setting"], found["predicted_percent_by_setting"]
     bars = axes.barh(range(len(measured)), measured.values(), 0.5, color="tab:green", label="measured")
-    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the paper's line crosses some
+    # the paper's line crosses some
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     axes.bar_label(bars, fmt="%.1f", padding=8, fontsize=9, bbox=behind)
     axes.plot(predicted.values(), range(len(predicted)), "kD", markersize=6, label="predicted: copies of W0 + sBA")
     axes.axvline(found["paper_percent"], color="tab:orange", linestyle="--", label="paper")
@@ -94,4 +98,5 @@ def draw_savings(axes: Any, found: Mapping[str, Any]) -> None:
 
 
 def format_size(mib: float) -> str:
-    return f"{mib / 953.67:.1f} GB" if mib >= 1000 else f"{mib:.1f} MiB"  # 10^9 bytes as in the paper
+    # 10^9 bytes as in the paper
+    return f"{mib / 953.67:.1f} GB" if mib >= 1000 else f"{mib:.1f} MiB"

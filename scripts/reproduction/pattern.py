@@ -98,7 +98,8 @@ def record(laboratory: Laboratory, trial: Trial, every: int) -> dict[str, Any]:
     start = time.perf_counter()
     laboratory.train(trial, [callback])
     seconds = {"training_seconds": time.perf_counter() - start, "recording_seconds": callback.seconds}
-    digits = {"magnitude", "direction"}  # six of them say all, and spare half of a large file
+    # six of them say all, and spare half of a large file
+    digits = {"magnitude", "direction"}
     history = [{k: float(f"{v:.6g}") if k in digits else v for k, v in e.items()} for e in callback.history]
     return {"method": trial.method, "seed": trial.seed, "history": history} | seconds
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode  # documented in "Extending PyTorch", whatever its path
+
+# documented in "Extending PyTorch", whatever its path
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_peft import reference
 

@@ -19,9 +19,6 @@ from reproduction.verdicts import NAMES, OPEN, ROWS, Content, describe_correlati
 SIZES = ("full", "laptop")
 
 
-# ---- the sections below the table, a function a claim
-
-
 def detail_memory(content: Content) -> list[str]:
     lines = [
         "",

@@ -13,10 +13,13 @@ from typing import Any
 from reproduction.common import interval
 
 YES, PARTLY, NO, OPEN = "reproduced", "partly", "not reproduced", "not measured yet"
-MIN_SEEDS = 3  # with fewer, an interval over seeds is too wide to say anything
-MARGIN = 0.01  # an accuracy within a point of another is as good
+# with fewer, an interval over seeds is too wide to say anything
+MIN_SEEDS = 3
+# an accuracy within a point of another is as good
+MARGIN = 0.01
 Content = Mapping[str, Any]
-Contents = Mapping[str, Content]  # by claim, of one size
+# by claim, of one size
+Contents = Mapping[str, Content]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Row:
     title: str
     paper: str
     rule: str
-    judge: Callable[[Contents], tuple[str, str]]  # the files' contents to our figure and the verdict
+    # the files' contents to our figure and the verdict
+    judge: Callable[[Contents], tuple[str, str]]
 
 
 def grade(holds: Sequence[bool]) -> str:
@@ -128,7 +132,8 @@ def judge_vl_bart(claim: str) -> Callable[[Contents], tuple[str, str]]:
         if methods["dora"]["mean"] <= max(summary["question_only"], methods["dora"]["swapped"]) or gain["high"] < 0:
             return figure, NO
         beats, equals = gain["low"] > 0, to_full["low"] > -MARGIN
-        return figure, grade([beats] if claim == "vl_bart_video" else [beats, equals])  # of videos it says no more
+        # of videos it says no more
+        return figure, grade([beats] if claim == "vl_bart_video" else [beats, equals])
 
     return judge
 
@@ -139,7 +144,8 @@ NAMES = {
 
 
 def describe_gain(gain: Mapping[str, float]) -> str:
-    mean, low, high = (f"{round(100 * gain[name], 1) + 0.0:+.1f}" for name in ("mean", "low", "high"))  # no -0.0
+    # no -0.0
+    mean, low, high = (f"{round(100 * gain[name], 1) + 0.0:+.1f}" for name in ("mean", "low", "high"))
     return f"{mean} points [{low}, {high}]"
 
 

@@ -101,7 +101,8 @@ class Task:
                 del runs.runs["backbone"]
             runs.do("backbone", lambda: self.train_backbone(folder), total)
             self.base = VlBartForConditionalGeneration.from_pretrained(folder)
-            files.append(folder / "model.safetensors")  # trained again on another machine, it is another one
+            # trained again on another machine, it is another one
+            files.append(folder / "model.safetensors")
         self.inputs = digest(*files)
         self.base.to(self.device).requires_grad_(False)
 
@@ -207,7 +208,8 @@ def run(
     chosen = list(seeds or settings.seeds)
     task = Task(settings, options)
     measured = {name: value for name, value in vars(settings).items() if name != "seeds"} | {"backbone": task.backbone}
-    claim = "vl_bart_video" if settings.dataset == "vl_bart_video" else "vl_bart"  # another claim of the paper
+    # another claim of the paper
+    claim = "vl_bart_video" if settings.dataset == "vl_bart_video" else "vl_bart"
     runs = Runs(claim, options, measured)
     total = len(METHODS) * (len(settings.learning_rates["lora"]) + len(chosen) - 1) + (settings.model is None)
     task.load_base(runs, total)

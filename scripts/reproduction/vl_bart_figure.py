@@ -11,7 +11,8 @@ from reproduction.common import Runs, interval
 METHODS = {
     "lora": "LoRA", "dora": "DoRA", "dora_not_detached": "DoRA,\nnorm not\ndetached", "full": "full\nfine-tuning"
 }  # fmt: skip
-PAPER = {"full": 77.3, "lora": 76.5, "dora": 77.4}  # images
+# images
+PAPER = {"full": 77.3, "lora": 76.5, "dora": 77.4}
 
 
 PAPER_OF_DATASET = {"vl_bart_image": PAPER, "vl_bart_video": {"full": 87.5, "lora": 83.5, "dora": 85.4}}
@@ -44,7 +45,8 @@ def draw(runs: Runs) -> None:
 
     summary: Mapping[str, Any] = runs.content["summary"]
     methods, dataset = summary["methods"], runs.content["settings"]["dataset"]
-    paper = PAPER_OF_DATASET.get(dataset, {})  # elsewhere they would invite a comparison of unlike data
+    # elsewhere they would invite a comparison of unlike data
+    paper = PAPER_OF_DATASET.get(dataset, {})
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for place, (method, entry) in enumerate(methods.items()):
@@ -63,7 +65,8 @@ def draw(runs: Runs) -> None:
         gain, colour = difference(methods, method, "lora"), f"C{place + 1}"
         pairs = zip(methods[method]["accuracies"], methods["lora"]["accuracies"], strict=True)
         mean, low, high = (100 * gain[name] for name in ("mean", "low", "high"))
-        errors = [[max(0.0, mean - low)], [max(0.0, high - mean)]]  # rounding could make -1e-15 of 0
+        # rounding could make -1e-15 of 0
+        errors = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
         names = ("mean, 95 % interval", "a seed") if place == 0 else (None, None)
         right.errorbar(place, mean, errors, fmt="o", color=colour, capsize=6, linewidth=2, label=names[0])
         right.plot([place + 0.2] * gain["count"], [100 * (a - b) for a, b in pairs], "k.", label=names[1])

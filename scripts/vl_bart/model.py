@@ -92,7 +92,8 @@ class VlBartForConditionalGeneration(BartForConditionalGeneration):
         settings = {key: value for key, value in settings.items() if key not in ("model_type", "architectures")}
         model = cls(VlBartConfig(**settings))
         model.load_state_dict(bart.state_dict(), strict=False)
-        model.generation_config = bart.generation_config  # transformers keeps beams and forced tokens out of the config
+        # transformers keeps beams and forced tokens out of the config
+        model.generation_config = bart.generation_config
         return model
 
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:

@@ -58,7 +58,8 @@ def test_the_code_of_the_card_runs(tmp_path, base_folder):
     blocks = re.findall(r"```python\n(.*?)```", ours, flags=re.DOTALL)
     assert len(blocks) == 2
     namespace = {}
-    for block in reversed(blocks):  # "one line comes first"
+    for block in reversed(blocks):
+        # "one line comes first"
         exec(block.replace("<this repository or folder>", str(tmp_path / "adapter")), namespace)
     ids = torch.arange(6)[None]
     assert isinstance(namespace["model"], PeftModel)

@@ -208,7 +208,8 @@ def test_an_adapter_of_pefts_loads_into_a_dora_llama(tmp_path):
 
 
 def test_pefts_adapter_goes_back_to_peft(tmp_path):
-    kinds = [kind for kind in KINDS if kind != "transposed"]  # PEFT writes one fan_in_fan_out for all layers
+    # PEFT writes one fan_in_fan_out for all layers
+    kinds = [kind for kind in KINDS if kind != "transposed"]
     theirs = get_peft_model(net(), LoraConfig(r=4, target_modules=kinds, use_dora=True))
     expected = output(train(theirs))
     save(theirs, tmp_path / "theirs")

@@ -43,7 +43,8 @@ def test_a_weighted_sum_is_the_references(weights, kind, rslora):
     model = two_adapters(use_rslora=rslora)
     weights = dict(zip(("default", "second"), weights, strict=True))
     expected = combined(model, weights)
-    full_rank = 5 if kind == "svd" else None  # r = 2 and 3: nothing is cut off
+    # r = 2 and 3: nothing is cut off
+    full_rank = 5 if kind == "svd" else None
     model.add_weighted_adapter(list(weights), list(weights.values()), "sum", combination_type=kind, svd_rank=full_rank)
     for name, layer in dora_layers(model).items():
         same(dense(layer, ["sum"]), expected[name])

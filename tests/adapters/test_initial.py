@@ -23,7 +23,8 @@ pytestmark = [
 def test_conversion_of_a_mutated_base_keeps_the_magnitude(init, tmp_path):
     """The base loses s B0 A0 at the start; the converted adapter gives the same outputs on the untouched base."""
 
-    def base():  # PEFT initialises these in float32 and below only
+    # PEFT initialises these in float32 and below only
+    def base():
         return net().float()
 
     def close(found, expected):
@@ -34,7 +35,8 @@ def test_conversion_of_a_mutated_base_keeps_the_magnitude(init, tmp_path):
     close(output(ours), output(base()))
     layer = ours.base_model.model.linear
     differs(layer.get_base_layer().weight, base().linear.weight)
-    config.init_lora_weights = True  # PEFT's documentation: so that loading the initial adapter does not start again
+    # PEFT's documentation: so that loading the initial adapter does not start again
+    config.init_lora_weights = True
     save(ours, tmp_path / "initial")
     config.init_lora_weights = init
     expected = output(train(ours))
@@ -45,4 +47,5 @@ def test_conversion_of_a_mutated_base_keeps_the_magnitude(init, tmp_path):
     assert torch.equal(tensors["base_model.model.linear.lora_magnitude_vector.weight"], magnitude)
     close(output(load_ours(base(), tmp_path / "converted")), expected)
     close(output(load_plain(base(), tmp_path / "converted")), expected)
-    assert torch.equal(output(ours), expected)  # the model in hand goes on as it was
+    # the model in hand goes on as it was
+    assert torch.equal(output(ours), expected)

@@ -65,7 +65,8 @@ def over_an_existing_one(folder, kind):
 
 def hotswap(folder, kind):
     model = train(adapted(kind))
-    layer_of(model)._norms["default"].tied = None  # whatever the old adapter had
+    # whatever the old adapter had
+    layer_of(model)._norms["default"].tied = None
     model.base_model.hotswap_adapter(str(folder))
     return model, "default"
 

@@ -98,12 +98,14 @@ def test_the_last_record_is_not_of_the_best_model(tmp_path):
         learning_rate=1e-2,
         greater_is_better=True,
         metric_for_best_model="loss",
-    )  # the "best" model is that of the first step
+        # the "best" model is that of the first step
+    )
     data = [{"input_ids": row, "labels": row.clone()} for row in rows]
     Trainer(model, arguments, train_dataset=data, eval_dataset=data, callbacks=[callback]).train()
     last = decompose_folder(llama(), tmp_path / "checkpoint-3")
     assert_equal(at(callback.history, 3), last, rel=1e-9)
-    assert decompose(model) != last  # or the test shows nothing
+    # or the test shows nothing
+    assert decompose(model) != last
 
 
 def test_a_run_that_stops_early_records_its_end(tmp_path):

@@ -70,7 +70,8 @@ def test_rows_of_zeros_count_for_the_magnitude_and_not_for_the_direction():
     weight = weight0.double() + 0.5 * B.double() @ A.double()
     assert tuple(compare_low_rank(weight0, A, B, 0.5)) == pytest.approx(truth(weight0, weight), rel=1e-9)
     erased = weight0.clone()
-    erased[7] = 0  # the trained row has no direction either
+    # the trained row has no direction either
+    erased[7] = 0
     assert tuple(compare_weights(weight0, erased)) == pytest.approx((weight0[7].norm().item() / 48, 0), abs=1e-8)
     # nor has W0 + s B A where it is 0 up to rounding
     A, B = factors(dtype=torch.float64)
@@ -91,7 +92,8 @@ def test_several_blocks_of_rows(monkeypatch):
     weight0, (A, B) = torch.randn(48, 40), factors()
     weight = weight0 + 0.3 * torch.randn(48, 40)
     whole = compare_weights(weight0, weight), compare_low_rank(weight0, A, B, 0.3)
-    monkeypatch.setattr(subject, "BLOCK_BYTES", 7 * 40 * 8)  # 48 = 6 * 7 + 6
+    # 48 = 6 * 7 + 6
+    monkeypatch.setattr(subject, "BLOCK_BYTES", 7 * 40 * 8)
     assert tuple(compare_weights(weight0, weight)) == pytest.approx(whole[0], rel=1e-13)
     assert tuple(compare_low_rank(weight0, A, B, 0.3)) == pytest.approx(whole[1], rel=1e-13)
 

@@ -30,10 +30,12 @@ def test_repeated_points_of_a_module_do_not_narrow_the_interval():
     x = torch.rand(20, 1, dtype=torch.float64)
     y = x + torch.randn_like(x)
     once, repeated = correlate(records(x, y)), records(x.expand(20, 9), y.expand(20, 9))
-    repeated.sort(key=lambda entry: entry["magnitude"])  # whatever the order
+    # whatever the order
+    repeated.sort(key=lambda entry: entry["magnitude"])
     clustered = correlate(repeated)
     assert clustered.r == pytest.approx(once.r, rel=1e-9)
-    assert clustered.high - clustered.low == pytest.approx(once.high - once.low, rel=0.2)  # modules in another order
+    # modules in another order
+    assert clustered.high - clustered.low == pytest.approx(once.high - once.low, rel=0.2)
     naive = correlate([entry | {"module": str(i)} for i, entry in enumerate(repeated)])
     assert naive.r == pytest.approx(clustered.r)
     assert clustered.high - clustered.low > 2 * (naive.high - naive.low)

@@ -30,7 +30,8 @@ def test_live_and_saved_adapters_equal_the_dense_truth(kind, rslora, tmp_path):
     assert "model.layers.1.self_attn.v_proj" in expected
     found = decompose(model)
     assert_equal(found, expected)
-    assert_equal(decompose(model.base_model), expected)  # LoraModel and DoraModel
+    # LoraModel and DoraModel
+    assert_equal(decompose(model.base_model), expected)
     model.save_pretrained(tmp_path)
     assert_equal(decompose_folder(llama(), tmp_path), found, rel=1e-12)
     only = decompose_folder(llama(), tmp_path, target=r"layers\.0.*v_proj")
@@ -59,7 +60,8 @@ def test_magnitude_only_modules_turn_nothing(tmp_path):
 
 
 def test_a_new_adapter_has_changed_nothing():
-    for kind, tolerance in (("lora", 0.0), ("dora", 1e-6)):  # m is stored in fp32
+    for kind, tolerance in (("lora", 0.0), ("dora", 1e-6)):
+        # m is stored in fp32
         for change in decompose(get_peft_model(llama(), config(kind, init_lora_weights=True))).values():
             assert change.direction == 0
             assert change.magnitude <= tolerance
@@ -82,7 +84,8 @@ def test_merged_adapters():
     model = trained("dora")
     before = decompose(model)
     model.merge_adapter()
-    assert decompose(model) == before  # ours keeps W0
+    # ours keeps W0
+    assert decompose(model) == before
     model = trained("lora")
     model.merge_adapter()
     with pytest.raises(ValueError, match=r"q_proj': .*unmerge_adapter"):
@@ -95,7 +98,8 @@ def test_a_stale_norm_does_not_matter():
     model(torch.arange(4)[None])
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data += 1  # which no version counter sees
+            # which no version counter sees
+            parameter.data += 1
     assert_equal(decompose(model), dense(model))
 
 
@@ -107,7 +111,8 @@ def test_magnitudes_of_zero_rows_are_those_after_the_step(tmp_path):
     optimizer = torch.optim.SGD([p for n, p in model.named_parameters() if "lora_B" in n], lr=1.0)
     ids = torch.arange(8)[None]
     model(ids, labels=ids).loss.backward()
-    optimizer.step()  # leaves the refresh, which writes m of a tied row, to the next forward pass
+    # leaves the refresh, which writes m of a tied row, to the next forward pass
+    optimizer.step()
     found = decompose(model)["model.layers.0.self_attn.q_proj"]
     module = base.model.layers[0].self_attn.q_proj
     row = module.scaling["default"] * module.lora_B["default"].weight[2] @ module.lora_A["default"].weight
@@ -139,7 +144,8 @@ def test_embeddings_convolutions_and_transposed_layers(tmp_path):
         weight0 = base.embed.base_layer.weight.T.double()
         weight = weight0 + base.embed.scaling["default"] * B.double() @ A.double()
         expected = truth(weight0, weight)
-        assert tuple(found["embed"]) == pytest.approx(expected, rel=1e-5)  # m starts as fp32's v
+        # m starts as fp32's v
+        assert tuple(found["embed"]) == pytest.approx(expected, rel=1e-5)
         A, B = base.conv.lora_A["default"].weight.double(), base.conv.lora_B["default"].weight.double()
         weight0 = base.conv.base_layer.weight.double().flatten(1)
         weight = weight0 + base.conv.scaling["default"] * B.flatten(1) @ A.flatten(1)
@@ -151,7 +157,8 @@ def test_embeddings_convolutions_and_transposed_layers(tmp_path):
     torch.manual_seed(0)
     gpt = GPT2LMHeadModel(GPT2Config(n_embd=12, n_layer=1, n_head=2, vocab_size=16, n_positions=8))
     reference = copy.deepcopy(gpt)
-    weight0 = gpt.transformer.h[0].attn.c_attn.weight  # [in, out]
+    # [in, out]
+    weight0 = gpt.transformer.h[0].attn.c_attn.weight
     weight0.data += 0.1 * torch.randn_like(weight0)
     found = decompose(gpt, reference=reference)
     old = reference.transformer.h[0].attn.c_attn.weight

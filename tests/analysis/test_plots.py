@@ -30,7 +30,8 @@ def test_figures_are_written_whole(tmp_path):
     draw_correlations({"all": histories(), "some": histories()}, "title", tmp_path / "figures" / "correlations.svg")
     assert "</svg>" in (tmp_path / "figures" / "correlations.svg").read_text()
     assert len(list((tmp_path / "figures").iterdir())) == 3
-    still = records(torch.zeros(2, 2), torch.ones(2, 2))  # no line, no logarithm, and no warning
+    # no line, no logarithm, and no warning
+    still = records(torch.zeros(2, 2), torch.ones(2, 2))
     for draw in (draw_pattern, draw_trajectories):
         draw({"magnitudes alone": still}, "title", buffer)
     draw_correlations({"all": {"magnitudes alone": still}}, "title", buffer)

@@ -6,7 +6,7 @@ from base_fixtures import ALL, DENSE, QUANTISED, WITH_ROWS, build, close
 from torch import nn
 
 from dora_peft.bases import base_weight
-from dora_peft.ops import functional
+from dora_peft.ops import norm
 
 
 @pytest.mark.usefixtures("block_bytes")
@@ -63,7 +63,7 @@ def test_reading_leaves_the_weight_alone(kind):
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     weight = base_weight(layer, "layer")
     A = torch.randn(2, weight.in_features, dtype=weight.dtype)
-    functional.norm_squared(weight, weight.row_norms_squared(), A, torch.randn(weight.out_features, 2).to(A), 1.0)
+    norm.factored_norm_squared(weight, weight.row_norms_squared(), A, torch.randn(weight.out_features, 2).to(A), 1.0)
     weight.vjp(torch.randn(weight.out_features, 2, dtype=weight.dtype))
     after = layer.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -94,7 +94,8 @@ def test_four_bit_layers_give_their_gradient_after_an_evaluation(bias, disabled)
             return torch.autograd.grad(model(x).sum(), x)[0]
 
     expected = gradient()
-    for block in blocks:  # what an evaluation does on a CPU with AVX512-BF16
+    for block in blocks:
+        # what an evaluation does on a CPU with AVX512-BF16
         block.weight.data, block.weight.quant_state = repack(block.weight.data, block.weight.quant_state)
     # it also rounds the block scales to bf16
     torch.testing.assert_close(gradient(), expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())

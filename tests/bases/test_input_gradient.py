@@ -29,7 +29,8 @@ class Packed(nn.Module):
         weight = self.qweight.to(x.dtype) * self.scales.to(x.dtype)
         if self.how == "detached":
             x = x.detach()
-        elif self.how == "rounded":  # has a derivative, which is 0
+        # has a derivative, which is 0
+        elif self.how == "rounded":
             step = x.abs().amax(-1, keepdim=True).detach() / 127
             x = torch.round(x / step) * step
         elif self.how == "halved":
@@ -46,7 +47,8 @@ WRONG = ["detached", "rounded", "halved"]
 def test_which_layers_give_a_gradient(how, bias, trained_bias):
     layer = Packed(how, bias)
     if bias:
-        layer.bias.requires_grad_(trained_bias)  # the output requires a gradient then, x gets none all the same
+        # the output requires a gradient then, x gets none all the same
+        layer.bias.requires_grad_(trained_bias)
     assert gives_gradient(layer) == (how == "right")
 
 

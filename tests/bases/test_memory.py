@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from dora_peft.bases import base_weight
-from dora_peft.ops import functional
+from dora_peft.ops import norm
 
 bnb = pytest.importorskip("bitsandbytes")
 MIB = 2**20
@@ -66,8 +66,8 @@ def test_live_peak_sees_a_dense_temporary():
 def refresh(layer, A, B):
     weight = base_weight(layer, "layer")
     squared = weight.row_norms_squared()
-    functional.norm(weight, squared, A, B, 1.0)
-    functional.norm_squared(weight, squared, A, B, 1.0)
+    norm.row_norms(weight, squared, A, B, 1.0)
+    norm.factored_norm_squared(weight, squared, A, B, 1.0)
     weight.vjp(B)
 
 
@@ -82,8 +82,9 @@ def big_layers():
 @pytest.mark.parametrize("cancelling", [False, True])
 @pytest.mark.parametrize("kind", ["bf16", "fp32", "Conv1D bf16"])
 def test_a_refresh_needs_little_memory(kind, cancelling, monkeypatch):
-    if cancelling:  # no sum is accepted: every row is computed densely
-        monkeypatch.setattr(functional, "CANCELLATION", math.inf)
+    # no sum is accepted: every row is computed densely
+    if cancelling:
+        monkeypatch.setattr(norm, "CANCELLATION", math.inf)
     layer = big_layers()[kind]
     A, B = torch.ones(4, 8192), torch.ones(8192, 4)
     with transient_below(64 * MIB, layer.weight):

@@ -42,7 +42,8 @@ def net():
     torch.manual_seed(0)
     model = Net().eval()
     with torch.no_grad():
-        model.up.weight[:3] = 0  # tied rows
+        # tied rows
+        model.up.weight[:3] = 0
     return model
 
 
@@ -218,7 +219,8 @@ def test_at_hand_nests_and_does_nothing_elsewhere():
     with at_hand(layer):
         assert layer.weight is weight
     add_hook_to_module(layer, ModelHook())
-    cpu_offload(layer, execution_device="cpu")  # appended: a SequentialHook
+    # appended: a SequentialHook
+    cpu_offload(layer, execution_device="cpu")
     assert hook_of(layer) is not None
     with at_hand(layer):
         with at_hand(layer):

@@ -119,7 +119,8 @@ def test_the_bias_is_subtracted_where_the_layer_cannot_do_without(make):
 
 def test_a_compiled_call_is_not_taken_for_the_twins():
     layer = CastsItsScales(16, 300.0)
-    layer._compiled_call_impl = layer._call_impl  # as Module.compile() sets it, bound to the layer
+    # as Module.compile() sets it, bound to the layer
+    layer._compiled_call_impl = layer._call_impl
     squared = base_weight(layer, "layer").row_norms_squared().double()
     torch.testing.assert_close(squared, layer.matrix().square().sum(1), rtol=2e-3, atol=0)
 
@@ -157,7 +158,8 @@ def test_the_norm_follows_the_scales():
     layer, x = model.base_model.model[0], torch.randn(4, 32, dtype=torch.float16)
     with torch.no_grad():
         before = model(x) - layer.get_base_layer().bias
-        layer.get_base_layer().scales.mul_(2)  # the same direction, of twice the length: m alone decides
+        # the same direction, of twice the length: m alone decides
+        layer.get_base_layer().scales.mul_(2)
         after = model(x) - layer.get_base_layer().bias
     torch.testing.assert_close(after, before, rtol=1e-2, atol=1e-2)
 
@@ -210,9 +212,6 @@ def test_a_float_weight_that_is_quantised_at_each_call():
     seam = base_weight(layer, "layer")
     torch.testing.assert_close(seam.row_norms_squared().double(), matrix.square().sum(1), rtol=1e-5, atol=0)
     assert not seam.mergeable
-
-
-# ---- the real libraries
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from dora_peft import DoraConfig, reference
-from dora_peft.ops import linear
+from dora_peft.ops.dropout import dropout_mask
 
 
 @pytest.mark.parametrize(("kind", "dtype", "detach"), pairs(KINDS, DTYPES, [True, False]))
@@ -153,7 +153,8 @@ def test_consumers_that_write_in_place(kind, consumer, wrap):
         return [p.grad for p in parameters]
 
     for found, expected in zip(gradients(False), gradients(True), strict=True):
-        if wrap == "autocast":  # the magnitude's gradient comes from y, and from z where y was changed
+        # the magnitude's gradient comes from y, and from z where y was changed
+        if wrap == "autocast":
             assert distance(found, expected) < 2**-6
         else:
             torch.testing.assert_close(found, expected)
@@ -219,7 +220,7 @@ def test_dropout_modes(mode, detach, bias):
     found = model(x)
     torch.manual_seed(5)
     if mode == "branch":
-        mask, kept = linear.dropout_mask(x.shape, 0.5, x.device)
+        mask, kept = dropout_mask(x.shape, 0.5, x.device)
         dropped = x * mask / kept
     else:
         dropped = F.dropout(x, 0.5)

@@ -22,7 +22,8 @@ from torch import nn
 from dora_peft import DoraConfig
 
 
-@pytest.mark.implementation("torch")  # Triton's interpreter runs in one thread
+# Triton's interpreter runs in one thread
+@pytest.mark.implementation("torch")
 def test_replicas_of_data_parallel_compute_apart():
     """nn.DataParallel runs a replica of the layer in each thread; here both on the CPU."""
     model = get_peft_model(One(nn.Linear(12, 10)), DoraConfig(r=3, target_modules=["layer"]))

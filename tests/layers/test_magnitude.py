@@ -90,14 +90,11 @@ def test_low_cpu_mem_usage_by_peft_functions(road, tmp_path):
     equal(found[1], found[0])
 
 
-# ---- casts from outside
-
-
 def say(model):
     layers = [m for m in model.modules() if hasattr(m, "lora_magnitude_vector")]
     assert len(layers) == 3
     for layer in layers:
-        warn_about_low_precision(layer, "default")
+        warn_about_low_precision(layer.lora_magnitude_vector["default"], layer.name, layer.notices)
 
 
 def silent(model):

@@ -113,8 +113,10 @@ def test_four_bit_evaluation_between_training_steps(nested):
     model.eval()
     with torch.no_grad():
         for _ in range(3):
-            assert distance(model(x), expected.double()) < 0.02  # bf16 products
-            dora(model)._norms.clear()  # the next use reads the weight again
+            # bf16 products
+            assert distance(model(x), expected.double()) < 0.02
+            # the next use reads the weight again
+            dora(model)._norms.clear()
     assert distance(model.train()(x).detach(), expected.double()) < 0.02
     model.eval().merge_adapter()
     model.unmerge_adapter()

@@ -1,7 +1,6 @@
-"""The evaluation shortcut of a linear layer: every condition that closes it is needed, and is tested here.
+"""The shortcut of a linear layer: everything that closes it is needed, and is tested here.
 
-Each scenario changes something after the shortcut was made and compares the output with that of a layer that has none.
-The last tests take one condition after the other out of the shortcut: some scenario has to fail then.
+The last tests take one part after the other out of the key: some scenario of shortcut_fixtures.py has to fail then.
 """
 
 import ast
@@ -10,238 +9,84 @@ import inspect
 import textwrap
 
 import pytest
+import shortcut_fixtures
 import torch
-from layer_fixtures import One, adapted, dora, perturb
+from layer_fixtures import One, dora
 from peft import get_peft_model
+from shortcut_fixtures import MODES, write
 from torch import nn
 
 import dora_peft
 from dora_peft import DoraConfig
-from dora_peft.layers import kinds
-from dora_peft.layers.kinds import Shortcut
+from dora_peft.layers import shortcut as subject
 
+SCENARIOS = {
+    **{name: write(name) for name in "ABm"},
+    **{
+        name: scenario
+        for name, scenario in vars(shortcut_fixtures).items()
+        if inspect.isfunction(scenario) and list(inspect.signature(scenario).parameters) == ["mode"]
+    },
+}
 pytestmark = [pytest.mark.cached_norms, pytest.mark.implementation("torch")]
 
 
-def prepared():
-    """A layer in evaluation whose shortcut was used, its model, and an input."""
-    model = adapted("linear").eval()
-    model.add_adapter("other", DoraConfig(r=2, target_modules=["layer"], init_lora_weights=False))
-    layer, x = dora(model), torch.randn(2, 12)
-    perturb(layer, "other", seed=3)
-    with torch.no_grad():
-        for _ in range(2):
-            layer(x)
-        assert layer._shortcut is not None
-        assert layer._shortcut.is_open(layer)
-    return model, layer, x
-
-
-def without_shortcut(layer, x):
-    twin = copy.deepcopy(layer)  # a copy has none
-    assert twin._shortcut is None
-    return twin(x)
-
-
-def differs_and_follows(change):
-    """The output follows `change(model, layer)`, which alters it."""
-    model, layer, x = prepared()
-    with torch.no_grad():
-        before = layer(x)
-        change(model, layer)
-        expected = without_shortcut(layer, x)
-        assert not torch.allclose(expected, before, rtol=1e-3), "the change is none"
-        torch.testing.assert_close(layer(x), expected)
-
-
-def write(name):
-    def change(model, layer):
-        tensors = dict(
-            zip(("A", "B", "m"), (*layer.factor_parameters("default"), layer.magnitude("default")), strict=True)
-        )
-        tensors[name].data.mul_(1.5)
-
-    return lambda: differs_and_follows(change)
-
-
-def scaling():
-    differs_and_follows(lambda model, layer: layer.set_scale("default", 3.0))
-
-
-def base_through_data():
-    differs_and_follows(lambda model, layer: layer.get_base_layer().weight.data.mul_(2))
-
-
-def base_weight():
-    def change(model, layer):
-        layer.get_base_layer().weight = nn.Parameter(torch.randn(10, 12), requires_grad=False)
-
-    differs_and_follows(change)
-
-
-def base_bias():
-    def change(model, layer):
-        layer.get_base_layer().bias = nn.Parameter(torch.randn(10), requires_grad=False)
-
-    differs_and_follows(change)
-
-
-def base_layer():
-    """Another module around the same weight, as a wrapper that shifts the output."""
-
-    class Shifted(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) + 1
-
-    def change(model, layer):
-        base, new = layer.base_layer, Shifted(12, 10)
-        new._parameters = base._parameters
-        layer.base_layer = new
-
-    differs_and_follows(change)
-
-
-def forward_of_the_instance():
-    def change(model, layer):
-        base = layer.get_base_layer()
-        base.forward = lambda x: nn.functional.linear(x, base.weight, base.bias) + 1
-
-    differs_and_follows(change)
-
-
-def forward_hook():
-    def change(model, layer):
-        layer.get_base_layer().register_forward_hook(lambda module, args, out: out + 1)
-
-    differs_and_follows(change)
-
-
-def forward_pre_hook():
-    def change(model, layer):
-        layer.get_base_layer().register_forward_pre_hook(lambda module, args: (args[0] + 1,))
-
-    differs_and_follows(change)
-
-
-def active_adapter():
-    differs_and_follows(lambda model, layer: model.set_adapter("other"))
-
-
-def several_active_adapters():
-    differs_and_follows(lambda model, layer: model.base_model.set_adapter(["default", "other"]))
-
-
-def merged():
-    """What is merged is computed by the base layer, whatever becomes of the original weight meanwhile."""
-    model, layer, x = prepared()
-    with torch.no_grad():
-        before = layer(x)
-        model.merge_adapter()
-        merged = layer.get_base_layer()(x)
-        torch.testing.assert_close(merged, before, rtol=1e-4, atol=1e-5)
-        assert torch.equal(layer(x), merged)
-        layer.get_base_layer().weight.mul_(2)
-        assert torch.equal(layer(x), layer.get_base_layer()(x))
-        model.unmerge_adapter()
-        torch.testing.assert_close(layer(x), before)
-
-
-def disabled():
-    model, layer, x = prepared()
-    with torch.no_grad(), model.disable_adapter():
-        assert torch.equal(layer(x), layer.get_base_layer()(x))
-
-
-def training():
-    model, layer, x = prepared()
-    shortcut = layer._shortcut
-    layer.lora_dropout["default"] = nn.Dropout(0.9)
-    model.train()
-    layer._shortcut = shortcut  # another thread may have just made one
-    with torch.no_grad():
-        assert not torch.equal(layer(x), layer(x))
-
-
-def gradients():
-    _, layer, x = prepared()
-    layer(x).sum().backward()
-    assert layer.magnitude("default").grad is not None
-
-
-def by_autograd():
-    """A transform's own parameters: not those that the layer holds."""
-    _, layer, _ = prepared()
-    with torch.no_grad(), dora_peft.implementation("reference"):
-        assert not layer._shortcut.is_open(layer)
-
-
-def checking():
-    _, layer, _ = prepared()
-    with torch.no_grad(), dora_peft.checking():
-        assert not layer._shortcut.is_open(layer)
-
-
-SCENARIOS = {
-    "A": write("A"),
-    "B": write("B"),
-    "m": write("m"),
-    **{
-        function.__name__: function
-        for function in (
-            scaling, base_through_data, base_weight, base_bias, base_layer, forward_of_the_instance, forward_hook,
-            forward_pre_hook, active_adapter, several_active_adapters, merged, disabled, training, gradients,
-            by_autograd, checking,
-        )
-    },
-}  # fmt: skip
-
-
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_what_closes_the_shortcut(name):
-    SCENARIOS[name]()
-
-
-def conditions(tree):
-    """The places in `is_open` where one condition stands: operands of its `or`s, and of the last `and`."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.BoolOp):
-            for number, operand in enumerate(node.values):
-                yield node, number, operand
+def test_what_closes_the_shortcut(name, mode):
+    SCENARIOS[name](mode)
 
 
 def parsed():
-    return ast.parse(textwrap.dedent(inspect.getsource(Shortcut.is_open)))
+    """The function that makes the key, and its parts."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(subject.key_of)))
+    (key,) = (
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "key"
+    )
+    return tree, key.elts
 
 
 def without(number):
-    """`is_open` with one condition taken out."""
-    tree = parsed()
-    node, place, _ = list(conditions(tree))[number]
-    node.values[place] = ast.Constant(isinstance(node.op, ast.And))
-    namespace = dict(vars(kinds))
+    """`key_of` with one part taken out of the key."""
+    tree, parts = parsed()
+    parts[number] = ast.Constant(None)
+    namespace = dict(vars(subject))
     exec(compile(ast.fix_missing_locations(tree), "mutated", "exec"), namespace)
-    return namespace["is_open"]
+    return namespace["key_of"]
 
 
-TEXTS = [ast.unparse(operand) for _, _, operand in conditions(parsed())]
+TEXTS = [ast.unparse(part) for part in parsed()[1]]
 
 
-def test_the_conditions_are_found():
-    assert len(TEXTS) >= 14
-    assert any("self.stored" in text for text in TEXTS)
-    assert any("_active_adapter" in text for text in TEXTS)
+def test_the_parts_are_found():
+    assert len(SCENARIOS) >= 35
+    assert len(TEXTS) >= 20
+    assert "id(weight)" in TEXTS
 
 
 @pytest.mark.parametrize("number", range(len(TEXTS)), ids=TEXTS)
-def test_no_condition_can_go(number, monkeypatch):
-    monkeypatch.setattr(Shortcut, "is_open", without(number))
-    failed = []
-    for name, scenario in SCENARIOS.items():
-        try:
-            scenario()
-        except (AssertionError, RuntimeError, AttributeError, KeyError):
-            failed.append(name)
-    assert failed, f"no scenario notices that '{TEXTS[number]}' is gone"
+def test_no_part_can_go(number, monkeypatch):
+    monkeypatch.setattr(subject, "key_of", without(number))
+    for scenario in SCENARIOS.values():
+        for mode in MODES:
+            try:
+                scenario(mode)
+            except (Exception, pytest.fail.Exception):
+                return
+    pytest.fail(f"no scenario notices that '{TEXTS[number]}' is gone from the key: {', '.join(SCENARIOS)}")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_checking_finds_a_stale_norm_through_the_shortcut(mode):
+    torch.manual_seed(0)
+    model = get_peft_model(One(nn.Linear(120, 100)), DoraConfig(r=2, target_modules=["layer"]))
+    layer, x = dora(model.train(mode == "training")), torch.randn(2, 120)
+    with torch.set_grad_enabled(mode == "training"):
+        for _ in range(2):
+            layer(x)
+        layer.get_base_layer().weight.data[3, 1:5] += 100
+        with dora_peft.checking(), pytest.raises(RuntimeError, match="Stale weight norm"):
+            layer(x)
 
 
 def test_two_models_share_nothing():

@@ -41,7 +41,8 @@ def test_zero_rows_train_as_plain_lora(kind, detach):
     ours = with_zero_rows(kind, lambda **options: DoraConfig(detach_norm=detach, **options))
     lora = with_zero_rows(kind, lambda **options: LoraConfig(fan_in_fan_out=kind == "Conv1D", **options))
     x = example(ours, grad=False)
-    if kind == "embedding":  # where PEFT's initial B is not zero, and A is
+    # where PEFT's initial B is not zero, and A is
+    if kind == "embedding":
         assert not ours.base_model.model.layer.lora_embedding_A["default"].any()
     names = {name: p for name, p in lora.named_parameters() if p.requires_grad}
     magnitude = dora(ours).lora_magnitude_vector["default"].weight

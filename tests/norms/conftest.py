@@ -19,7 +19,6 @@ def model():
 @pytest.fixture
 def counted(monkeypatch):
     """A list that grows with every refresh of a norm."""
-    calls = []
-    original = state._refresh
+    calls, original = [], state._refresh
     monkeypatch.setattr(state, "_refresh", lambda *args: (calls.append(args), original(*args))[1])
     return calls

@@ -14,8 +14,10 @@ def test_evaluation_keeps_little_and_training_drops_it(model):
     with torch.no_grad():
         model(torch.randn(2, 6))
     kept = layer._norms["default"].folded
-    assert kept.lora_B.numel() + kept.c.numel() == 10 * (3 + 1)  # out x (r + 1)
-    assert kept.lora_A is None  # the parameter itself
+    # out x (r + 1)
+    assert kept.lora_B.numel() + kept.c.numel() == 10 * (3 + 1)
+    # the parameter itself
+    assert kept.lora_A is None
     model.train()
     assert layer._norms["default"].folded is None
     assert layer._shortcut is None
@@ -42,11 +44,13 @@ def test_evaluation_follows(change, model):
     model.eval()
     layer, x = up(model), torch.randn(2, 6)
     with torch.no_grad():
-        before = [layer(x) for _ in range(3)][-1]  # by its shortcut
+        # by its shortcut
+        before = [layer(x) for _ in range(3)][-1]
         assert layer._shortcut is not None
         change(model)
         found = [layer(x) for _ in range(3)]
-    expected = layer(x).detach()  # with a graph, and so without shortcut
+    # with a graph, and so without shortcut
+    expected = layer(x).detach()
     assert not torch.allclose(expected, before, rtol=1e-3)
     for y in found:
         torch.testing.assert_close(y, expected)

@@ -11,7 +11,7 @@ from torch import nn
 
 import dora_peft
 from dora_peft import DoraConfig, reference
-from dora_peft.norms import Norm, state, weight_norm
+from dora_peft.norms import Norm, state, up_to_date
 
 
 class ThroughData(torch.optim.Optimizer):
@@ -170,7 +170,8 @@ def write_one_element(model):
 def test_refresh_after_a_write_to_a_part_of_the_base_through_data(wide):
     before = used(up(wide))
     write_one_element(wide)
-    assert torch.equal(used(up(wide)), before)  # what makes the call necessary
+    # what makes the call necessary
+    assert torch.equal(used(up(wide)), before)
     dora_peft.refresh(wide)
     assert not torch.allclose(used(up(wide)), before, rtol=1e-3)
     torch.testing.assert_close(used(up(wide)), true(up(wide)))
@@ -209,7 +210,8 @@ def test_checking_ends_with_its_block(model, monkeypatch):
 @pytest.mark.parametrize("detach", [True, False])
 def test_training_after_inference_mode(detach, model):
     up(model).detach_norm["default"] = detach
-    edit_A(model)  # so that the refresh happens in inference mode
+    # so that the refresh happens in inference mode
+    edit_A(model)
     with torch.inference_mode():
         model(torch.randn(2, 6))
     model(torch.randn(2, 6)).sum().backward()
@@ -238,7 +240,7 @@ def test_magnitudes_of_zero_rows_follow_their_norm():
     model = zero_row_model()
     layer = up(model)
     magnitude = layer.lora_magnitude_vector["default"].weight
-    assert weight_norm(layer, "default").tied.nonzero().flatten().tolist() == [2, 5]
+    assert up_to_date(layer, "default").tied.nonzero().flatten().tolist() == [2, 5]
     assert (magnitude[[2, 5]] == 0).all()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(3):
@@ -246,7 +248,8 @@ def test_magnitudes_of_zero_rows_follow_their_norm():
         model(torch.randn(2, 6))
         assert (magnitude[[2, 5]] > 0).all()
         torch.testing.assert_close(magnitude[[2, 5]], true(layer)[[2, 5]])
-    assert not torch.allclose(magnitude, true(layer), rtol=1e-3)  # the others are free
+    # the others are free
+    assert not torch.allclose(magnitude, true(layer), rtol=1e-3)
 
 
 def test_a_refresh_between_backward_and_step_keeps_the_graph_valid():
@@ -266,12 +269,13 @@ def test_rows_are_tied_again_after_loading_where_magnitude_and_norm_agree():
     train_step(model, optimizer)
     up(model).scale("default")
     layer = up(model)
-    layer._norms["default"] = Norm()  # what loading a checkpoint leaves
-    assert weight_norm(layer, "default").tied.nonzero().flatten().tolist() == [2, 5]
+    # what loading a checkpoint leaves
+    layer._norms["default"] = Norm()
+    assert up_to_date(layer, "default").tied.nonzero().flatten().tolist() == [2, 5]
     with torch.no_grad():
         layer.lora_magnitude_vector["default"].weight[5] *= 2
     layer._norms["default"] = Norm()
-    assert weight_norm(layer, "default").tied.nonzero().flatten().tolist() == [2]
+    assert up_to_date(layer, "default").tied.nonzero().flatten().tolist() == [2]
 
 
 @pytest.mark.cached_norms

@@ -1,7 +1,5 @@
 """Which implementation computes, and what happens where one is not available."""
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -22,7 +20,7 @@ def test_automatic_takes_kernels_on_a_gpu_only():
 
 
 def test_automatic_does_without_triton(monkeypatch):
-    monkeypatch.setattr(subject, "_modules", {"triton": None})
+    monkeypatch.setattr(subject, "_has_triton", lambda: False)
     with dora_peft.implementation("auto"):
         assert not subject.uses_kernels(GPU, torch.float32)
 
@@ -32,7 +30,7 @@ def test_an_explicit_choice_that_is_not_available_raises(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match=r"'triton'.*no GPU.*Use 'auto' or 'torch'"):
         dora_peft.implementation("triton")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subject, "_has_triton", lambda: False)
     with pytest.raises(RuntimeError, match=r"Triton is not installed; install dora-peft\[triton\]"):
         dora_peft.implementation("triton")
 

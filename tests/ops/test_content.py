@@ -16,8 +16,8 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.fixture(params=["memcmp", "torch"])
 def library(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setattr(content, "_memcmp", None)
-    elif content._memcmp is None:
+        monkeypatch.setattr(content, "MEMCMP", None)
+    elif content.MEMCMP is None:
         pytest.skip("this system gives no memcmp")
 
 
@@ -75,7 +75,7 @@ def test_every_change_is_seen(dtype, change):
 @pytest.mark.parametrize(("dtype", "change"), CHANGES)
 def test_every_change_is_seen_by_torch(dtype, change, monkeypatch):
     """Where C's memcmp is not to be had."""
-    monkeypatch.setattr(content, "_memcmp", None)
+    monkeypatch.setattr(content, "MEMCMP", None)
     tensor = random(12, 16, dtype=dtype)
     bits = Bits(tensor)
     assert bits.fits(tensor)
@@ -98,7 +98,8 @@ def test_digests_of_any_size(dtype, shape):
 
 def test_a_digest_is_of_the_content_alone():
     whole = random(33, 8)
-    assert digest(whole[1:]) == digest(whole[1:].clone())  # at another alignment
+    # at another alignment
+    assert digest(whole[1:]) == digest(whole[1:].clone())
     assert digest(whole.T) == digest(whole.T.contiguous())
 
 
@@ -106,7 +107,8 @@ def test_what_is_compared(library):
     one = random(4, 6)
     bits = Bits(nn.Parameter(one))
     assert bits.fits(nn.Parameter(one.clone()))
-    assert bits.fits(one.T.contiguous().T)  # other strides
+    # other strides
+    assert bits.fits(one.T.contiguous().T)
     for other in (one.double(), one.view(6, 4), one[:3], one + 1):
         assert not bits.fits(other)
     nan = torch.full((3,), torch.nan)
@@ -115,9 +117,6 @@ def test_what_is_compared(library):
     assert same_bits(one, one.clone())
     assert not same_bits(one, one.double())
     assert not same_bits(one, -one)
-
-
-# ---- weights
 
 
 def weight(size=(96, 80)):
@@ -134,7 +133,8 @@ def test_a_weight_fits_itself_and_copies(size, layout):
     for _ in range(3):
         assert fingerprint.fits(one)
     twin = nn.Parameter(one.clone(), requires_grad=False)
-    for _ in range(3):  # sharding and offloading give another tensor each time
+    for _ in range(3):
+        # sharding and offloading give another tensor each time
         assert fingerprint.fits(twin)
         twin = nn.Parameter(twin.clone(), requires_grad=False)
         assert fingerprint.fits(twin)
@@ -168,7 +168,8 @@ def test_another_weight_does_not_fit_where_the_sample_is_the_same():
     other = nn.Parameter(one.clone(), requires_grad=False)
     other.view(-1)[hidden] += 1
     assert not fingerprint.fits(other)
-    one.data.view(-1)[hidden] += 1  # what is left to `refresh`
+    # what is left to `refresh`
+    one.data.view(-1)[hidden] += 1
     assert fingerprint.fits(one)
 
 
@@ -201,7 +202,8 @@ def test_weights_without_a_version_or_memory():
     assert not fingerprint.fits(one)
     meta = torch.empty(3, 4, device="meta")
     assert Fingerprint(meta).fits(meta)
-    assert fingerprint.fits(torch.empty(96, 80, device="meta"))  # offloaded: the same content comes back
+    # offloaded: the same content comes back
+    assert fingerprint.fits(torch.empty(96, 80, device="meta"))
     module = nn.Linear(3, 4)
     assert Fingerprint(module).fits(module)
     assert not Fingerprint(module).fits(nn.Linear(3, 4))

@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 import dora_peft
 from dora_peft import DoraConfig
-from dora_peft.ops import kept_output
-from dora_peft.ops.kept_output import KeptOutput, Outputs, Report
+from dora_peft.ops import overwritten
+from dora_peft.ops.kept_output import KeptOutput
+from dora_peft.ops.overwritten import Outputs, Report
 
 pytestmark = pytest.mark.filterwarnings("ignore:Other code overwrites")
 
@@ -107,16 +108,19 @@ def test_a_part_of_a_large_output_that_is_written_is_seen(what):
     """Whole rows and a diagonal each see what the other does not."""
     for _ in range(20):
         y, outputs = torch.randn(700, 900), Outputs("one")
-        kept, saved = KeptOutput.of(y, outputs)
+        kept = KeptOutput(y, outputs)
+        saved = kept.saved
         assert sum(part.numel() for part in saved) < 4 * 900 + 701
         rows = slice(kept.places[0], kept.places[0] + 4)
         if what == "every other token":
             behind(y)[::2] = 3
-        elif what == "all tokens but the rows":  # the diagonal alone sees it
+        # the diagonal alone sees it
+        elif what == "all tokens but the rows":
             before = y[rows].clone()
             behind(y)[...] = 3
             behind(y)[rows] = before.numpy()
-        else:  # the rows alone do, but where the diagonal crosses that column
+        else:
+            # the rows alone do, but where the diagonal crosses that column
             behind(y)[rows, 7] = 3
         assert kept.read(saved, torch.ones(())) == (None, None)
         assert outputs.overwritten
@@ -144,7 +148,8 @@ def test_what_a_forward_pass_learns_is_said_by_the_next_backward_pass():
     class Reads(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
-            ctx.kept, ctx.parts = KeptOutput.of(x * 2, layers[0])
+            ctx.kept = KeptOutput(x * 2, layers[0])
+            ctx.parts = ctx.kept.saved
             return x * 2
 
         @staticmethod
@@ -167,7 +172,8 @@ def test_an_untouched_output_is_kept(hooks, dtype, shape):
     y, outputs = torch.randn(shape).to(dtype), Outputs("one")
     for _ in range(5):
         with saved_tensors_hooks(lambda t: t, lambda t: t) if hooks else warnings.catch_warnings():
-            kept, saved = KeptOutput.of(y, outputs)
+            kept = KeptOutput(y, outputs)
+        saved = kept.saved
         found, gone = kept.read(saved, torch.ones(()))
         assert gone is None
         assert torch.equal(found, y)
@@ -177,7 +183,7 @@ def test_an_untouched_output_is_kept(hooks, dtype, shape):
 def test_where_the_sample_is_from_differs_each_time_and_is_no_ones_random_number():
     y = torch.randn(400, 600)
     torch_before, python_before = torch.get_rng_state(), random.getstate()
-    places = {KeptOutput.of(y, Outputs())[0].places for _ in range(20)}
+    places = {KeptOutput(y, Outputs()).places for _ in range(20)}
     assert len(places) > 10
     assert torch.equal(torch.get_rng_state(), torch_before)
     assert random.getstate() == python_before
@@ -200,9 +206,9 @@ def signature(model, x):
 def test_what_is_saved_does_not_depend_on_what_was_learned(kind):
     model = adapted(kind)
     x, before = example(model), None
-    for overwritten in (False, True):
-        for action in kept_output.ACTIONS:
-            dora(model)._outputs.overwritten = overwritten
+    for found in (False, True):
+        for action in overwritten.ACTIONS:
+            dora(model)._outputs.overwritten = found
             with dora_peft.on_overwritten_output(action):
                 found = signature(model, x)
             assert before in (None, found)
@@ -210,7 +216,7 @@ def test_what_is_saved_does_not_depend_on_what_was_learned(kind):
 
 
 @pytest.mark.cached_norms
-@pytest.mark.parametrize("action", kept_output.ACTIONS)
+@pytest.mark.parametrize("action", overwritten.ACTIONS)
 @pytest.mark.parametrize("consumer", CONSUMERS)
 def test_two_checkpointed_graphs_in_flight(consumer, action):
     """The first backward pass learns what the second one's recomputation then knows."""
@@ -231,7 +237,7 @@ def test_two_checkpointed_graphs_in_flight(consumer, action):
 def test_copies_and_recomputations_are_what_they_cost():
     model, sizes = adapted("linear"), {}
     dora(model)._outputs.overwritten = True
-    for action in kept_output.ACTIONS:
+    for action in overwritten.ACTIONS:
         with dora_peft.on_overwritten_output(action):
             kept = model(example(model)).grad_fn.kept
         sizes[action] = kept.alias.untyped_storage().nbytes()
@@ -277,7 +283,7 @@ def test_torchs_own_operations_in_place_need_no_warning(kind):
     model = adapted(kind)
     x = example(model)
     expected = gradients(model, x, torch.sigmoid, SURROUNDINGS["plain"])
-    for action in kept_output.ACTIONS:
+    for action in overwritten.ACTIONS:
         with dora_peft.on_overwritten_output(action):
             assert_equal(gradients(model, x, torch.sigmoid_, SURROUNDINGS["plain"]), expected)
             assert not dora(model)._outputs.overwritten
@@ -302,5 +308,5 @@ def test_unknown_actions_are_refused():
     with pytest.raises(ValueError, match="must be one of recompute, copy, found 'ignore'"):
         dora_peft.on_overwritten_output("ignore")
     with dora_peft.on_overwritten_output("copy"):
-        assert kept_output._action == "copy"
-    assert kept_output._action == "recompute"
+        assert overwritten.chosen == "copy"
+    assert overwritten.chosen == "recompute"

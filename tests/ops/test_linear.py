@@ -21,6 +21,7 @@ from linear_fixtures import (
     Problem,
     Products,
     S,
+    by_kernels,
     check,
     distance,
     gradients,
@@ -29,10 +30,13 @@ from linear_fixtures import (
 from torch import nn
 
 from dora_peft.ops import linear as subject
+from dora_peft.ops import linear_autograd as parts
+from dora_peft.ops.chunks import CHUNK
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-DTYPES = [(FP64, FP64), (FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32)]  # of the base, of A and B
+# of the base, of A and B
+DTYPES = [(FP64, FP64), (FP32, FP32), (BF16, BF16), (FP16, FP16), (BF16, FP32)]
 
 
 def test_fresh_buffers_are_poisoned():
@@ -80,7 +84,8 @@ PROBES = {
 @pytest.mark.parametrize(("dtype", "layout", "probe"), pairs([FP64, BF16], LAYOUTS, PROBES))
 def test_layouts(dtype, layout, probe):
     shape, view = LAYOUTS[layout]
-    for form, transposed in zip(FORMS, [True, False], strict=True):  # Conv1D stores W0 transposed
+    for form, transposed in zip(FORMS, [True, False], strict=True):
+        # Conv1D stores W0 transposed
         problem = Problem(*shape, dtype=dtype, view=view, transposed=transposed)
         tokens = problem.view(problem.leaves["x"]).shape[:-1]
         # the dtype is set before the layout is made: a cast would make it contiguous
@@ -115,7 +120,8 @@ def test_the_base_layers_output_gets_its_gradient(probe, dtype, layout):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("zeros", [[], [1], [0, 1, 2]])  # rows with c = 0
+# rows with c = 0
+@pytest.mark.parametrize("zeros", [[], [1], [0, 1, 2]])
 def test_gradcheck(form, bias, zeros):
     problem = Problem(4, width=5, out=3, r=2, bias=bias)
     x, A, B, c, b = problem.parts()
@@ -146,11 +152,13 @@ def test_frozen_inputs(needed, form):
     products = Products(problem.weight)
     if form == "weight":
         y = problem.y()
-    else:  # without x or b, only the function's own gradients are left in the graph
+    else:
+        # without x or b, only the function's own gradients are left in the graph
         y = problem.y("base_out")
     with products:
         y.backward(probe)
-    assert products.count == ("x" in needed)  # the one for dx, which is autograd's own in the other form
+    # the one for dx, which is autograd's own in the other form
+    assert products.count == ("x" in needed)
     assert not problem.products
     for name, leaf in problem.leaves.items():
         if name in needed:
@@ -167,7 +175,7 @@ def test_nothing_to_train_makes_no_graph(form):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("n", [5, subject.CHUNK + 1])
+@pytest.mark.parametrize("n", [5, CHUNK + 1])
 def test_autocast(n, form, bias):
     problem = Problem(2, n, dtype=FP32, bias=bias)
     probe = randn(2, n, 7, seed=9).to(BF16).float()
@@ -236,15 +244,21 @@ def test_evaluation_equals_training(dtypes, form, bias, n):
                 base_out = F.linear(x, problem.weight, b)
                 base = {"weight": problem.weight} if form == "weight" else {"base_out": base_out}
                 kept = None if base_out is None else base_out.clone()
-                y = subject.linear_eval(x, A, subject.fold(B, c, S), c, bias=b, **base)
+                # the order of the factors of which training makes the same bits
+                amp_dtype = BF16 if amp and dtype is not FP64 else dtype
+                alpha = 1.0 if by_kernels(amp_dtype) else S
+                y = subject.linear_eval(x, A, parts.fold(B, c, S / alpha), c, bias=b, alpha=alpha, **base)
         assert y.grad_fn is None
         assert y.dtype == expected.dtype
-        if form == "weight" and n == 600 and dtype in (FP64, FP32):  # training composes the weight, evaluation does not
+        # training composes the weight, evaluation does not
+        if form == "weight" and n == 600 and dtype in (FP64, FP32):
             assert distance(y, expected) <= FLOOR[dtype]
         else:
             assert torch.equal(y, expected)
-        gc.collect()  # Triton's interpreter leaves reference cycles
-        assert torch.equal(base_out, kept)  # the base layer's output is not written to
+        # Triton's interpreter leaves reference cycles
+        gc.collect()
+        # the base layer's output is not written to
+        assert torch.equal(base_out, kept)
         assert made.alive(y, base_out, kept, x, A, B, c, problem.weight, *[b] * bias) == []
 
 
@@ -259,8 +273,8 @@ def test_an_adapter_that_changes_nothing_gives_the_base_output_bit_for_bit(dtype
     with torch.no_grad():
         c.fill_(1)
         B.zero_()
-        assert torch.equal(subject.linear_eval(x, A, subject.fold(B, c, S), c, bias=b, **base), base_out)
-        assert not torch.equal(subject.linear_eval(x, A, subject.fold(B, 2 * c, S), 2 * c, bias=b, **base), base_out)
+        assert torch.equal(subject.linear_eval(x, A, parts.fold(B, c, S), c, bias=b, **base), base_out)
+        assert not torch.equal(subject.linear_eval(x, A, parts.fold(B, 2 * c, S), 2 * c, bias=b, **base), base_out)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -274,15 +288,16 @@ def test_evaluation_of_layouts(layout):
             base = {"weight": problem.weight}
             if form == "base_out":
                 base = {"base_out": F.linear(x, problem.weight, b)}
-            y = subject.linear_eval(x, A, subject.fold(B, c, S), c, bias=b, **base)
+            y = subject.linear_eval(x, A, parts.fold(B, c, S), c, bias=b, **base)
         assert y.shape == expected.shape
         assert distance(y, expected) <= FLOOR[dtype]
 
 
-@pytest.mark.implementation("torch")  # Triton's interpreter runs in one thread
+# Triton's interpreter runs in one thread
+@pytest.mark.implementation("torch")
 def test_threads_do_not_share_anything():
     """Two layers of the same sizes trained at once, long enough in each product to meet."""
-    n, failures = 2 * subject.CHUNK + 3, []
+    n, failures = 2 * CHUNK + 3, []
     barrier = threading.Barrier(2, timeout=20)
 
     def train(seed):

@@ -4,10 +4,12 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 from linear_fixtures import BF16, FLOOR, FP16, FP32, FP64, LENGTHS, ROUNDING, Made, distance, randn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dora_peft.ops import linear as subject
+from dora_peft.ops import linear_autograd as parts
+from dora_peft.ops.chunks import CHUNK
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -15,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("dtype", [FP64, FP32, BF16, FP16])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_compose(with_bias, dtype, n):
+def test_scaled_sum(with_bias, dtype, n):
     """Into z itself and elsewhere; in low precision with no rounding but that of the result."""
     wide = FP64 if dtype is FP64 else FP32
     z, u = randn(n, 7, seed=1).to(dtype), randn(n, 3, seed=2).to(dtype)
@@ -24,9 +26,9 @@ def test_compose(with_bias, dtype, n):
     shift = b.double() if with_bias else 0
     expected = c.double() * (z.double() - shift) + u.double() @ folded.double().T + shift
     kept, out = z.clone(), torch.empty_like(z)
-    assert subject.compose(z, u, folded, c, b, out=out) is out
+    assert parts.scaled_sum(z, u, folded, c, b, out=out) is out
     assert torch.equal(z, kept)
-    assert subject.compose(z, u, folded, c, b, out=z) is z
+    assert parts.scaled_sum(z, u, folded, c, b, out=z) is z
     assert torch.equal(z, out)
     rounded = distance(expected.to(dtype), expected)
     assert distance(out, expected) <= (1.01 * rounded + 1e-6 if wide is FP32 else FLOOR[FP64])
@@ -40,15 +42,21 @@ def test_scale_and_sum(keep_scaled, dtype, n):
     g, y, weight = randn(n, 7, seed=1).to(dtype), randn(n, 7, seed=2).to(dtype), randn(7, 9, seed=3).to(dtype)
     c, b = randn(7, seed=4).to(wide), randn(7, seed=5).to(dtype)
     for with_y, with_bias, with_weight in product([False, True], repeat=3):
-        result, scaled, sums = subject.scale_and_sum(
+        result, scaled, sums, change = parts.scale_and_sum(
             g,
             c,
             y if with_y else None,
             b if with_bias else None,
             weight if with_weight else None,
+            F.linear,
             keep_scaled=keep_scaled,
         )
-        assert (result is not None, scaled is not None, sums is not None) == (with_weight, keep_scaled, with_y)
+        # of few tokens all is made as a whole, unless that would round
+        whole = 0 < n <= parts.FEW and dtype is wide
+        assert (result is not None, sums is not None, change is not None) == (with_weight, with_y, with_y and whole)
+        assert (scaled is not None) == (keep_scaled or whole)
+        if change is not None:
+            torch.testing.assert_close(change, y - b * with_bias)
         rounded = (g.double() * c.double()).to(dtype)
         if scaled is not None:
             assert scaled.dtype == dtype
@@ -65,10 +73,10 @@ def test_scale_and_sum(keep_scaled, dtype, n):
 
 def test_scale_and_sum_takes_no_more_than_a_chunk_at_once():
     """On a CPU no temporary is longer than CHUNK tokens, whatever their number."""
-    n = 4 * subject.CHUNK + 1
+    n = 4 * CHUNK + 1
     g, y, weight = randn(n, 40).to(BF16), randn(n, 40).to(BF16), randn(40, 3).to(BF16)
     with Made() as made:
-        subject.scale_and_sum(g, torch.ones(40), y, torch.ones(40), weight, keep_scaled=False)
+        parts.scale_and_sum(g, torch.ones(40), y, torch.ones(40), weight, F.linear, keep_scaled=False)
     given = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in (g, y, weight)}
     largest = max(size for ref, size in made.storages.items() if ref.cdata not in given)
-    assert largest <= subject.CHUNK * 40 * 4
+    assert largest <= CHUNK * 40 * 4

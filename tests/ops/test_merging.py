@@ -53,7 +53,8 @@ def test_combine_of_rows_whose_scale_vanishes():
     torch.manual_seed(0)
     weight = torch.randn(4, 6, dtype=torch.float64)
     A, B = factors(4, 6, 2, torch.float64)
-    c = torch.tensor([2.0, 2.0, 1.0, 0.5], dtype=torch.float64)  # weight -1 makes k exactly 0 in the first two rows
+    # weight -1 makes k exactly 0 in the first two rows
+    c = torch.tensor([2.0, 2.0, 1.0, 0.5], dtype=torch.float64)
     new_A, new_B, k = merging.weighted_sum([(A, B, S, c)], [-1.0])
     expected = weight - (c[:, None] * (weight + S * B @ A) - weight)
     torch.testing.assert_close(k[:, None] * (weight + new_B @ new_A), expected, rtol=1e-6, atol=1e-6)

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Other code overwrites")
 def test_recomputation_under_autocast(kind, magnitude_only):
     options = {"magnitude_only_modules": ["layer"]} if magnitude_only else {}
     model = adapted(kind, **options)
-    for dtype in (torch.float32, torch.bfloat16):  # the latter as another layer gives it
+    for dtype in (torch.float32, torch.bfloat16):
+        # the latter as another layer gives it
         x = example(model).detach().to(dtype).requires_grad_()
         probe = None
         results = []
@@ -166,7 +167,8 @@ def test_kernels_decide_without_waiting_for_the_host(consumer):
         out = unseen(y)
         (out * torch.randn(out.shape, generator=seeded(2))).sum().backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    assert_equal({name: grad - expected[name] for name, grad in found.items()}, expected)  # they accumulate
+    # they accumulate
+    assert_equal({name: grad - expected[name] for name, grad in found.items()}, expected)
     assert not dora(model)._outputs.overwritten
     model(x)
     assert dora(model)._outputs.overwritten

@@ -27,6 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from dora_peft.ops import kept_output
 from dora_peft.ops import linear as subject
+from dora_peft.ops.chunks import CHUNK
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -54,7 +55,8 @@ def test_the_output_is_released_after_backward(form, shape, context):
         del y
         # save_on_cpu keeps a copy.
         if context is not save_on_cpu:
-            assert not storage.expired()  # kept for backward, by nothing else
+            # kept for backward, by nothing else
+            assert not storage.expired()
         loss.backward()
         assert loss.grad_fn is not None
         assert storage.expired()
@@ -64,7 +66,8 @@ def copying_hooks():
     return saved_tensors_hooks(torch.clone, lambda tensor: tensor)
 
 
-@pytest.mark.parametrize("context", [nullcontext, copying_hooks])  # torch's own x.exp() leaks where hooks do not copy
+# torch's own x.exp() leaks where hooks do not copy
+@pytest.mark.parametrize("context", [nullcontext, copying_hooks])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("when", ["before backward", "between two", "changed"])
 def test_no_reference_cycle_keeps_the_output(form, context, when):
@@ -84,7 +87,7 @@ def test_no_reference_cycle_keeps_the_output(form, context, when):
 
 @pytest.mark.parametrize(
     ("n", "dtype", "form", "surroundings", "dropout_p"),
-    pairs([5, subject.CHUNK + 1], [FP64, FP32, BF16], FORMS, ["plain", "autocast"], [0.0, 0.5]),
+    pairs([5, CHUNK + 1], [FP64, FP32, BF16], FORMS, ["plain", "autocast"], [0.0, 0.5]),
 )
 def test_what_is_kept_for_backward(n, dtype, form, surroundings, dropout_p):
     """y and u, some of y's elements again, and for dropout a byte an element of x, by kernels nothing: no copy of x,
@@ -100,8 +103,9 @@ def test_what_is_kept_for_backward(n, dtype, form, surroundings, dropout_p):
     # Kernels draw the mask again from its seed.
     mask = [] if by_kernels(dtype) else [n * 33] * (dropout_p > 0)
     if by_kernels(dtype):
-        gc.collect()  # Triton's interpreter leaves reference cycles
-    sample = [part.numel() * y.itemsize for part in kept_output._parts(y, 0, 0)]
+        # Triton's interpreter leaves reference cycles
+        gc.collect()
+    sample = [part.numel() * y.itemsize for part in kept_output._parts(y, 0, 0) if part.numel()]
     assert sum(sample) <= (2048 + 1024) * y.itemsize
     expected = [n * 29 * y.itemsize, n * 3 * y.itemsize, *sample, *mask]
     given = (x, A, B, c, bias, problem.weight, base_out)
@@ -125,7 +129,7 @@ def test_what_goes_through_hooks(form, dropout_p):
     assert sorted(t.data_ptr() for t in packed if t.data_ptr() in given) == sorted(given)
     made = [(tuple(t.shape), t.dtype) for t in packed if t.data_ptr() not in given]
     masks = 0 if by_kernels(BF16) else dropout_p > 0
-    sample = [((10, 29), BF16), ((9,), BF16), ((2,), torch.int64)]
+    sample = [((10, 29), BF16), ((2,), torch.int64)]
     assert sorted(made, key=str) == sorted([((10, 3), BF16), *sample, *[((10, 33), torch.bool)] * masks], key=str)
 
 

@@ -51,9 +51,6 @@ def test_the_mappings():
     assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.DORA] == DoraModel.prefix
 
 
-# ---- importing
-
-
 WORKS = """
 import torch
 model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), dora_peft.DoraConfig(target_modules=["0"]))
@@ -112,9 +109,6 @@ def test_a_type_that_another_package_has_taken_is_refused(monkeypatch):
 def test_every_public_name_exists():
     for name in dora_peft.__all__:
         assert getattr(dora_peft, name) is not None
-
-
-# ---- the patches
 
 
 def test_patches_do_not_stack():

@@ -14,7 +14,7 @@ import dora_peft
 import update_readme
 from benchmarks.bases import SHAPES
 from dora_peft import norms
-from dora_peft.norms.state import Snapshot
+from dora_peft.norms import state
 
 # In the checking mode every check would compute the norm.
 pytestmark = [pytest.mark.cached_norms, pytest.mark.implementation("torch")]
@@ -84,7 +84,7 @@ def test_the_timed_step_refreshes_and_the_timed_checks_do_not(monkeypatch: pytes
     timed: list[tuple[str, int]] = []
     refresh, seconds = norms.state._refresh, benchmark_check.seconds
 
-    def counting(*args: Any) -> Snapshot:
+    def counting(*args: Any) -> Any:
         refreshed.append("norm")
         return refresh(*args)
 
@@ -99,16 +99,17 @@ def test_the_timed_step_refreshes_and_the_timed_checks_do_not(monkeypatch: pytes
     setting = benchmark_check.Setting("training step", "tiny", SHAPES["tiny"], 4, 1.0, batch=2, seq_len=4)
     options = Namespace(seed=0, rounds=1, checks=2)
     layers, _ = benchmark_check.measure_training(setting, options)
-    assert timed == 2 * [("step", layers), ("check", 0), ("check", 0)]  # the warm-up is the first
+    # the warm-up is the first
+    assert timed == 2 * [("step", layers), ("check", 0), ("check", 0)]
 
 
 def test_a_check_that_sees_nothing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     _, layers = benchmark_check.build(TINY, seed=0)
     benchmark_check.verify_training(layers)
-    monkeypatch.setattr(Snapshot, "fits", lambda *args: True)
+    monkeypatch.setattr(state, "_fits", lambda *args: True)
     with pytest.raises(RuntimeError, match=r"q_proj: expected a refresh after an edit of A or B, found the norm kept"):
         benchmark_check.verify_training(layers)
-    monkeypatch.setattr(Snapshot, "fits", lambda *args: False)
+    monkeypatch.setattr(state, "_fits", lambda *args: False)
     with pytest.raises(RuntimeError, match=r"q_proj: expected the norm to be kept if nothing changed"):
         benchmark_check.verify_training(layers)
 
@@ -121,7 +122,7 @@ def test_a_shortcut_that_sees_nothing_is_not_timed(monkeypatch: pytest.MonkeyPat
         benchmark_check.verify_decoding(layers)
     model(input_ids=torch.arange(4)[None])
     benchmark_check.verify_decoding(layers)
-    monkeypatch.setattr(type(layers[0]._shortcut), "is_open", lambda *args: True)
+    monkeypatch.setattr(benchmark_check, "shortcut_is_open", lambda layer: True)
     with pytest.raises(RuntimeError, match=r"q_proj: expected an edit of A, B or m to shut the shortcut"):
         benchmark_check.verify_decoding(layers)
 

@@ -105,7 +105,8 @@ def test_floor_computes_what_lora_computes(dropout: float) -> None:
     base, results = tiny(), {}
     for name in ("lora", "lora_floor"):
         contender = make(name, base, dropout)
-        torch.manual_seed(0)  # the same masks
+        # the same masks
+        torch.manual_seed(0)
         results[name] = observe(contender)
     assert len(results["lora"]) == 1 + 2 * 2 * 7
     assert check_equal(results, "fp32")["lora_floor"]["error"] < 1e-5

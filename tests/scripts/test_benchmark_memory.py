@@ -33,8 +33,10 @@ def test_saved_bytes_leave_out_parameters() -> None:
 def test_saved_bytes_count_a_storage_once() -> None:
     class Shared(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = x.exp()  # saves y
-            return y.view(-1).square() + y.view(-1).sin()  # both save views of y
+            # saves y
+            y = x.exp()
+            # both save views of y
+            return y.view(-1).square() + y.view(-1).sin()
 
     assert saved_bytes(Shared(), torch.randn(8, 3, requires_grad=True)) == 8 * 3 * FLOAT
 

@@ -42,7 +42,8 @@ def test_saved_bytes_count_what_a_context_keeps() -> None:
     class Keep(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
-            ctx.kept = [x.exp()]  # seen by no hook
+            # seen by no hook
+            ctx.kept = [x.exp()]
             ctx.temporary = x.cos().sum().item()
             return x.clone()
 
@@ -64,7 +65,8 @@ def test_saved_bytes_agree_with_the_hooks_on_lora() -> None:
     with record_saved_bytes(lora.module) as hooked:
         loss = loss_of(lora)
     loss.backward()
-    ids = 2 * 16 * 8  # the tokens, which the second count leaves out as older than the forward pass
+    # the tokens, which the second count leaves out as older than the forward pass
+    ids = 2 * 16 * 8
     assert abs(saved_bytes(lambda: loss_of(lora)) - sum(hooked.values())) <= 4 * ids
 
 

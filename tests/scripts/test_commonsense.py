@@ -55,14 +55,16 @@ def test_every_answer_is_read(task: str, answer: str) -> None:
     [
         ("boolq", ""),
         ("boolq", "the correct answer is yes"),
-        ("boolq", "True"),  # learnt in small letters, and read so by the paper's evaluation
+        # learnt in small letters, and read so by the paper's evaluation
+        ("boolq", "True"),
         ("piqa", "the correct answer is option1"),
         ("piqa", "solution3"),
         ("winogrande", "solution1"),
         ("hellaswag", "answer1 ending5 ending 1"),
         ("openbookqa", "answer6"),
         ("ARC-Easy", "the correct answer is ending2"),
-        ("social_i_qa", f"I do not know.\n\n{MARKER}\nanswer1"),  # of another question, which the model made up
+        # of another question, which the model made up
+        ("social_i_qa", f"I do not know.\n\n{MARKER}\nanswer1"),
     ],
 )
 def test_no_answer_of_the_task_is_none(task: str, response: str) -> None:
@@ -141,7 +143,8 @@ def test_prepare_limits_each_task_and_repeats(download: Path) -> None:
     assert chosen[0] == chosen[1]
     kinds = [prepare_commonsense.kind_of(record) for record in chosen[0]]
     assert {kinds.count(kind) for kind in kinds} == {2}
-    assert len(set(kinds)) == 5  # four tasks share their answers
+    # four tasks share their answers
+    assert len(set(kinds)) == 5
     assert {len(json.loads(path.read_text(encoding="utf-8"))) for path in Path("one/test").iterdir()} == {2}
     prepare_commonsense.main([str(download), "--max_per_task", "2", "--output_dir", "three", "--seed", "1"])
     assert json.loads(Path("three/train.json").read_text(encoding="utf-8")) != chosen[0]

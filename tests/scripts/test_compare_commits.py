@@ -74,7 +74,8 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     commit_package(folder, "after", time_ms=10.0, kept=242.0)
     monkeypatch.setattr(compare_commits, "ROOT", folder)
     monkeypatch.setenv("STUB_LOG", str(tmp_path / "log"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # as where another copy of the package is on the path
+    # as where another copy of the package is on the path
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     return folder
 
 
@@ -103,11 +104,13 @@ def test_each_tree_imports_its_own_package(repository: Path, capsys: pytest.Capt
     assert path.name == f"against_{first[:9]}_step_tiny_cpu_x.json"
     assert (against["commit"], against["processes"]) == (first, 3)
 
-    times, kept = against["results"]  # the third setting is not the same in both
+    # the third setting is not the same in both
+    times, kept = against["results"]
     assert times["old"] == [8.0] * 3
     assert times["new"] == [10.0] * 3
     assert times["ratio"] == {"median": 1.25, "min": 1.25, "max": 1.25}
-    assert times["ratio_to_reference"] == times["ratio"]  # LoRA takes as long
+    # LoRA takes as long
+    assert times["ratio_to_reference"] == times["ratio"]
     assert times["reference_ratio"]["median"] == 1
     assert "difference" not in times
     assert kept["difference"]["median"] == pytest.approx(2 / 200)
@@ -194,7 +197,8 @@ def report(*values: tuple[float, float]) -> list[dict[str, Any]]:
 
 def test_a_machine_that_slows_down_cancels_from_what_is_relative_to_lora() -> None:
     (found,) = compare_commits.compare(report((10, 10), (20, 20), (40, 40)), report((15, 16.5), (30, 33), (20, 22)))
-    assert found["ratio"] == {"median": 1.65, "min": 0.55, "max": 1.65}  # of the pairs, not of the medians: 1.1
+    # of the pairs, not of the medians: 1.1
+    assert found["ratio"] == {"median": 1.65, "min": 0.55, "max": 1.65}
     assert found["reference_ratio"] == {"median": 1.5, "min": 0.5, "max": 1.5}
     assert {key: round(value, 9) for key, value in found["ratio_to_reference"].items()} == dict.fromkeys(
         ("median", "min", "max"), 1.1

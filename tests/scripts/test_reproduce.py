@@ -78,8 +78,10 @@ def test_a_small_grid_leaves_the_summary_of_a_larger_one(data, tmp_path, capsys)
         assert grid(*smaller) == larger
         printed = capsys.readouterr().out
         assert f"keeps the larger grid of `{larger[2]}`" in printed
-        assert ("spelling dora r=1 " in printed) == ("1" in smaller[-2:])  # what was asked for is printed all the same
-    other = grid("--seeds", "0", "--ranks", "3")  # no part of it
+        # what was asked for is printed all the same
+        assert ("spelling dora r=1 " in printed) == ("1" in smaller[-2:])
+    # no part of it
+    other = grid("--seeds", "0", "--ranks", "3")
     assert other[1] == ["spelling dora r=3", "spelling full", "spelling lora r=3"]
     forced = grid("--seeds", "0", "--ranks", "1", "--force")
     assert (forced[0], len(content_of(tmp_path, "accuracy")["runs"])) == ([0], 4)

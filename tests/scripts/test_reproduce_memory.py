@@ -62,7 +62,8 @@ def test_memory(tmp_path):
         assert found["paper_percent"] == pytest.approx({"llama": 24.4, "vl_bart": 12.4}[name], abs=0.05)
         savings, predicted = found["saving_percent_by_setting"], found["predicted_percent_by_setting"]
         assert list(savings) == list(predicted) == [f"{batch} x {length}" for batch, length in family.settings]
-        if name == "llama":  # bf16 copies of q, k, v, up and down of the real model, at every size of ours
+        # bf16 copies of q, k, v, up and down of the real model, at every size of ours
+        if name == "llama":
             expected = 32 * (3 * 4096**2 + 2 * 4096 * 11008) * 2 / 1e9
             assert found["saved_gb"] == pytest.approx({"at_full_size": expected, "paper": 37.3 - 28.2})
         assert found["saving_percent"]["reference"] == savings[found["setting"]]
@@ -121,7 +122,8 @@ def test_products_in_fp32_are_rounded_once():
     expected = nn.functional.linear(x.float(), weight.float(), bias.float()).to(DTYPE)
     with reproduce_memory.MatmulInFp32():
         found = nn.functional.linear(x, weight, bias)
-        exact = nn.functional.linear(x.double(), weight.double())  # of another dtype: as ever
+        # of another dtype: as ever
+        exact = nn.functional.linear(x.double(), weight.double())
     assert found.dtype == DTYPE
     assert torch.equal(found, expected)
     assert exact.dtype == torch.float64
@@ -151,7 +153,8 @@ def test_the_laptop_size_is_the_full_size_shrunk(name):
     widths = [model.config.hidden_size for model in models]
     for (batch, length), (few, short) in zip(full.settings, small.settings, strict=True):
         ratio = layers[0] * widths[0] * batch * length / (layers[1] * widths[1] * few * short)
-        assert ratio == pytest.approx(factor, rel=0.02)  # a batch of 38 stands for 300
+        # a batch of 38 stands for 300
+        assert ratio == pytest.approx(factor, rel=0.02)
 
 
 @pytest.mark.parametrize("claim", ["memory", "vl_bart", "pattern", "accuracy", "detach"])

@@ -22,7 +22,8 @@ def test_runs_are_done_once(tmp_path):
     for _ in range(2):
         assert Runs("claim", options, {"a": (1,)}).do("one", work)["value"] == 3.0
     assert len(calls) == 1
-    Runs("claim", options, {"a": (2,)}).do("one", work)  # of other settings
+    # of other settings
+    Runs("claim", options, {"a": (2,)}).do("one", work)
     assert len(calls) == 2
     Runs("claim", Options(results=tmp_path, force=True), {"a": (2,)}).do("one", work)
     assert len(calls) == 3
@@ -83,7 +84,8 @@ def test_runs_of_another_claim_are_adopted_under_equal_settings(tmp_path):
     runs.do("two", lambda: {"value": 2.0})
     runs.finish({})
     assert len(runs.content["machines"]) == 1
-    assert {key: run["value"] for key, run in runs.runs.items()} == {"two": 1.0}  # what it rests on, and no more
+    # what it rests on, and no more
+    assert {key: run["value"] for key, run in runs.runs.items()} == {"two": 1.0}
 
 
 def test_a_killed_run_leaves_the_summary(tmp_path):
@@ -92,7 +94,8 @@ def test_a_killed_run_leaves_the_summary(tmp_path):
     runs.do("one", lambda: {"seed": 0})
     runs.finish({"cases": {"one": {}}})
     runs = Runs("claim", Options(results=tmp_path, command="second"), {})
-    runs.do("two", lambda: {"seed": 1})  # and no more
+    # and no more
+    runs.do("two", lambda: {"seed": 1})
     content = json.loads(options.path("claim").read_text(encoding="utf-8"))
     assert (content["command"], content["seeds"], content["summary"]) == ("first", [0], {"cases": {"one": {}}})
     assert list(content["runs"]) == ["one", "two"]
@@ -111,9 +114,11 @@ def test_interval_holds_the_mean_as_often_as_it_says():
     [
         ({1.0: 0.3, 2.0: 0.1, 3.0: 0.2}, 2.0, False),
         ({1.0: 0.3, 2.0: 0.2, 3.0: 0.1}, 3.0, True),
-        ({2.0: 0.2, 3.0: 0.3, 1.0: 0.4}, 2.0, False),  # whatever their order
+        # whatever their order
+        ({2.0: 0.2, 3.0: 0.3, 1.0: 0.4}, 2.0, False),
         ({1.0: float("nan"), 2.0: 0.4, 3.0: float("nan")}, 2.0, False),
-        ({2.0: 0.1, 1.0: 0.4}, 2.0, True),  # of two, either is
+        # of two, either is
+        ({2.0: 0.1, 1.0: 0.4}, 2.0, True),
         ({1.0: 0.1}, 1.0, False),
     ],
 )
@@ -131,10 +136,12 @@ def test_the_difference_is_paired_by_rank_and_seed():
     found = difference(cases, "t")
     assert found["count"] == 2
     assert found["mean"] == pytest.approx(0.5)
-    assert found["low"] == pytest.approx(0.5)  # ranks and seeds differ, the gain does not
+    # ranks and seeds differ, the gain does not
+    assert found["low"] == pytest.approx(0.5)
     assert difference(cases, "t", ("dora", "dora_not_detached"))["mean"] == pytest.approx(-0.25)
     cases["dora 2"] = case("dora", 2, 2.6, 2.4)
-    assert difference(cases, "t") == pytest.approx(interval([0.55, 0.4]))  # ranks do not narrow it
+    # ranks do not narrow it
+    assert difference(cases, "t") == pytest.approx(interval([0.55, 0.4]))
 
 
 def case(method, rank, *accuracies):

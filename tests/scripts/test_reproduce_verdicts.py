@@ -22,9 +22,12 @@ def spread_of(low, high):
 @pytest.mark.parametrize(
     ("low", "high", "verdict"),
     [
-        (0.01, 0.1, verdicts.YES),  # beats
-        (-0.005, 0.005, verdicts.YES),  # matches
-        (-0.02, 0.1, verdicts.NO),  # no proof of either
+        # beats
+        (0.01, 0.1, verdicts.YES),
+        # matches
+        (-0.005, 0.005, verdicts.YES),
+        # no proof of either
+        (-0.02, 0.1, verdicts.NO),
         (-0.05, -0.001, verdicts.NO),
     ],
 )
@@ -46,10 +49,13 @@ LOW, FLAT = (0.3, 0.31, 0.29), (0.0, 0.01, -0.01)
     ("at_low", "at_high", "other", "verdict"),
     [
         (LOW, FLAT, LOW, verdicts.YES),
-        (LOW, FLAT, FLAT, verdicts.PARTLY),  # on one of two tasks
-        (LOW, LOW, FLAT, verdicts.NO),  # a gain, but none that falls
+        # on one of two tasks
+        (LOW, FLAT, FLAT, verdicts.PARTLY),
+        # a gain, but none that falls
+        (LOW, LOW, FLAT, verdicts.NO),
         (FLAT, FLAT, FLAT, verdicts.NO),
-        ((0.3, 0.0, 0.0), FLAT, FLAT, verdicts.NO),  # nothing that one seed could have brought
+        # nothing that one seed could have brought
+        ((0.3, 0.0, 0.0), FLAT, FLAT, verdicts.NO),
     ],
 )
 def test_verdict_on_low_ranks(at_low, at_high, other, verdict):
@@ -62,15 +68,18 @@ def test_verdict_on_low_ranks(at_low, at_high, other, verdict):
     assert verdicts.judge_low_rank({"accuracy": content})[1] == verdict
     fewer = {name: found for name, found in cases.items() if found["rank"] == 2}
     content["summary"]["cases"] = fewer
-    assert verdicts.judge_low_rank({"accuracy": content})[1] == verdicts.OPEN  # one rank is neither low nor high
+    # one rank is neither low nor high
+    assert verdicts.judge_low_rank({"accuracy": content})[1] == verdicts.OPEN
 
 
 @pytest.mark.parametrize(
     ("low", "high", "pictures", "verdict"),
     [
         (-0.005, 0.002, None, verdicts.YES),
-        (0.02, 0.03, None, verdicts.YES),  # a gain is no loss
-        (-0.1, 0.001, None, verdicts.NO),  # a wide interval that holds 0 is no proof
+        # a gain is no loss
+        (0.02, 0.03, None, verdicts.YES),
+        # a wide interval that holds 0 is no proof
+        (-0.1, 0.001, None, verdicts.NO),
         (-0.1, -0.02, None, verdicts.NO),
         (-0.005, 0.002, (-0.03, -0.02), verdicts.PARTLY),
         (-0.1, 0.001, (-0.005, 0.002), verdicts.PARTLY),
@@ -94,12 +103,16 @@ def test_verdict_on_detaching(low, high, pictures, verdict):
     ("gain", "to_full", "dora", "verdict", "of_videos"),
     [
         ((0.001, 0.01), (-0.005, 0.01), 0.8, verdicts.YES, verdicts.YES),
-        ((0.001, 0.01), (-0.05, -0.02), 0.8, verdicts.PARTLY, verdicts.YES),  # as the paper's own videos
+        # as the paper's own videos
+        ((0.001, 0.01), (-0.05, -0.02), 0.8, verdicts.PARTLY, verdicts.YES),
         ((-0.01, 0.01), (-0.005, 0.01), 0.8, verdicts.PARTLY, verdicts.NO),
-        ((-0.01, 0.01), (-0.05, 0.01), 0.8, verdicts.NO, verdicts.NO),  # no proof of either
+        # no proof of either
+        ((-0.01, 0.01), (-0.05, 0.01), 0.8, verdicts.NO, verdicts.NO),
         ((-0.02, -0.01), (-0.005, 0.01), 0.8, verdicts.NO, verdicts.NO),
-        ((0.001, 0.01), (-0.005, 0.01), 0.35, verdicts.NO, verdicts.NO),  # as good with another's picture
-        ((0.001, 0.01), (-0.005, 0.01), 0.2, verdicts.NO, verdicts.NO),  # below who never looks
+        # as good with another's picture
+        ((0.001, 0.01), (-0.005, 0.01), 0.35, verdicts.NO, verdicts.NO),
+        # below who never looks
+        ((0.001, 0.01), (-0.005, 0.01), 0.2, verdicts.NO, verdicts.NO),
     ],
 )
 def test_verdict_on_vl_bart(gain, to_full, dora, verdict, of_videos):

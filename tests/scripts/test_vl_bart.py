@@ -45,7 +45,8 @@ def test_configs(path):
     head = path.read_text(encoding="utf-8").split("\n\n")[0]
     assert f"configs/{path.name}" in head
     assert settings.target_modules == ["q_proj", "v_proj"]
-    if path.stem == "vl_bart_image":  # the paper's
+    # the paper's
+    if path.stem == "vl_bart_image":
         assert (settings.r, settings.lora_alpha, settings.batch, settings.epochs) == (128, 128, 300, 20)
         assert settings.learning_rates["dora"] == [1e-3]
     if path.stem == "vl_bart_video":
@@ -140,7 +141,8 @@ def test_the_claim_at_toy_size(toy_options, count_backbones, capsys):
     assert "dora - lora: " in printed
     assert "12 test questions, 2 to choose the rate by" in printed
     assert toy_options.path("vl_bart").with_suffix(".png").stat().st_size > 10000
-    assert backbones() == count_backbones  # whole, and no temporary one
+    # whole, and no temporary one
+    assert backbones() == count_backbones
     # again: the backbone and every run are there
     subject.run(toy_options, seeds=(0, 1))
     assert content_of(toy_options)["runs"] == runs
@@ -152,7 +154,8 @@ def test_the_loss_of_validation_is_per_token(toy_options):
     task = subject.Task(subject.toy(subject.load_settings(CONFIGS[0])), toy_options)
     task.tokenizer = data.word_tokenizer(task.whole.records)
     model = VlBartForConditionalGeneration.from_pretrained(Path("outputs/reproduce") / task.backbone).eval()
-    part = task.whole  # answers of one word, in several batches
+    # answers of one word, in several batches
+    part = task.whole
     part.records = part.records * 10
     part.records[-1] = part.records[-1] | {"answer": "red red red"}
     accuracy, loss = task.evaluate(model, part)
@@ -217,12 +220,14 @@ def test_every_backbone_has_its_folder(toy_options, count_backbones, tmp_path):
         subject.run(toy_options, config, seeds=(0,))
 
     run()
-    run(warmup=0.5)  # one that it depends on
+    # one that it depends on
+    run(warmup=0.5)
     assert len(set(count_backbones)) == 2
     assert backbones() == sorted(count_backbones)
     before = content_of(toy_options)["runs"]
     shutil.rmtree(Path("outputs/reproduce") / count_backbones[-1])
-    run(warmup=0.5)  # it is missing: trained again, and nothing else
+    # it is missing: trained again, and nothing else
+    run(warmup=0.5)
     assert len(count_backbones) == 3
     assert backbones() == sorted(set(count_backbones))
     runs = content_of(toy_options)["runs"]
@@ -330,5 +335,6 @@ def test_the_figure(dataset, paper, tmp_path, monkeypatch):
     points = [
         sorted(line.get_ydata()) for line in right.lines if len(line.get_ydata()) == 2 and line.get_marker() == "."
     ]
-    assert points[0] == pytest.approx([2, 5])  # of DoRA, paired by seed
+    # of DoRA, paired by seed
+    assert points[0] == pytest.approx([2, 5])
     assert "+3.5" in [text.get_text() for text in texts]

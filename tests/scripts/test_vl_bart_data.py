@@ -27,7 +27,8 @@ CPU = torch.device("cpu")
 
 def test_question_only():
     test = [*RECORDS[:3], {"picture": 0, "question": "new?", "answer": "blue"}]
-    assert data.question_only(RECORDS, test) == 3 / 4  # blue, and blue for what was never asked
+    # blue, and blue for what was never asked
+    assert data.question_only(RECORDS, test) == 3 / 4
 
 
 def test_batches():
@@ -57,14 +58,16 @@ def byte_level_bpe(texts):
 def test_answers_of_byte_level_bpe_end_without_a_space():
     records = [RECORDS[0], {"picture": 1, "question": "what is it?", "answer": "a dark blue one"}]
     tokenizer = byte_level_bpe(text for record in records for text in (record["question"], record["answer"]))
-    assert len(tokenizer("red </s>")["input_ids"]) > len(tokenizer("red</s>")["input_ids"])  # what is to be avoided
+    # what is to be avoided
+    assert len(tokenizer("red </s>")["input_ids"]) > len(tokenizer("red</s>")["input_ids"])
     labels = data.make_batch(data.Part(torch.zeros(2, 4, 5), records), records, tokenizer)["labels"]
     for row, record in zip(labels, records, strict=True):
         ids = row[row != data.IGNORE].tolist()
         assert ids == [*tokenizer(record["answer"])["input_ids"], tokenizer.eos_token_id]
         assert tokenizer.decode(ids) == f"{record['answer']}</s>"
         assert (row[len(ids) :] == data.IGNORE).all()
-    assert len({len(row[row != data.IGNORE]) for row in labels}) == 2  # one was padded
+    # one was padded
+    assert len({len(row[row != data.IGNORE]) for row in labels}) == 2
 
 
 def test_patches():
@@ -78,8 +81,10 @@ def test_patches():
 
 def test_silhouettes():
     pixels = torch.full((24, 16, 3), 200)
-    pixels[6:10, 3:5, 0] = 90  # one channel differs enough, on the border of the first patch
-    pixels[20, 12] = 210  # too like the background
+    # one channel differs enough, on the border of the first patch
+    pixels[6:10, 3:5, 0] = 90
+    # too like the background
+    pixels[20, 12] = 210
     found = prepare_easy_vqa.silhouettes(pixels)
     assert found.shape == (6, 256)
     expected = torch.zeros(32, 24)

@@ -18,7 +18,8 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def write_raw(target: Tensor, values: Tensor | float) -> None:
     """Overwrite `target` without moving its version counter."""
     values = torch.as_tensor(values, dtype=target.dtype).expand(target.shape).contiguous()
-    integers = _INTEGERS[target.element_size()]  # numpy knows no bf16
+    # numpy knows no bf16
+    integers = _INTEGERS[target.element_size()]
     target.detach().view(integers).numpy()[...] = values.detach().view(integers).numpy()
 
 
@@ -94,7 +95,8 @@ APPLY = {
     "scribble over output": lambda y, note: ScribbleOverOutput.apply(y),
 }
 NAMES = list(APPLY)
-PLAIN = ["silu", "double", "mul_"]  # what torch.compile and tracing can follow
+# what torch.compile and tracing can follow
+PLAIN = ["silu", "double", "mul_"]
 
 
 def pure(name: str, y: Tensor, mask: Tensor | None) -> Tensor:

@@ -19,7 +19,8 @@ def edited(value: Tensor, a: int) -> Tensor:
         return value * 1.5
     if kind == "rolled":
         return value.roll(1, 0)
-    if kind == "swapped":  # two elements
+    # two elements
+    if kind == "swapped":
         flat = value.flatten().clone()
         flat[[0, -1]] = flat[[-1, 0]]
         return flat.view(value.shape)

@@ -1,7 +1,6 @@
 """Faults that are sown into the package, one at a time, for the search to find.
 
-Each replaces one function or method. `HOOKS` says where these live; of several places the first that exists counts, so
-that a function may move.
+Each replaces one function or method, at every place that has its name. `HOOKS` says where.
 """
 
 from __future__ import annotations
@@ -12,41 +11,45 @@ from typing import Any
 
 import torch
 
+LAYERS = "dora_peft.layers"
 HOOKS = {
-    "scale": ["dora_peft.ops.functional:scale", "dora_peft.functional:scale"],
-    "layer_scale": ["dora_peft.layers.layer:DoraLayer.scale", "dora_peft.layer:DoraLayer.scale"],
-    "active": ["dora_peft.layers.layer:DoraLayer.active_adapters", "dora_peft.layer:DoraLayer.active_adapters"],
-    "bias": ["dora_peft.layers.layer:DoraLayer._bias", "dora_peft.layer:DoraLayer._bias"],
-    "set_scale": ["dora_peft.layers.layer:DoraLayer.set_scale", "dora_peft.layer:DoraLayer.set_scale"],
-    "unmerge": ["dora_peft.layers.layer:DoraLayer.unmerge", "dora_peft.layer:DoraLayer.unmerge"],
-    "magnitude_gradient": ["dora_peft.ops.linear:magnitude_gradient", "dora_peft.linear:magnitude_gradient"],
-    "fold": ["dora_peft.ops.linear:fold", "dora_peft.linear:fold"],
-    "linear_eval": ["dora_peft.ops.linear:linear_eval", "dora_peft.linear:linear_eval"],
-    "version": ["dora_peft.ops.kept_output:same_bits", "dora_peft.linear:_version"],
-    "content": ["dora_peft.ops.content:Bits.fits", "dora_peft.norm:_same"],
-    "merged_rows": ["dora_peft.ops.merging:merged_rows", "dora_peft.merging:merged_rows"],
-    "combine": ["dora_peft.ops.merging:weighted_sum", "dora_peft.merging:combine"],
-    "conv_branch": ["dora_peft.ops.functional:conv_branch", "dora_peft.functional:conv_branch"],
-    "to_checkpoint": ["dora_peft.adapters.checkpoint:_readable_by_peft", "dora_peft.checkpoint:_readable_by_peft"],
+    "scale": [
+        "dora_peft.ops.norm:scale",
+        f"{LAYERS}.scale:scale",
+        f"{LAYERS}.shortcut:scale",
+        "dora_peft.norms.evaluation:scale",
+    ],
+    "layer_scale": [f"{LAYERS}.{user}:scale_of" for user in ("scale", "layer", "linear", "forward")],
+    "active": [f"{LAYERS}.layer:DoraLayer.active_adapters"],
+    "bias": [f"{LAYERS}.{user}:bias_of" for user in ("linear", "forward")],
+    "set_scale": [f"{LAYERS}.layer:DoraLayer.set_scale"],
+    "unmerge": [f"{LAYERS}.layer:DoraLayer.unmerge"],
+    "magnitude_gradient": ["dora_peft.ops.linear_autograd:magnitude_gradient"],
+    "linear_eval": [f"{LAYERS}.{user}:linear_eval" for user in ("linear", "shortcut")],
+    "version": ["dora_peft.ops.kept_output:same_bits"],
+    "content": ["dora_peft.ops.content:Bits.fits"],
+    "merged_rows": ["dora_peft.ops.merging:merged_rows"],
+    "combine": ["dora_peft.ops.merging:weighted_sum"],
+    "conv_branch": [f"{LAYERS}.conv:conv_branch"],
+    "to_checkpoint": ["dora_peft.adapters.checkpoint:_readable_by_peft"],
 }
 
-Fault = Callable[[Any], Any]  # the original function to the faulty one
+# the original function to the faulty one
+Fault = Callable[[Any], Any]
 
 
-def locate(hook: str) -> tuple[Any, str]:
-    """The object that holds the function, and its name there."""
+def locate(hook: str) -> list[tuple[Any, str]]:
+    """The objects that hold the function, and its name there."""
+    found = []
     for place in HOOKS[hook]:
         module, _, path = place.partition(":")
-        try:
-            owner: Any = importlib.import_module(module)
-            *parents, name = path.split(".")
-            for parent in parents:
-                owner = getattr(owner, parent)
-            getattr(owner, name)
-        except (ImportError, AttributeError):
-            continue
-        return owner, name
-    raise LookupError(f"None of {', '.join(HOOKS[hook])} exists; say in HOOKS where '{hook}' is now.")
+        owner: Any = importlib.import_module(module)
+        *parents, name = path.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        getattr(owner, name)
+        found.append((owner, name))
+    return found
 
 
 def negated_magnitude_gradient(original: Any) -> Any:
@@ -77,7 +80,7 @@ def missing_detach(original: Any) -> Any:
 
 def superfluous_detach(original: Any) -> Any:
     """The detached gradient where the full one is asked for."""
-    return lambda self, adapter, **options: original(self, adapter)
+    return lambda self, adapter, differentiable=False, **options: original(self, adapter, **options)
 
 
 def reversed_order(original: Any) -> Any:
@@ -93,8 +96,8 @@ def forgotten_scale(original: Any) -> Any:
 
 
 def scaling_left_out(original: Any) -> Any:
-    """Of the folded B."""
-    return lambda lora_B, c, scaling: original(lora_B, c, 1.0)
+    """Of evaluation."""
+    return lambda *args, alpha=1.0, **options: original(*args, alpha=1.0, **options)
 
 
 def stale_folded_B(original: Any) -> Any:
@@ -112,7 +115,8 @@ def trusted_output(original: Any) -> Any:
     """No change of the kept output is noticed."""
 
     def unchanged(*arguments: Any) -> Any:
-        return isinstance(original(*arguments), bool) or 0  # the same content, or the same version
+        # the same content, or the same version
+        return isinstance(original(*arguments), bool) or 0
 
     return unchanged
 
@@ -166,7 +170,7 @@ FAULTS: list[tuple[str, Fault]] = [
     ("active", reversed_order),
     ("bias", dropped_bias),
     ("set_scale", forgotten_scale),
-    ("fold", scaling_left_out),
+    ("linear_eval", scaling_left_out),
     ("linear_eval", stale_folded_B),
     ("version", trusted_output),
     ("content", skipped_content_check),

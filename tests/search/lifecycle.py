@@ -18,8 +18,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from world import BOUNDS, FLOOR, Disagreement, Known, World, check, same_bits
 
-# ---- adapters
-
 
 def drawn_config(op: Op, world: World, like: ConfigSpec | None = None) -> ConfigSpec:
     """A configuration from the operation's numbers; of the same layers as `like`."""
@@ -172,9 +170,6 @@ def note_combined(world: World, name: str, names: list[str]) -> None:
     )
 
 
-# ---- merging
-
-
 @operation()
 def merge(world: World, op: Op) -> None:
     """Write the active adapters into the base weights, or see it refused with nothing changed."""
@@ -221,9 +216,6 @@ def merge_and_unload(world: World, op: Op) -> None:
         y, run = world.forward(world.input(), "silu", net)
     run.layers = layers
     world.compare_output(y, run, "unloaded")
-
-
-# ---- saving, loading, copying
 
 
 def fresh_base(world: World) -> Net:
@@ -281,7 +273,8 @@ def compare_loaded(world: World, old: dict[Any, Tensor], where: str) -> None:
         if letter != "A":
             one, other = (t.reshape(-1) if letter == "m" else t.flatten(1) for t in (one, other))
             one, other = one[loose], other[loose]
-        bound = 0.01 if parameter.dtype is torch.bfloat16 else 1e-5  # grouped convolutions rescale m back and forth
+        # grouped convolutions rescale m back and forth
+        bound = 0.01 if parameter.dtype is torch.bfloat16 else 1e-5
         # the tiny entries that are saved for a tied row whose norm is 0 may stand in either factor
         if not torch.allclose(one, other, rtol=bound, atol=1e-8):
             raise Disagreement(f"{where}: {letter} differs")
@@ -292,7 +285,8 @@ def load_in_plain_peft(world: World, op: Op) -> None:
     """What one adapter's folder means to PEFT itself, in single precision."""
     unmerged(world)
     name = world.active[0]
-    set_factor(world, name, 1.0)  # no folder tells a scale that was set by hand
+    # no folder tells a scale that was set by hand
+    set_factor(world, name, 1.0)
     folder = save(world, "plain")
     folder = folder if name == "default" else f"{folder}/{name}"
     with open(f"{folder}/adapter_config.json", encoding="utf-8") as file:
@@ -312,7 +306,8 @@ def load_in_plain_peft(world: World, op: Op) -> None:
     stored_low = any(p.dtype is torch.bfloat16 for p in world.parameters([name]).values())
     # a weight that is computed from others was rounded to bf16, and is computed anew in single precision here
     stored_low = stored_low or (world.spec.shape == "computed" and world.dtype is torch.bfloat16)
-    bound = FLOOR if stored_low else BOUNDS[torch.float32]  # m of a tied row is rounded when it is saved
+    # m of a tied row is rounded when it is saved
+    bound = FLOOR if stored_low else BOUNDS[torch.float32]
     check({"output": y}, {"output": expected}, {"output": bound}, "plain PEFT")
 
 
@@ -366,7 +361,8 @@ def cast(world: World, op: Op) -> None:
         if key[2] == "m" and dtype is torch.bfloat16:
             wanted = before[key]
         tied = world.adapters[key[1]].tied[key[0]]
-        if key[2] == "m":  # follows the norm on tied rows
+        # follows the norm on tied rows
+        if key[2] == "m":
             wanted = torch.where(tied.view(wanted.shape), parameter.detach().to(wanted.dtype), wanted)
         if not same_bits(parameter.detach(), wanted):
             raise Disagreement(f"cast to {dtype}: {key[2]} differs")
@@ -377,7 +373,8 @@ def cast(world: World, op: Op) -> None:
 def copy_model(world: World, op: Op) -> None:
     """A deep or a pickled copy, merged or not; then the one that is not looked at is spoilt through .data."""
     look(world, op, "before copying the model")
-    deep = op.a % 2 or world.spec.shape == "computed"  # torch does not pickle parametrisations
+    # torch does not pickle parametrisations
+    deep = op.a % 2 or world.spec.shape == "computed"
     duplicate = copy.deepcopy(world.model) if deep else pickle.loads(pickle.dumps(world.model))
     spoilt = world.model if op.a % 3 else duplicate
     if spoilt is world.model:

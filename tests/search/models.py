@@ -25,24 +25,30 @@ class Shape:
 
     layers: tuple[str, ...]
     stages: tuple[str, ...]
-    targets: tuple[str, ...]  # that an adapter may adapt
+    # that an adapter may adapt
+    targets: tuple[str, ...]
 
 
 SHAPES = {
     "chain": Shape(("a", "b"), ("a", "b"), ("a", "b")),
-    "twice": Shape(("a", "b"), ("a", "b", "a"), ("a", "b")),  # a runs twice in each forward pass
+    # a runs twice in each forward pass
+    "twice": Shape(("a", "b"), ("a", "b", "a"), ("a", "b")),
     "one": Shape(("a",), ("a",), ("a",)),
     "glu": Shape(("gate", "up", "down"), ("gate", "up", "down"), ("gate", "up", "down")),
     "embedding": Shape(("e", "a"), ("e", "a"), ("e", "a")),
-    "tied": Shape(("e", "a"), ("e", "a"), ("e", "a")),  # a's weight is the embedding's
-    "alias": Shape(("a", "b"), ("a", "b"), ("a",)),  # b is the module a under another name, without adapter
-    "computed": Shape(("a", "b"), ("a", "b"), ("a", "b")),  # a's weight is a parametrisation
+    # a's weight is the embedding's
+    "tied": Shape(("e", "a"), ("e", "a"), ("e", "a")),
+    # b is the module a under another name, without adapter
+    "alias": Shape(("a", "b"), ("a", "b"), ("a",)),
+    # a's weight is a parametrisation
+    "computed": Shape(("a", "b"), ("a", "b"), ("a", "b")),
     "conv1d": Shape(("a", "b"), ("a", "b"), ("a", "b")),
     "conv2d": Shape(("a", "b"), ("a", "b"), ("a", "b")),
     "grouped": Shape(("a", "b"), ("a", "b"), ("a", "b")),
 }
 UNMERGEABLE = {"grouped"}
-MAY_REFUSE = {"alias", "computed"}  # to merge; or do it right
+# to merge; or do it right
+MAY_REFUSE = {"alias", "computed"}
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,8 @@ class Net(nn.Module):
             self.add_module(name, layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        consumer, masks = self.consumer, self.masks  # a later pass may have others before this one is recomputed
+        # a later pass may have others before this one is recomputed
+        consumer, masks = self.consumer, self.masks
 
         def compute(index: int, name: str, x: Tensor) -> Tensor:
             y = getattr(self, name)(x)
@@ -171,9 +178,6 @@ def network(shape: str, consumer: str, masks: dict[int, Tensor]) -> Callable[[Te
     return lambda x, call: run(
         shape, x, lambda index, name, value: consumers.pure(consumer, call(name, value), masks.get(index))
     )
-
-
-# ---- base models
 
 
 def _linear(inputs: int, outputs: int, spec: ModelSpec, transposed: bool = False) -> nn.Module:
@@ -217,11 +221,13 @@ def base(spec: ModelSpec) -> Net:
     for name, parameter in net.named_parameters():
         parameter.normal_(generator=random)
         if name.endswith("bias"):
-            if spec.bias == "large":  # and positive: silu would drown everything else
+            # and positive: silu would drown everything else
+            if spec.bias == "large":
                 parameter.abs_().mul_(100)
         elif isinstance(net.get_submodule(name.rpartition(".")[0]), (Conv1D, nn.Embedding)):
             parameter[:, : spec.zero_rows] = 0
-        elif not name.endswith("original1"):  # the direction of a computed weight, of which 0 would give NaN
+        # the direction of a computed weight, of which 0 would give NaN
+        elif not name.endswith("original1"):
             parameter[: spec.zero_rows] = 0
     return net.to(DTYPES[spec.dtype])
 
@@ -236,17 +242,16 @@ def example(spec: ModelSpec, dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(*lengths, *sizes, generator=random).to(dtype)
 
 
-# ---- adapters
-
-
 def suited(config: ConfigSpec, spec: ModelSpec, like: ConfigSpec | None = None) -> ConfigSpec:
     """The nearest configuration that this model can have."""
     if spec.shape not in ("chain", "twice", "one", "glu", "alias", "computed") and config.init == "orthogonal":
-        config = replace(config, init="gaussian")  # PEFT has it for linear layers only
+        # PEFT has it for linear layers only
+        config = replace(config, init="gaussian")
     if config.init == "orthogonal" or spec.shape == "grouped":
         config = replace(config, r=2)
     if spec.zero_rows and config.init is False:
-        config = replace(config, init=True)  # B is not 0 there, so that no row is zero at creation
+        # B is not 0 there, so that no row is zero at creation
+        config = replace(config, init=True)
     return config if like is None else replace(config, fewer=like.fewer, magnitude_only=like.magnitude_only)
 
 

@@ -31,7 +31,8 @@ class Skip(Exception):
 
 
 OPERATIONS: dict[str, Callable[[World, Op], None]] = {}
-WEIGHTS: dict[str, int] = {}  # how often each is drawn
+# how often each is drawn
+WEIGHTS: dict[str, int] = {}
 
 
 def operation(weight: int = 12) -> Callable[[Callable[[World, Op], None]], Callable[[World, Op], None]]:
@@ -43,9 +44,6 @@ def operation(weight: int = 12) -> Callable[[Callable[[World, Op], None]], Calla
         return function
 
     return enter
-
-
-# ---- looking at the model
 
 
 def look_evaluation(
@@ -110,9 +108,6 @@ def has_originals(world: World) -> None:
     for name, weight in world.weights.items():
         if not same_bits(world.original(name).detach(), weight):
             raise Disagreement("unmerged weight differs")
-
-
-# ---- training
 
 
 def optimizer(world: World, kind: str) -> torch.optim.Optimizer:

@@ -188,7 +188,8 @@ def evaluate(
     if x.is_floating_point():
         x = leaves["x"] = x.detach().to(dtype, copy=True).requires_grad_()
     y = network(x, lambda name, value: apply(copies[name], value))
-    if not y.requires_grad:  # ids through an adapter that is merged or disabled
+    # ids through an adapter that is merged or disabled
+    if not y.requires_grad:
         return y, {}
     gradients = torch.autograd.grad(y, list(leaves.values()), probe.to(dtype), allow_unused=True)
     named = zip(leaves, gradients, strict=True)

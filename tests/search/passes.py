@@ -153,8 +153,10 @@ def compiled(world: World, op: Op) -> None:
                     y, run = world.forward(world.input(), op.consumer, call)
                     world.compare_output(y, run, where)
             change(list(world.trained().values())[op.a % 3 :: 3], op.a, op.b)
-            next(world.inputs)  # every second one has another number of dimensions, and would be compiled anew
-    except NotImplementedError as error:  # the norm's gradient of a grouped convolution
+            # every second one has another number of dimensions, and would be compiled anew
+            next(world.inputs)
+    except NotImplementedError as error:
+        # the norm's gradient of a grouped convolution
         if world.spec.shape != "grouped" or "detach_norm" not in str(error):
             raise
     finally:

@@ -83,7 +83,8 @@ def examine(case: Case, report: Report | None = None) -> None:
     """
     report = Report() if report is None else report
     world = World(case.model, case.config)
-    torch.manual_seed(case.config.seed)  # the factors' initial values
+    # the factors' initial values
+    torch.manual_seed(case.config.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from world import World
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*groups > 1:UserWarning")  # PEFT says that they cannot be merged
+# PEFT says that they cannot be merged
+pytestmark = pytest.mark.filterwarnings("ignore:.*groups > 1:UserWarning")
 DOUBLE = torch.float64
 
 
@@ -41,9 +42,6 @@ def drawn(kind="linear", *, detach=True, tied=(False, False, False), seed=0):
     return Layer(kind, weight, normal(3), made), normal(5, 4)
 
 
-# ---- by hand
-
-
 def test_a_row_keeps_its_direction_and_takes_its_length_from_m():
     layer = Layer("linear", tensor([3, 4]), None, {"p": adapter(tensor([1, 0]), tensor([0]), [10])})
     torch.testing.assert_close(compose(layer), tensor([6, 8]))
@@ -55,12 +53,16 @@ def test_the_change_is_scaled_before_the_norm_is_taken():
 
 
 def test_several_adapters_compose_in_order_each_with_the_norm_of_its_own_change():
-    first = adapter(tensor([1, 0]), tensor([1]), [8])  # W0 + d1 = [4, 0], c1 = 2
-    second = adapter(tensor([0, 1]), tensor([4]), [15])  # W0 + d2 = [3, 4], c2 = 3
+    # W0 + d1 = [4, 0], c1 = 2
+    first = adapter(tensor([1, 0]), tensor([1]), [8])
+    # W0 + d2 = [3, 4], c2 = 3
+    second = adapter(tensor([0, 1]), tensor([4]), [15])
     layer = Layer("linear", tensor([3, 0]), None, {"p": first, "q": second})
-    torch.testing.assert_close(compose(layer), tensor([24, 12]))  # 3 (2 [4, 0] + [0, 4])
+    # 3 (2 [4, 0] + [0, 4])
+    torch.testing.assert_close(compose(layer), tensor([24, 12]))
     layer.adapters = {"q": second, "p": first}
-    torch.testing.assert_close(compose(layer), tensor([20, 24]))  # 2 (3 [3, 4] + [1, 0])
+    # 2 (3 [3, 4] + [1, 0])
+    torch.testing.assert_close(compose(layer), tensor([20, 24]))
 
 
 def test_a_tied_row_trains_as_plain_lora():
@@ -84,7 +86,8 @@ def test_the_magnitude_alone():
     layer = Layer("linear", tensor([3, 4]), tensor([1])[0], {"p": adapter(None, None, [10])})
     x = tensor([1, 1])
     y, gradients = evaluate({"a": layer}, x, lambda x, call: call("a", x), torch.ones(1, 1), DOUBLE)
-    assert y.item() == 15  # the bias is not scaled
+    # the bias is not scaled
+    assert y.item() == 15
     assert gradients["a.p.m"].item() == pytest.approx(7 / 5)
     assert set(gradients) == {"x", "a.p.m"}
 
@@ -92,9 +95,6 @@ def test_the_magnitude_alone():
 def test_a_weighted_sum():
     layer = Layer("linear", tensor([3, 4]), None, {"p": adapter(tensor([1, 0]), tensor([0]), [10])})
     torch.testing.assert_close(combined(layer, [0.5]), tensor([4.5, 6]))
-
-
-# ---- gradients
 
 
 @pytest.mark.parametrize("tied", [(False, False, False), (False, True, False)])
@@ -129,9 +129,6 @@ def test_the_detached_and_the_full_gradient_differ():
         by_detach.append(evaluate({"a": layer}, x, lambda x, call: call("a", x), torch.ones(5, 3), DOUBLE)[1])
     assert not torch.allclose(by_detach[0]["a.p.B"], by_detach[1]["a.p.B"], rtol=0.01)
     torch.testing.assert_close(by_detach[0]["x"], by_detach[1]["x"])
-
-
-# ---- kinds of layers
 
 
 def world_of(shape, **options):

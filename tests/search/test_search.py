@@ -10,7 +10,8 @@ from operations import OPERATIONS, WEIGHTS, Op
 from runner import Case, Report, cases, describe, examine, run, shorten
 from world import Disagreement, World, check
 
-pytestmark = pytest.mark.cached_norms  # the ordinary road is what is searched
+# the ordinary road is what is searched
+pytestmark = pytest.mark.cached_norms
 
 RARE = {name for name, weight in WEIGHTS.items() if weight < 6}
 
@@ -23,7 +24,8 @@ def test_two_hundred_examples():
         deadline=None,
         database=None,
         derandomize=True,
-        report_multiple_bugs=False,  # one at a time is shortened soon enough
+        # one at a time is shortened soon enough
+        report_multiple_bugs=False,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     @hypothesis.given(cases())
@@ -45,9 +47,6 @@ def test_each_operation_on_the_simplest_model(name):
 def test_each_consumer(consumer):
     operations = (Op("evaluate_with_gradients", consumer), Op("train_sgd", consumer), Op("train_adamw", consumer))
     examine(Case(ModelSpec("glu"), ConfigSpec(), operations))
-
-
-# ---- consumers
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -99,9 +98,6 @@ def test_a_recomputed_pass_keeps_its_own_masks():
     y.sum().backward()
     assert set(first) == {0}
     assert not second
-
-
-# ---- comparing and reporting
 
 
 def test_what_is_off_by_more_than_allowed_is_a_disagreement():

@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 from runner import Report, names
 
-import search  # scripts/search.py
+# scripts/search.py
+import search
 
 pytestmark = pytest.mark.cached_norms
 

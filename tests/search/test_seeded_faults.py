@@ -7,7 +7,8 @@ from runner import cases, disagreement
 
 pytestmark = pytest.mark.cached_norms
 
-EXAMPLES = 400  # more than the ordinary run has, since a fault may hide behind rare configurations
+# more than the ordinary run has, since a fault may hide behind rare configurations
+EXAMPLES = 400
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +35,13 @@ def drawn():
 @pytest.mark.parametrize(("hook", "fault"), faults.FAULTS, ids=[fault.__name__ for _, fault in faults.FAULTS])
 def test_the_search_finds(hook, fault, drawn):
     """Some case disagrees with the fault, and without it does not."""
-    owner, name = faults.locate(hook)
-    original = vars(owner).get(name)
-    inherited = name not in vars(owner)
+    places = faults.locate(hook)
+    (owner, name), *_ = places
+    faulty = fault(vars(owner).get(name, getattr(owner, name)))
     for number, case in enumerate(drawn, start=1):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(owner, name, fault(getattr(owner, name) if inherited else original))
+            for place in places:
+                patch.setattr(*place, faulty)
             shown = disagreement(case)
         if shown is not None and disagreement(case) is None:
             print(f"found by example {number}: {shown}")

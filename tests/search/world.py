@@ -59,7 +59,8 @@ class Known:
         return [*self.full, *self.only]
 
 
-Overrides = dict[tuple[str, str, str], Tensor]  # other tensors, by layer, adapter and one of A, B, m
+# other tensors, by layer, adapter and one of A, B, m
+Overrides = dict[tuple[str, str, str], Tensor]
 
 
 @dataclass
@@ -87,11 +88,10 @@ class World:
     merged: dict[str, Tensor] | None = None
     disabled: bool = False
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
-    used: set[str] = field(default_factory=set)  # consumers
+    # consumers
+    used: set[str] = field(default_factory=set)
     inputs: Any = field(default_factory=itertools.count)
     folder: Any = None
-
-    # ---- creation
 
     def start(self) -> None:
         net = models.base(self.spec)
@@ -129,8 +129,6 @@ class World:
                 width = parameter[0].numel() if letter == "A" else 2
                 parameter.copy_(torch.randn(parameter.shape, generator=random) / width**0.5)
 
-    # ---- the model under test
-
     @property
     def net(self) -> Net:
         return self.model.base_model.model
@@ -165,8 +163,6 @@ class World:
         module = getattr(self.net, layer)
         return getattr(module, "base_layer", module)
 
-    # ---- the ledger as the oracle sees it
-
     def base(self, layer: str) -> oracle.Layer:
         """A layer without adapters."""
         module = self.base_module(layer)
@@ -197,8 +193,6 @@ class World:
                     s = known.scaling[layer] * known.factor
                     made.adapters[name] = oracle.Adapter(A, B, m, s, known.tied[layer], known.detach)
         return out
-
-    # ---- running
 
     def input(self) -> Tensor:
         x = models.example(self.spec, self.dtype, next(self.inputs))

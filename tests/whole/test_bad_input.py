@@ -68,7 +68,8 @@ def test_after_a_refusal_the_same_model_can_be_adapted():
     with pytest.raises(ValueError, match="r=17"):
         get_peft_model(base, config(r=17))
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # PEFT warns about adapters that are there already
+        # PEFT warns about adapters that are there already
+        warnings.simplefilter("error", UserWarning)
         model = get_peft_model(base, config())
     assert list(model.peft_config) == ["default"]
     assert model.base_model.model is base

@@ -45,12 +45,14 @@ def compiled(model, **options):
     return torch.compile(model, fullgraph=True, **options)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+# of the compiler's own
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_in_one_graph(kind):
     eager, model = made(kind), made(kind)
     fast = compiled(model, backend="aot_eager", dynamic=True)
-    lr = 1e-5 if kind == "bf16" else 1e-3  # roundings must not add up over the steps
+    # roundings must not add up over the steps
+    lr = 1e-5 if kind == "bf16" else 1e-3
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=lr) for m in (eager, model)]
     for step in range(3):
         ids = torch.randint(0, 20, (2, 5 + step))
@@ -62,7 +64,8 @@ def test_training_in_one_graph(kind):
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        if kind != "dropout":  # whose masks eager draws in its own way
+        # whose masks eager draws in its own way
+        if kind != "dropout":
             tolerance = {"rtol": 3e-2, "atol": 3e-2} if kind == "bf16" else {"rtol": 1e-5, "atol": 0}
             torch.testing.assert_close(*losses, **tolerance)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -12,7 +12,8 @@ from dora_peft import DoraConfig, accelerate_use_dora, implementation, reference
 # As users run: the checking mode would find a stale norm by itself.
 pytestmark = [
     pytest.mark.cached_norms,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # the libraries' own
+    # the libraries' own
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
@@ -52,9 +53,11 @@ def subject(request):
             yield model, model
     elif request.param == "compiled":
         model = trained()
-        model(X)  # eager, so that all starts from the right norm and only the library can bring in a wrong one
+        # eager, so that all starts from the right norm and only the library can bring in a wrong one
+        model(X)
         torch._dynamo.reset()
-        with torch._dynamo.config.patch(recompile_limit=32):  # one per mode, adapter and what requires gradients
+        with torch._dynamo.config.patch(recompile_limit=32):
+            # one per mode, adapter and what requires gradients
             yield model, torch.compile(model, backend="eager", fullgraph=True)
     else:
         model = trained()
@@ -122,7 +125,8 @@ def test_ema_weights_are_swapped_in_and_out(subject, foreach):
     optimizer = torch.optim.Adam(parameters, lr=0.05)
     average = training_utils.EMAModel(parameters, decay=0.9, min_decay=0.9, foreach=foreach)
     for _ in range(2):
-        for _ in range(2):  # the average's first step copies
+        for _ in range(2):
+            # the average's first step copies
             train(model, forward, optimizer, steps=1)
             average.step(parameters)
         live = assert_right(model, forward)
@@ -181,7 +185,8 @@ def test_lomo_updates_inside_backward(subject):
 def test_adalomo_updates_inside_backward(subject, monkeypatch):
     lomo_optim = pytest.importorskip("lomo_optim", reason="the extra `libraries` is not installed")
     if not torch.cuda.is_available():
-        monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)  # it asks for its state to lie there
+        # it asks for its state to lie there
+        monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
 
     def updated(model, forward):
         optimizer = lomo_optim.AdaLomo(model, lr=0.1)

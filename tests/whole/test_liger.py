@@ -19,8 +19,10 @@ from dora_peft.ops.constants import interpreted
 liger = pytest.importorskip("liger_kernel.transformers", reason="the extra `libraries` has no liger-kernel")
 
 pytestmark = [
-    pytest.mark.cached_norms,  # as users run
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # the libraries' own
+    # as users run
+    pytest.mark.cached_norms,
+    # the libraries' own
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     # A user is told once per model that its outputs are written over.
     pytest.mark.filterwarnings("default::UserWarning"),

@@ -128,7 +128,8 @@ INITIALISATIONS = [
     *((init, False) for init in (True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora")),
     (True, True),
     ("pissa", True),
-    pytest.param("loftq", False, marks=pytest.mark.gpu),  # PEFT's LoftQ computes on CUDA only
+    # PEFT's LoftQ computes on CUDA only
+    pytest.param("loftq", False, marks=pytest.mark.gpu),
 ]
 
 

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dora_peft import DoraConfig, DoraLayer, DoraModel
 from dora_peft.adapters import checkpoint, combine
+from dora_peft.bases import Dense
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -159,7 +160,7 @@ OPERATIONS = {
     "merge_adapter, off the device": (
         adapted,
         lambda m, _: m.merge_adapter(offload_original=True),
-        (DoraLayer, "_set_weight"),
+        (Dense, "install"),
     ),
     "unmerge_adapter": (merged, lambda m, _: m.unmerge_adapter(), (DoraLayer, "unmerge")),
     "merge_and_unload, merging": (adapted, lambda m, _: m.merge_and_unload(), (DoraLayer, "merge")),

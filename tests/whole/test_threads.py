@@ -73,7 +73,8 @@ def test_two_threads_evaluate_one_model(edited):
     with torch.no_grad():
         expected = model(x)
         if edited:
-            model.base_model.model[0].lora_B["default"].weight.data.mul_(2)  # the first to come refreshes
+            # the first to come refreshes
+            model.base_model.model[0].lora_B["default"].weight.data.mul_(2)
             with dora_peft.implementation("reference"):
                 expected = model(x)
     done = threading.Event()

@@ -103,7 +103,8 @@ def test_sft_trainer_takes_the_config(tmp_path):
     data = datasets.Dataset.from_dict({"text": ["the cat sat on a mat", "a dog ran and sat", "the dog ran on"] * 4})
     args = trl.SFTConfig(**arguments(tmp_path, max_steps=2), max_length=16, bf16=False, gradient_checkpointing=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TRL's remarks on the tokenizer and on its own defaults
+        # TRL's remarks on the tokenizer and on its own defaults
+        warnings.simplefilter("ignore")
         trainer = trl.SFTTrainer(llama(), args, train_dataset=data, processing_class=tokenizer(), peft_config=dora())
         assert any(isinstance(m, DoraLayer) for m in trainer.model.modules())
         before = adapter(trainer.model)
@@ -120,7 +121,8 @@ def test_sft_trainer_takes_the_config(tmp_path):
     torch.testing.assert_close(logits(loaded), logits(trainer.model), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.cached_norms  # the checking mode would find a stale one by itself
+# the checking mode would find a stale one by itself
+@pytest.mark.cached_norms
 @pytest.mark.parametrize("spread", [False, True], ids=["one-device", "two-devices"])
 @pytest.mark.parametrize("precompute", [False, True], ids=["while-training", "precomputed"])
 def test_dpo_trainer_starts_at_the_trained_adapter(tmp_path, precompute, spread):
@@ -144,7 +146,8 @@ def test_dpo_trainer_starts_at_the_trained_adapter(tmp_path, precompute, spread)
     pairs = {"prompt": "the cat", "chosen": "sat on a mat", "rejected": "ran on a dog"}
     data = datasets.Dataset.from_list([pairs] * 4)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TRL's remarks on the tokenizer and on its own defaults
+        # TRL's remarks on the tokenizer and on its own defaults
+        warnings.simplefilter("ignore")
         args = trl.DPOConfig(**arguments(tmp_path, max_steps=3), bf16=False, precompute_ref_log_probs=precompute)
         trainer = trl.DPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer())
         trainer.train()

@@ -1,1 +1,7 @@
-"""Triton's kernels. Importing a module of this package imports Triton."""
+"""Triton's kernels. Importing any module of this folder but options.py imports Triton.
+
+linear, dropout, norm, sample   kernels with their launchers
+elements, tuning, options       what these share: reading W0, configurations, options besides tensors
+fused                           the linear layer made of them
+operators                       the same as operators for torch.compile
+"""

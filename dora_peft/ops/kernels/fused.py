@@ -6,8 +6,8 @@ Per adapted layer at equal dtypes and without dropout, beside c = m / v:
     backward  one pass that reads g and y, writes g' = c * g and sums g (y - b); the magnitude's gradient from the sums;
               g'^T u, g' B, du^T x, g' W0, and du A accumulated into that
 
-ops/linear.py makes an autograd function of it, with the equations and what is kept between the two; operators.py makes
-operators for torch.compile.
+ops/linear_autograd.py makes an autograd function of it, with the equations and what is kept between the two;
+operators.py makes operators for torch.compile.
 """
 
 from __future__ import annotations
@@ -106,18 +106,22 @@ def gradients(
     need_x, need_base, need_bias, need_A, need_B, need_c = options.needed
     k, dtype = options.k, rows.dtype
     y = None if y is None else _rowwise(y)
-    scaled, sums = kernels.scale_and_sum(g, c, y if need_c else None, bias)  # [N, out], [stripes, out]
+    # [N, out], [stripes, out]
+    scaled, sums = kernels.scale_and_sum(g, c, y if need_c else None, bias)
     dx = d_bias = d_A = d_B = d_c = None
     if need_c and sums is not None and y is not None and stored is not None:
-        d_c = kernels.magnitude_gradient(sums, g, y, rows, stored, u, _rowwise(lora_B), c, bias, k, gone)  # [out]
+        # [out]
+        d_c = kernels.magnitude_gradient(sums, g, y, rows, stored, u, _rowwise(lora_B), c, bias, k, gone)
     elif need_c:
         # waits for the host, as all of this fallback does
         overwritten = sums is None or (gone is not None and bool(gone))
         d_c = d_magnitude(None if overwritten or sums is None else sums.sum(0))
     if need_B:
-        d_B = scaled.new_empty(lora_B.shape).addmm_(scaled.T, u, beta=0, alpha=k)  # [out, r]
+        # [out, r]
+        d_B = scaled.new_empty(lora_B.shape).addmm_(scaled.T, u, beta=0, alpha=k)
     if need_A or need_x:
-        du = torch.empty_like(u).addmm_(scaled, lora_B.to(dtype), beta=0, alpha=k)  # [N, r]
+        # [N, r]
+        du = torch.empty_like(u).addmm_(scaled, lora_B.to(dtype), beta=0, alpha=k)
         d_A = _gradient_of_A(du, rows, lora_A, options) if need_A else None
         dx = _gradient_of_x(scaled, du, weight, lora_A, options) if need_x else None
     if need_bias:

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...bases import FourBit
-from ..constants import drowned, tiny
+from ..constants import DROWNED, TINY
 from .elements import dot, elements, narrow, stored_arguments
 from .tuning import precision, ranks_at_once, token_bucket, tuned
 
@@ -269,7 +269,7 @@ def magnitude_gradient(
     _magnitude_gradient[(triton.cdiv(width, block),)](
         sums, g, y, x, weight, absmax, code, u, lora_B, c, c if bias is None else bias, c if gone is None else gone,
         out, len(sums), length, width, x.shape[1], u.shape[1], k,
-        tiny(y.dtype), drowned(y.dtype),
+        TINY[y.dtype], DROWNED[y.dtype],
         *g.stride(), y.stride(0), *x.stride(), *layout, u.stride(0), lora_B.stride(0),
         HAS_BIAS=bias is not None, PRECISION=precision(x.dtype), SAMPLE=_SAMPLE, CHECKED=gone is not None, **options,
         ROWS=64, COLUMNS=block, BLOCK=64, num_warps=4, num_stages=2,

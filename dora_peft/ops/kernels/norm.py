@@ -177,7 +177,7 @@ def _checked_norm(
         tl.store(out + rows, tl.load(remembered + rows, in_rows, other=1.0), in_rows)
 
 
-def norm(stored: Tensor | FourBit, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def row_norms(stored: Tensor | FourBit, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """v [out], fp32; not floored.
 
     Args:
@@ -186,7 +186,8 @@ def norm(stored: Tensor | FourBit, base_squared: Tensor, lora_A: Tensor, lora_B:
         lora_A, lora_B: [r, in] and [out, r], fp32.
     """
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
-    product = lora_B @ (lora_A @ lora_A.T)  # [out, r]
+    # [out, r]
+    product = lora_B @ (lora_A @ lora_A.T)
     (height, rank), width = lora_B.shape, lora_A.shape[1]
     out = torch.empty_like(base_squared)
     weight, absmax, code, layout, options = stored_arguments(stored, out)
@@ -236,7 +237,8 @@ def checked_norm(
         another: Whether W0 is another tensor than before, so that all of it is looked at instead of a sample.
     """
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
-    product = lora_B @ (lora_A @ lora_A.T)  # [out, r]
+    # [out, r]
+    product = lora_B @ (lora_A @ lora_A.T)
     (height, rank), width = lora_B.shape, lora_A.shape[1]
     sums = torch.zeros(4, dtype=torch.int64, device=lora_A.device)
     bits_A, bits_B = (_bits(factor.contiguous()) for factor in original)

@@ -33,10 +33,11 @@ def _linear(
     p: float,
     places: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, u, and a sample of y by which backward finds out whether it was overwritten: see `kept_output.sample`."""
+    """y, u, and copies of parts of y, from which the backward pass finds out whether it was overwritten."""
     options = KernelOptions.of(scaling, p, seed, ())
     y, u = fused.forward(x.reshape(-1, x.shape[-1]), None, weight, bias, lora_A, lora_B, c, options)
-    return y.view(*x.shape[:-1], len(weight)), u, *kept_output.sample(y, places)
+    rows, diagonal = fused.take_sample(y, *kept_output.sampled_by(y.shape, places))
+    return y.view(*x.shape[:-1], len(weight)), u, rows.view(kept_output.sample_sizes(*y.shape)[0], y.shape[1]), diagonal
 
 
 @_linear.register_fake
@@ -71,9 +72,10 @@ def _linear_backward(
     needed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     need_x, *others = _unpacked(needed)
-    gone = kept_output.differs(y, rows, diagonal, places)
+    outputs = y.reshape(-1, y.shape[-1])
+    gone = fused.compare_sample(outputs, rows, diagonal, *kept_output.sampled_by(outputs.shape, places)[:3])
     dx, _, d_bias, d_A, d_B, d_c = fused.gradients(
-        grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), u, y.reshape(-1, y.shape[-1]), weight, bias,
+        grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1]), u, outputs, weight, bias,
         lora_A, lora_B, c, KernelOptions.of(scaling, p, seed, (need_x, False, *others)),
         stored=weight, d_magnitude=_never, gone=gone,
     )  # fmt: skip

@@ -29,7 +29,8 @@ def test_mask_statistics(p):
         correlation = (one * other).mean().item() / (kept * (1 - kept))
         assert abs(correlation) < 5 / n**0.5
     assert not torch.equal(mask, dropout.drawn_mask(shape, seed(2), p, DEVICE))
-    assert torch.equal(mask[:7, :9], dropout.drawn_mask(torch.Size([7, 9]), seed(1), p, DEVICE))  # whatever the block
+    # whatever the block
+    assert torch.equal(mask[:7, :9], dropout.drawn_mask(torch.Size([7, 9]), seed(1), p, DEVICE))
 
 
 def test_masks_of_nothing_and_of_all():

@@ -15,7 +15,7 @@ if platform.system() != "Linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
 import dora_peft
-from dora_peft.ops import linear
+from dora_peft.ops import linear, linear_autograd
 from dora_peft.ops.kernels import dropout as dropout_kernels
 from dora_peft.ops.kernels import linear as kernels
 from dora_peft.ops.kernels import sample
@@ -97,7 +97,8 @@ def test_how_many_kernels_a_layer_launches(launched, p, forward, backward):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("p", "forward", "backward"), [(0.0, 5, 10), (0.1, 5, 10)])  # one fills a number
+# one fills a number
+@pytest.mark.parametrize(("p", "forward", "backward"), [(0.0, 5, 10), (0.1, 5, 10)])
 def test_how_many_kernels_run(p, forward, backward):
     x, weight, bias, A, B, m, v = tensors(BF16, 2048, 4096, 4096, 16)
 
@@ -110,11 +111,14 @@ def test_how_many_kernels_run(p, forward, backward):
             result = function()
             torch.cuda.synchronize()
         names = [e.name for e in profile.events() if e.device_type.name == "CUDA" and "Memset" not in e.name]
-        return result, [name for name in names if "splitK" not in name]  # cuBLAS's own second stages
+        # cuBLAS's own second stages
+        return result, [name for name in names if "splitK" not in name]
 
-    torch.autograd.grad(run()[0].sum(), (x, A, B, m))  # tunes
+    # tunes
+    torch.autograd.grad(run()[0].sum(), (x, A, B, m))
     (y, grad), names = kernels_in(run)
-    assert len(names) - 1 <= forward, names  # one fills the gradient
+    # one fills the gradient
+    assert len(names) - 1 <= forward, names
     _, names = kernels_in(lambda: torch.autograd.grad(y, (x, A, B, m), grad))
     assert len(names) <= backward, names
 
@@ -164,7 +168,8 @@ def test_a_cuda_graph_replays_a_step(p):
     else:
         before = y.clone()
         graph.replay()
-        assert not torch.equal(before, y)  # another mask
+        # another mask
+        assert not torch.equal(before, y)
 
 
 @pytest.mark.parametrize("lost", [False, True])
@@ -180,7 +185,8 @@ def test_the_magnitudes_gradient_over_four_bits(lost, monkeypatch):
     dora = model.base_model.model[0]
     torch.nn.init.normal_(dora.lora_B["default"].weight)
     dora_peft.refresh(model)
-    monkeypatch.setattr(linear, "magnitude_gradient", None)  # the path that waits
+    # the path that waits
+    monkeypatch.setattr(linear_autograd, "magnitude_gradient", None)
     x, probe = randn(40, 64).to(BF16), randn(40, 24, seed=1)
     model(x).float().backward(probe)
     found = dora.lora_magnitude_vector["default"].weight.grad

@@ -37,7 +37,8 @@ def test_scaled_sum(dtype, factors, bias, size):
     t = Tensors(size, dtype, factors, bias)
     out = torch.empty_like(t.z)
     assert subject.scaled_sum(t.z, t.u, t.B, t.c, t.bias, S, out=out) is out
-    assert_close(out, t.y(), times=4)  # the parts may be larger than their sum
+    # the parts may be larger than their sum
+    assert_close(out, t.y(), times=4)
     folded = (t.B * (S * t.c)[:, None]).to(dtype)
     assert torch.equal(subject.scaled_sum(t.z, t.u, folded, t.c, t.bias, None, out=torch.empty_like(t.z)), out)
     in_place = t.z.clone()
@@ -84,7 +85,8 @@ def test_scale_and_sum(dtype, bias, layout, size):
     error = (sums.double().sum(0) - products.sum(0)).abs()
     assert (error <= 2**-18 * products.abs().sum(0)).all()
     assert torch.equal(subject.scale_and_sum(g, t.c, None, t.bias)[0], scaled)
-    assert torch.equal(subject.scale_and_sum(g, t.c, y, t.bias)[1], sums)  # deterministic
+    # deterministic
+    assert torch.equal(subject.scale_and_sum(g, t.c, y, t.bias)[1], sums)
 
 
 @pytest.mark.parametrize("case", ["kept", "zeros", "drowned", "all lost"])
@@ -105,7 +107,8 @@ def test_magnitude_gradient(dtype, size, case):
     truth = t.x.double() @ t.weight.double().T + S * t.u.double() @ t.B.double().T
     products = t.g.double() * truth
     assert torch.isfinite(found).all()
-    scale = products.square().sum(0).sqrt()  # of the roundings of y, which are independent of one another
+    # of the roundings of y, which are independent of one another
+    scale = products.square().sum(0).sqrt()
     allowed = 3 * ROUNDING[dtype] * (scale + products.abs().max() * 0.5) + 1e-5 * products.abs().sum(0)
     assert ((found.double() - products.sum(0)).abs() <= allowed).all()
 
@@ -142,4 +145,5 @@ def test_kernels_compile(words, tmp_path):
     assert result.returncode == 0, result.stderr
     count, shared = map(int, result.stdout.split())
     assert count >= 2 * 20
-    assert shared <= 227 * 1024  # what a Hopper has; smaller GPUs leave out what does not fit
+    # what a Hopper has; smaller GPUs leave out what does not fit
+    assert shared <= 227 * 1024

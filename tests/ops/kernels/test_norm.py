@@ -14,9 +14,11 @@ from dora_peft.ops.constants import CANCELLATION
 from dora_peft.ops.kernels import norm as subject
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-S = 0.5  # exact in binary, so that the truth has the same
+# exact in binary, so that the truth has the same
+S = 0.5
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-SIZES = [(1, 1, 1), (7, 33, 3), (65, 130, 20), (40, 64, 130)]  # out, in, r
+# out, in, r
+SIZES = [(1, 1, 1), (7, 33, 3), (65, 130, 20), (40, 64, 130)]
 ALL = [*SIZES, *(pytest.param(size, marks=pytest.mark.gpu) for size in [(4096, 4096, 16), (4097, 11008, 384)])]
 
 
@@ -44,7 +46,7 @@ def error(found, weight, A, B):
 def test_dense(dtype, transposed, size):
     weight, A, B = problem(size, dtype)
     stored = weight.T.contiguous().T if transposed else weight
-    found = subject.norm(stored, weight.double().square().sum(1).float(), A, B, S)
+    found = subject.row_norms(stored, weight.double().square().sum(1).float(), A, B, S)
     assert found.dtype is FP32
     assert error(found, weight, A, B) <= 1e-6
 
@@ -60,7 +62,7 @@ def test_rows_that_cancel(dtype, left):
     B[::3, 0] = -1 / S
     weight[::3] = (A[0] + left * rest[::3]).to(dtype)
     base = weight.double().square().sum(1).float()
-    found = subject.norm(weight, base, A, B, S)
+    found = subject.row_norms(weight, base, A, B, S)
     # an element of the rest carries the rounding of what cancelled, 2^-24 of W0
     assert error(found, weight, A, B) <= 1e-6
     dense = weight.double() + S * B.double() @ A.double()
@@ -70,7 +72,7 @@ def test_rows_that_cancel(dtype, left):
 def test_rows_of_nothing_have_no_norm():
     weight, A, B = problem((5, 9, 2), FP32)
     weight[2], B[2] = 0, 0
-    assert subject.norm(weight, weight.square().sum(1), A, B, S)[2] == 0
+    assert subject.row_norms(weight, weight.square().sum(1), A, B, S)[2] == 0
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -87,11 +89,8 @@ def test_four_bits(dtype, quant_type, nested):
         layer.weight = layer.weight._quantize(DEVICE)
     weight = base_weight(layer, "layer")
     A, B = randn(3, 64, seed=2) / 8, randn(37, 3, seed=3)
-    found = subject.norm(weight.stored(), weight.row_norms_squared(), A, B, S)
+    found = subject.row_norms(weight.stored(), weight.row_norms_squared(), A, B, S)
     assert error(found, weight.dense(), A, B) <= 1e-6
-
-
-# ---- the check on the device
 
 
 def checked(memory, weight, A, B, due=False, another=False, scaling=S):
@@ -122,12 +121,14 @@ def test_the_device_tells_whether_v_is_due(dtype, factors, change):
     memory = subject.Memory(65, weight.device)
     first, count = checked(memory, weight, A, B, due=True, another=True)
     assert count == 1
-    assert checked(memory, weight.clone(), A, B, another=True)[1] == 1  # another tensor of the same content
+    # another tensor of the same content
+    assert checked(memory, weight.clone(), A, B, another=True)[1] == 1
     assert error(first, weight, A, B) <= 1e-6
     again, count = checked(memory, weight, A, B)
     assert count == 1
     assert torch.equal(again, first)
-    assert again.data_ptr() != first.data_ptr() != memory.remembered.data_ptr()  # a graph may hold either
+    # a graph may hold either
+    assert again.data_ptr() != first.data_ptr() != memory.remembered.data_ptr()
     kept = first.clone()
     CHANGES[change](weight, A, B)
     found, count = checked(memory, weight, A, B)
@@ -139,7 +140,8 @@ def test_the_device_tells_whether_v_is_due(dtype, factors, change):
     checked(memory, weight, A, B, another=True)
     before = int(memory.known[4])
     other = weight.clone()
-    other[40, 77] += 1  # in no sample
+    # in no sample
+    other[40, 77] += 1
     assert checked(memory, other, A, B, another=True)[1] == before + 1
 
 
@@ -154,7 +156,8 @@ def test_checked_norms_of_any_size(transposed, size):
     weight.zero_()
     stored.zero_()
     B.zero_()
-    assert (checked(memory, stored, A, B)[0] == torch.tensor(1e-30)).all()  # floored
+    # floored
+    assert (checked(memory, stored, A, B)[0] == torch.tensor(1e-30)).all()
 
 
 def test_the_sum_of_all_of_w0_belongs_to_what_is_remembered():

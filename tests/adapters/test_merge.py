@@ -40,10 +40,12 @@ def test_merged_rows_have_the_magnitude_as_norm():
 def test_a_tied_weight_is_untied_with_a_warning_and_tied_again(target):
     base = llama(tie_word_embeddings=True)
     assert base.lm_head.weight is base.model.embed_tokens.weight
-    with pytest.warns(UserWarning, match="tie"):  # PEFT's own, at creation
+    with pytest.warns(UserWarning, match="tie"):
+        # PEFT's own, at creation
         model = get_peft_model(base, config(target_modules=[target]))
     train(model)
-    expected = output(model)  # the magnitude of the padding token's zero row follows its norm from here
+    # the magnitude of the padding token's zero row follows its norm from here
+    expected = output(model)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.warns(UserWarning, match=rf"unties module '[\w.]*{target}'"):
         model.merge_adapter()

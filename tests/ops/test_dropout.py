@@ -21,7 +21,7 @@ from linear_fixtures import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from dora_peft.ops import linear as subject
+from dora_peft.ops.dropout import dropout_mask
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -29,11 +29,11 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def drawn_mask(shape, p, dtype):
     """The mask that the next layer draws, and the exact probability to keep an element."""
     if not by_kernels(dtype):
-        return subject.dropout_mask(shape, p, torch.device("cpu"))
+        return dropout_mask(shape, p, torch.device("cpu"))
     from dora_peft.ops.kernels import dropout as dropout_kernels
 
     seed = dropout_kernels.draw_seed(torch.device("cpu"))
-    return dropout_kernels.dropout_mask(shape, seed, p, torch.device("cpu")), dropout_kernels.threshold(p)[1]
+    return dropout_kernels.drawn_mask(shape, seed, p, torch.device("cpu")), dropout_kernels.threshold(p)[1]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_dropout_where_the_output_changes(x_needs_it):
     torch.manual_seed(1)
     y = problem.y(dropout_p=0.4)
     torch.manual_seed(1)
-    mask, kept = subject.dropout_mask(torch.Size([15, 9]), 0.4, y.device)
+    mask, kept = dropout_mask(torch.Size([15, 9]), 0.4, y.device)
     probe = randn(15, 7, seed=9)
     truth, leaves = problem.truth(mask.double() / kept)
     expected = gradients(3 * truth, leaves, probe)
@@ -87,17 +87,19 @@ def test_a_checkpoint_draws_the_same_mask(form, reentrant):
         return problem.y(form, x=x, dropout_p=0.5)
 
     y = checkpoint(layer, problem.leaves["x"], use_reentrant=reentrant)
-    torch.manual_seed(2)  # what comes between has its own numbers
+    # what comes between has its own numbers
+    torch.manual_seed(2)
     assert_equal_gradients(backward(problem, (y * probe).sum()), expected, FLOOR[FP64])
 
 
-MASKED = torch.Size([501, 799])  # 4 does not divide their product
+# 4 does not divide their product
+MASKED = torch.Size([501, 799])
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.5, 0.9])
 def test_mask_statistics(p):
     """Within 5 standard deviations of independent draws; four neighbours come from one 64-bit number."""
-    mask, kept = subject.dropout_mask(MASKED, p, torch.device("cpu"))
+    mask, kept = dropout_mask(MASKED, p, torch.device("cpu"))
     assert mask.dtype == torch.bool
     assert mask.shape == MASKED
     count = mask.numel()
@@ -105,7 +107,8 @@ def test_mask_statistics(p):
     assert abs(mask.double().mean().item() - kept) < 5 * sigma / count**0.5
     lanes = (mask.flatten()[: count // 4 * 4].view(-1, 4).double() - kept) / sigma
     assert (lanes.mean(0).abs() < 5 / len(lanes) ** 0.5).all()
-    following = torch.cat([lanes[:-1], lanes[1:]], dim=1)  # and the next number's
+    # and the next number's
+    following = torch.cat([lanes[:-1], lanes[1:]], dim=1)
     correlation = following.T @ following / len(following)
     assert (correlation - correlation.diag().diag()).abs().max() < 5 / len(following) ** 0.5
 
@@ -113,7 +116,7 @@ def test_mask_statistics(p):
 @pytest.mark.parametrize("shape", [(0, 9), (1, 1), (1, 3), (5, 7)])
 @pytest.mark.parametrize("p", [1e-9, 0.5, 1 - 1e-9, 1.0])
 def test_masks_of_any_size(p, shape):
-    mask, kept = subject.dropout_mask(torch.Size(shape), p, torch.device("cpu"))
+    mask, kept = dropout_mask(torch.Size(shape), p, torch.device("cpu"))
     assert mask.shape == shape
     assert mask.dtype == torch.bool
     assert abs(kept - (1 - p)) <= 2**-17
@@ -124,7 +127,7 @@ def test_masks_of_any_size(p, shape):
 def test_masks_follow_the_global_seed():
     def draw(seed):
         torch.manual_seed(seed)
-        return [subject.dropout_mask(torch.Size([40, 40]), 0.5, torch.device("cpu"))[0] for _ in range(2)]
+        return [dropout_mask(torch.Size([40, 40]), 0.5, torch.device("cpu"))[0] for _ in range(2)]
 
     (first, second), again = draw(1), draw(1)
     assert torch.equal(first, again[0])

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from linear_fixtures import BF16, FORMS, FP16, FP32, FP64, ROUNDING, Problem, S, check, gradients, randn
+from linear_fixtures import BF16, FORMS, FP16, FP32, FP64, ROUNDING, Problem, S, check, distance, gradients, randn
 
-from dora_peft.ops import linear as subject
+from dora_peft.ops import linear_autograd as parts
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -97,7 +97,8 @@ def test_the_plain_formula_fails_at_hard_rows(dtype, case):
     errors = magnitude_errors(problem, probe, plain_magnitude_gradient(problem, problem.y(), probe))
     with pytest.raises(AssertionError):
         assert_good(errors, problem, probe, hard)
-    assert_good(errors.masked_fill(hard, 0), problem, probe, hard)  # the other rows are not to blame
+    # the other rows are not to blame
+    assert_good(errors.masked_fill(hard, 0), problem, probe, hard)
     problem.gradients(y, probe)
     (index,) = problem.products
     assert index.tolist() == hard.nonzero()[:, 0].tolist()
@@ -141,12 +142,24 @@ def test_magnitude_gradient_asks_for_the_lost_rows_only():
         return torch.full((30, 5 if index is None else len(index)), 3.0, dtype=FP64)
 
     sums = (g * y).sum(0)
-    found = subject.magnitude_gradient(sums, g, y, c, None, z_at)
+    found = parts.magnitude_gradient(sums, g, y, c, None, z_at)
     kept = [0, 2, 4]
     torch.testing.assert_close(found[kept], (sums / c)[kept])
     torch.testing.assert_close(found[[1, 3]], 3 * g.sum(0)[[1, 3]])
     assert [index.tolist() for index in asked] == [[1, 3]]
-    torch.testing.assert_close(subject.magnitude_gradient(None, g, None, c, None, z_at), 3 * g.sum(0))
+    torch.testing.assert_close(parts.magnitude_gradient(None, g, None, c, None, z_at), 3 * g.sum(0))
     assert asked[1:] == [None]
-    torch.testing.assert_close(subject.magnitude_gradient(sums, g, y, c.abs() + 1, None, z_at), sums / (c.abs() + 1))
+    torch.testing.assert_close(parts.magnitude_gradient(sums, g, y, c.abs() + 1, None, z_at), sums / (c.abs() + 1))
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("n", [8, 100])
+def test_the_gradient_of_fp32_factors_is_rounded_once(n):
+    """Over an fp16 base with small gradients: a second rounding would lose most of B's."""
+    problem = Problem(n, dtype=FP16, factors=FP32)
+    probe = 1e-5 * randn(n, 7, seed=3).to(FP16)
+    found = problem.gradients(problem.y(), probe)["B"]
+    truth, leaves = problem.truth()
+    expected = gradients(truth, leaves, probe)["B"]
+    eager = problem.gradients(problem.eager(), probe)["B"]
+    assert distance(found, expected) <= distance(eager, expected) + 2**-10

@@ -1,13 +1,12 @@
-"""The functions behind the layers against dense float64 matrices."""
+"""v and c against dense float64 matrices."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from dora_peft import reference
 from dora_peft.bases import base_weight
-from dora_peft.ops import functional
+from dora_peft.ops import norm
 
 S = 0.8
 # fp32 sums against float64 ones; a bf16 base holds bf16 values exactly, and is summed in fp32 as well
@@ -28,7 +27,7 @@ def factors(out, width, r, dtype=torch.float32):
 
 def factored_norm(weight, A, B, s=S):
     w = seam(weight)
-    return functional.norm_squared(w, w.row_norms_squared(), A.to(w.dtype), B.to(w.dtype), s).clamp_(min=0).sqrt_()
+    return norm.factored_norm_squared(w, w.row_norms_squared(), A.to(w.dtype), B.to(w.dtype), s).clamp_(min=0).sqrt_()
 
 
 def true_norm(weight, A, B, s=S):
@@ -37,9 +36,6 @@ def true_norm(weight, A, B, s=S):
 
 def worst(found, expected):
     return ((found.double() - expected) / expected).abs().max().item()
-
-
-# ---- the norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -54,31 +50,35 @@ def test_factored_norm_equals_the_dense_one(shape, r, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("block_rows", [0.5, 1, 8, 32, 33, 100])  # as many as fit, of 33
+# as many as fit, of 33
+@pytest.mark.parametrize("block_rows", [0.5, 1, 8, 32, 33, 100])
 def test_norm_from_blocks_of_rows_equals_the_dense_one(block_rows, dtype, monkeypatch):
     torch.manual_seed(0)
     weight = torch.randn(33, 57).to(dtype)
     A, B = factors(33, 57, 3, torch.float64 if dtype == torch.float64 else torch.float32)
     w = seam(weight)
     base_squared, asked, block = w.row_norms_squared(), [], type(w).block
-    monkeypatch.setattr(functional, "NORM_BLOCK_BYTES", int(block_rows * 57 * w.dtype.itemsize))
+    monkeypatch.setattr(norm, "NORM_BLOCK_BYTES", int(block_rows * 57 * w.dtype.itemsize))
     monkeypatch.setattr(type(w), "block", lambda self, low, high: (asked.append(high - low), block(self, low, high))[1])
-    found = functional.norm(w, base_squared, A, B, S)
+    found = norm.row_norms(w, base_squared, A, B, S)
     assert sum(asked) == 33
     assert max(asked) == min(33, max(1, int(block_rows)))
     assert worst(found, true_norm(weight, A, B)) < RELATIVE[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("remainder", [0.3, 0.1, 1e-2, 1e-3])  # v / sqrt(||W0||^2 + s^2 ||BA||^2)
+# v / sqrt(||W0||^2 + s^2 ||BA||^2)
+@pytest.mark.parametrize("remainder", [0.3, 0.1, 1e-2, 1e-3])
 def test_factored_norm_of_cancelling_rows(dtype, remainder):
     torch.manual_seed(0)
     A, B = factors(65, 300, 5)
     weight = (-S * B @ A).to(dtype)
     noise = torch.randn_like(weight.float())
     noise *= remainder * 2**0.5 * weight.float().norm(dim=1, keepdim=True) / noise.norm(dim=1, keepdim=True)
-    weight[::2] = (weight + noise)[::2].to(dtype)  # the odd rows cancel to the rounding of W0
-    weight[5:9] = torch.randn(4, 300).to(dtype)  # and some do not cancel
+    # the odd rows cancel to the rounding of W0
+    weight[::2] = (weight + noise)[::2].to(dtype)
+    # and some do not cancel
+    weight[5:9] = torch.randn(4, 300).to(dtype)
     expected = true_norm(weight, A, B)
     naive = reference.weight_norm(weight.float(), A, B, S)
     even = torch.arange(65) % 2 == 0
@@ -98,7 +98,7 @@ def test_cancelling_rows_are_read_in_small_blocks(monkeypatch):
     asked = []
     rows = type(w).rows
     monkeypatch.setattr(type(w), "rows", lambda self, index: (asked.append(len(index)), rows(self, index))[1])
-    found = functional.norm_squared(w, w.row_norms_squared(), A, B, S).sqrt()
+    found = norm.factored_norm_squared(w, w.row_norms_squared(), A, B, S).sqrt()
     assert sum(asked) == 40
     assert max(asked) <= 7
     assert worst(found, true_norm(weight, A, B)) < 1e-4
@@ -131,7 +131,7 @@ def test_weight_norm_gradcheck(groups):
     squared = w.row_norms_squared()
     A = torch.randn(2, 12, dtype=torch.float64, requires_grad=True)
     B = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda A, B: functional.weight_norm(w, squared, A, B, S), (A, B))
+    assert torch.autograd.gradcheck(lambda A, B: norm.weight_norm(w, squared, A, B, S), (A, B))
 
 
 def test_weight_norm_gradient_of_cancelling_rows():
@@ -141,7 +141,7 @@ def test_weight_norm_gradient_of_cancelling_rows():
     A.requires_grad_()
     B.requires_grad_()
     w, probe = seam(weight), torch.randn(6, dtype=torch.float64)
-    found = torch.autograd.grad(functional.weight_norm(w, w.row_norms_squared(), A, B, S), (A, B), probe)
+    found = torch.autograd.grad(norm.weight_norm(w, w.row_norms_squared(), A, B, S), (A, B), probe)
     expected = torch.autograd.grad(reference.weight_norm(weight, A, B, S), (A, B), probe)
     torch.testing.assert_close(found, expected)
 
@@ -149,13 +149,14 @@ def test_weight_norm_gradient_of_cancelling_rows():
 def test_weight_norm_keeps_its_precision_under_autocast():
     torch.manual_seed(0)
     weight, (A, B) = torch.randn(16, 40), factors(16, 40, 4)
-    weight[3] = -S * (B @ A)[3] * 1.1  # a row that is computed densely
+    # a row that is computed densely
+    weight[3] = -S * (B @ A)[3] * 1.1
     expected = true_norm(weight, A, B)
     A.requires_grad_()
     w = seam(weight)
     squared = w.row_norms_squared()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = functional.weight_norm(w, squared, A, B, S)
+        found = norm.weight_norm(w, squared, A, B, S)
         (grad,) = torch.autograd.grad(found.sum(), A)
     assert worst(found.detach(), expected) < 1e-5
     dense_A = A.detach().double().requires_grad_()
@@ -168,109 +169,15 @@ def test_weight_norm_of_a_vanishing_row_is_floored():
     weight = torch.randn(3, 8)
     A, B = torch.eye(8), -weight.clone() / S
     w = seam(weight)
-    norm = functional.weight_norm(w, w.row_norms_squared(), A, B, S)
-    assert (norm > 0).all()
-    assert (norm <= 1e-6 * weight.norm(dim=1)).all()
-    c = functional.scale(torch.zeros(3), norm, None)
+    value = norm.weight_norm(w, w.row_norms_squared(), A, B, S)
+    assert (value > 0).all()
+    assert (value <= 1e-6 * weight.norm(dim=1)).all()
+    c = norm.scale(torch.zeros(3), value, None)
     assert torch.equal(c, torch.zeros(3))
 
 
 def test_scale_equals_the_reference():
     m, v = torch.rand(5), torch.rand(5) + 0.1
     tied = torch.tensor([False, True, False, False, True])
-    torch.testing.assert_close(functional.scale(m, v, tied), reference.scale(m, v, tied))
-    torch.testing.assert_close(functional.scale(m, v, None), reference.scale(m, v))
-
-
-# ---- composition
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("bias", [False, True])
-def test_compose(dtype, bias):
-    torch.manual_seed(0)
-    z, c = torch.randn(3, 4, 6, dtype=dtype), torch.rand(6, dtype=dtype) + 0.5
-    b = torch.randn(6, dtype=dtype) if bias else torch.zeros(6, dtype=dtype)
-    torch.testing.assert_close(functional.compose(z, c, b if bias else None, dtype), c * z + b)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("offset", [0.0, 30.0])
-def test_compose_in_low_precision(dtype, offset):
-    torch.manual_seed(0)
-    z = torch.randn(200, 64).to(dtype)
-    b = (torch.randn(64) + offset).to(dtype)
-    c = 1 + 0.05 * torch.randn(64)
-    truth = c * z.float() + b.float()
-    naive = c.to(dtype) * z + b
-    found = functional.compose(z, c, b, dtype)
-    assert found.dtype == dtype
-    error, naive_error = ((y.float() - truth).abs().mean() for y in (found, naive))
-    rounding = (truth.to(dtype).float() - truth).abs().mean()
-    assert error <= naive_error
-    assert error <= 1.1 * rounding + 1e-6  # one rounding, that of the result
-
-
-def test_compose_paper():
-    torch.manual_seed(0)
-    base, dropped, low_rank = torch.randn(3, 5, 6).unbind(0)
-    c = torch.rand(6)
-    expected = base + (c - 1) * dropped + c * low_rank
-    torch.testing.assert_close(functional.compose_paper(base, dropped, low_rank, c, None, torch.float32), expected)
-    found = functional.compose_paper(base, dropped, None, c, c, torch.float32)
-    torch.testing.assert_close(found, base + (c - 1) * dropped + c)
-    half = [t.bfloat16() for t in (base, dropped, low_rank)]
-    assert functional.compose_paper(*half, c, c, torch.bfloat16).dtype == torch.bfloat16
-
-
-def test_linear_branch():
-    torch.manual_seed(0)
-    x, (A, B) = torch.randn(2, 3, 20), factors(7, 20, 4)
-    torch.testing.assert_close(functional.linear_branch(x, A, B, S), F.linear(x, S * B @ A))
-    assert functional.linear_branch(x.bfloat16(), A, B, S).dtype == torch.bfloat16
-
-
-def block_diagonal(B, groups):
-    """B [out, r / groups] over its own group's ranks only: [out, r]."""
-    out, k = B.shape
-    dense = B.new_zeros(out, k * groups)
-    for j in range(out):
-        group = j // (out // groups)
-        dense[j, group * k : (group + 1) * k] = B[j]
-    return dense
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("padding", [0, 1, "same"])
-@pytest.mark.parametrize("dim", [1, 2, 3])
-def test_conv_branch(dim, padding, groups):
-    torch.manual_seed(0)
-    cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1]
-    stride = 1 if padding == "same" else 2
-    conv = cls(4, 6, 3, stride=stride, padding=padding, dilation=2, groups=groups, dtype=torch.float64)
-    x = torch.randn(2, 4, *[7] * dim, dtype=torch.float64)
-    A = torch.randn(2, 4, *[3] * dim, dtype=torch.float64)
-    B = torch.randn(6, 2 // groups, *[1] * dim, dtype=torch.float64)
-    kernel = S * block_diagonal(B.flatten(1), groups) @ A.flatten(1)
-    dense = cls(4, 6, 3, stride=stride, padding=padding, dilation=2, bias=False, dtype=torch.float64)
-    dense.weight = nn.Parameter(kernel.view(6, 4, *[3] * dim))
-    torch.testing.assert_close(functional.conv_branch(x, A, B, S, conv), dense(x))
-
-
-@pytest.mark.parametrize("padding_idx", [None, 2])
-@pytest.mark.parametrize("embed_scale", [None, 3.0])
-def test_embedding_branch(embed_scale, padding_idx):
-    torch.manual_seed(0)
-    A = torch.randn(3, 9, dtype=torch.float64, requires_grad=True)
-    B = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    ids = torch.tensor([[0, 2, 2], [8, 1, 2]])
-    after = 1.0 if embed_scale is None else embed_scale
-    found = functional.embedding_branch(ids, A, B, S, embed_scale=embed_scale, padding_idx=padding_idx)
-    expected = S * (B @ A).T[ids] * after
-    torch.testing.assert_close(found, expected)
-    probe = torch.randn_like(found)
-    grad_A, grad_B = torch.autograd.grad(found, (A, B), probe)
-    true_A, true_B = torch.autograd.grad(expected, (A, B), probe)
-    if padding_idx is not None:
-        true_A = true_A.index_fill(1, torch.tensor([padding_idx]), 0.0)
-    torch.testing.assert_close((grad_A, grad_B), (true_A, true_B))
+    torch.testing.assert_close(norm.scale(m, v, tied), reference.scale(m, v, tied))
+    torch.testing.assert_close(norm.scale(m, v, None), reference.scale(m, v))

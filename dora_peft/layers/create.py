@@ -1,0 +1,144 @@
+"""Making an adapter on a layer: PEFT's initial factors, and m = ||W0 + s B A||."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from .. import norms
+from ..bases import BaseWeight, offload
+from ..bases.inspection import check_creatable
+from ..config import DoraConfig
+from ..norms import ties
+from .kind import ComputingLayer
+from .magnitude import Magnitude
+
+
+class NewLayer(ComputingLayer, Protocol):
+    """What making an adapter writes to, see `DoraLayer`."""
+
+    peft_layer: type
+    adapter_layer_names: tuple[str, ...]
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    use_rslora: dict[str, bool]
+    detach_norm: dict[str, bool]
+    dropout_mode: dict[str, str]
+    magnitude_only: dict[str, bool]
+    lora_dropout: nn.ModuleDict
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_embedding_A: nn.ParameterDict
+    lora_embedding_B: nn.ParameterDict
+    lora_magnitude_vector: nn.ModuleDict
+    fan_in_fan_out: bool
+
+    def factor_parameters(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]: ...
+
+
+def create(layer: NewLayer, adapter: str, r: int, lora_alpha: float, config: DoraConfig, magnitude_only: bool) -> None:
+    """See `DoraLayer.update_layer`."""
+    base = layer.get_base_layer()
+    check_creatable(base, layer.name, config.init_lora_weights)
+    _check_rank(layer.name, r, layer.base_weight())
+    with offload.at_hand(base):
+        weight = layer.base_weight()
+        zero = ties.rows_to_keep_zero(weight, config.init_lora_weights)
+        initialised = _peft_factors(layer, adapter, r, lora_alpha, config, magnitude_only)
+        layer.r[adapter] = r
+        layer.lora_alpha[adapter] = lora_alpha
+        layer.scaling[adapter] = initialised.scaling[adapter]
+        layer.use_rslora[adapter] = config.use_rslora
+        layer.detach_norm[adapter] = config.detach_norm
+        layer.dropout_mode[adapter] = config.dropout_mode
+        layer.magnitude_only[adapter] = magnitude_only
+        # an adapter added to a model in evaluation must not drop
+        layer.lora_dropout[adapter] = initialised.lora_dropout[adapter].train(layer.training)
+        for names in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
+            created = getattr(initialised, names)
+            if adapter in created:
+                getattr(layer, names)[adapter] = created[adapter]
+        factors = layer.factor_parameters(adapter)
+        _finish_factors(layer, factors, magnitude_only, zero)
+        shape = layer.kind.magnitude_shape(base, weight.out_features)
+        if weight.device.type == "meta" or any(factor.is_meta for factor in factors):
+            value = torch.empty(shape, dtype=weight.dtype, device="meta")
+            norms.drop(layer, adapter)
+        else:
+            value = norms.initial(layer, adapter).reshape(shape).clone()
+        layer.lora_magnitude_vector[adapter] = Magnitude(value)
+    for module in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+        if adapter in module:
+            offload.keep_resident(module[adapter])
+    offload.keep_resident(layer.lora_embedding_A)
+    offload.keep_resident(layer.lora_embedding_B)
+
+
+def _finish_factors(
+    layer: NewLayer, factors: tuple[nn.Parameter, nn.Parameter], magnitude_only: bool, zero: Tensor | None
+) -> None:
+    """Give PEFT's factors the base's dtype if they are on the meta device, and zeros where they have to stay zero."""
+    stored = layer.original_weight()
+    # PEFT gives real factors the dtype of a floating point base, from which autocasting starts
+    if isinstance(stored, Tensor) and stored.is_floating_point():
+        for factor in factors:
+            if factor.is_meta:
+                factor.data = factor.data.to(stored.dtype)
+    if magnitude_only:
+        with torch.no_grad():
+            for factor in factors:
+                factor.zero_()
+    if zero is not None and isinstance(stored, Tensor):
+        ties.keep_zero(layer.kind.matrix(layer.get_base_layer(), stored), factors[1], zero)
+
+
+def _check_rank(name: str, r: int, weight: BaseWeight) -> None:
+    # Beyond the longer side a rank is surely a mistake; up to there it only wastes parameters (a router of 8
+    # outputs among all linear layers). The usual small ranks have to work on every layer, however narrow.
+    largest = max(weight.out_features, weight.in_features, 16)
+    if not isinstance(r, int) or r <= 0:
+        raise ValueError(
+            f"`r` should be a positive integer value but the value passed is {r} (module '{name}'). "
+            "Change r or its entry in rank_pattern."
+        )
+    if r > largest:
+        raise ValueError(
+            f"Rank r={r} is larger than module '{name}' itself, whose weight is "
+            f"{weight.out_features} x {weight.in_features}. Choose r <= "
+            f"{min(weight.out_features, weight.in_features)}, for this module alone with "
+            f"rank_pattern={{'{name}': ...}}."
+        )
+
+
+def _peft_factors(
+    layer: NewLayer, adapter: str, r: int, lora_alpha: float, config: DoraConfig, magnitude_only: bool
+) -> lora.LoraLayer:
+    """PEFT's own LoRA layer around the same base layer: its factors are taken over, the layer is dropped."""
+    lora_config = config.to_lora_config(fan_in_fan_out=layer.fan_in_fan_out)
+    lora_config.r, lora_config.lora_alpha = r, lora_alpha  # type: ignore[assignment]
+    if magnitude_only:
+        lora_config.init_lora_weights = True
+    allowed = (True, False, "gaussian", "lora_ga")
+    if layer.peft_layer is not lora.Linear and lora_config.init_lora_weights not in allowed:
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} is not available for module '{layer.name}' "
+            f"({type(layer.get_base_layer()).__name__}); PEFT has it for linear layers only. Use True, False or "
+            "'gaussian', or leave the module out with exclude_modules."
+        )
+    return layer.peft_layer(layer.get_base_layer(), adapter, config=lora_config, r=r, lora_alpha=lora_alpha)
+
+
+def move_adapter(layer: NewLayer, adapter: str, device: torch.device) -> None:
+    """Move an adapter's tensors to a device, in their dtypes; nothing happens on the meta device."""
+    for name in layer.adapter_layer_names:
+        held = getattr(layer, name)
+        if adapter not in held or device.type == "meta":
+            continue
+        item = held[adapter]
+        for parameter in [item] if isinstance(item, nn.Parameter) else item.parameters():
+            if not parameter.is_meta:
+                parameter.data = parameter.data.to(device)

@@ -1,0 +1,184 @@
+"""DoRA on nn.Linear, transformers' Conv1D, and every quantised linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .. import norms
+from ..bases import BaseWeight
+from ..bases.inspection import linear_map
+from ..ops import choice
+from ..ops.compose import linear_branch
+from ..ops.linear import linear_eval, linear_operator
+from ..ops.linear_autograd import apply
+from ..ops.options import options_for
+from .forward import (
+    adapt_keeping_output,
+    base_output,
+    bias_of,
+    changed_too_early,
+    dense_weight,
+    dropout_probability,
+    drops_base,
+    held_weight,
+)
+from .kind import ComputingLayer, Kind
+from .layer import DoraLayer
+from .scale import scale_of
+from .shortcut import Holder, Shortcut, shortcut_for
+
+
+class LinearKind(Kind):
+    """How linear layers differ from the other kinds."""
+
+    def multiplies(self, base: nn.Module, forward: object) -> bool:
+        return forward is nn.Linear.forward or forward is Conv1D.forward
+
+    def oriented(self, base: nn.Module, weight: Tensor) -> Tensor:
+        """W0 [out, in]."""
+        return weight.T if type(base).forward is Conv1D.forward else weight
+
+    def multiply(self, base: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def low_rank(self, layer: ComputingLayer, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        return linear_branch(x, lora_A, lora_B, scaling)
+
+    def matrix(self, base: nn.Module, weight: Tensor) -> Tensor:
+        return weight.T if isinstance(base, Conv1D) else weight
+
+    def in_layout(self, base: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix.T if isinstance(base, Conv1D) else matrix
+
+    def computes_otherwise(self, base: nn.Module) -> bool:
+        if type(base) is nn.Linear or type(base) is Conv1D or self.multiplies(base, type(base).forward):
+            return False
+        weight = base._parameters.get("weight")
+        return type(weight) is nn.Parameter and weight.is_floating_point() and not hasattr(base, "qweight")
+
+
+class BaseProduct:
+    """The base layer as a product, for the backward pass of a weight that is not at hand as a dense matrix."""
+
+    def __init__(
+        self, layer: ComputingLayer, bias: Tensor | None, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> None:
+        self.layer, self.bias, self.args, self.kwargs = layer, bias, args, kwargs
+        self.weight = held_weight(layer)
+
+    def __call__(self, x: Tensor, index: Tensor | None) -> Tensor:
+        """x W0^T without b, [..., len(index)] for these rows of W0, [..., out] if None."""
+        weight = self._seam()
+        if index is not None and weight.has_rows:
+            return F.linear(x, weight.rows(index).to(x.dtype))
+        base = self.layer.base_layer
+        plain = not self.args and not self.kwargs and base is self.layer.get_base_layer() and x.numel() > 0
+        module, bias = linear_map(base, x.flatten(0, -2)) if plain and self.bias is not None else (base, self.bias)
+        # as in the forward pass: some libraries compute otherwise if no gradient is needed, and repack their weight
+        with torch.enable_grad():
+            out = module(x.detach().requires_grad_(x.requires_grad), *self.args, **self.kwargs).detach()
+        if bias is not None:
+            wide = torch.promote_types(out.dtype, torch.float32)
+            out = out.to(wide) - bias.to(wide)
+        return out if index is None else out[..., index]
+
+    def stored(self) -> object:
+        """W0 as kernels read it, see `BaseWeight.stored`."""
+        return self._seam().stored()
+
+    def _seam(self) -> BaseWeight:
+        if held_weight(self.layer) is not self.weight:
+            raise changed_too_early(self.layer.name)
+        return self.layer.base_weight()
+
+
+def adapt_linear(
+    layer: ComputingLayer,
+    holder: Holder,
+    adapter: str,
+    how: choice.How,
+    x: Tensor,
+    args: tuple[object, ...],
+    kwargs: Mapping[str, object],
+) -> tuple[Tensor, Shortcut | None]:
+    """The output of a linear layer with one adapter by our autograd function, and what the next pass may take."""
+    if layer.magnitude_only[adapter]:
+        return adapt_keeping_output(layer, adapter, how, x, args, kwargs), None
+    weight = None if args or kwargs else dense_weight(layer)
+    lora_A, lora_B = layer.factor_parameters(adapter)
+    base_out = None if weight is not None else base_output(layer, x, args, kwargs)
+    # after the call: some libraries round it to the dtype of x, for good
+    bias = bias_of(layer)
+    scaling, stored = layer.scaling[adapter], layer.original_weight()
+    by_kernels = choice.uses_kernels(lora_A.device, lora_A.dtype)
+    known = norms.fresh(layer, adapter, lora_A, lora_B, scaling, stored, by_kernels)
+    if not layer.training and not torch.is_grad_enabled():
+        if known is None:
+            known, _ = norms.refreshed(layer, adapter, lora_A, lora_B, scaling, stored, by_kernels)
+        # on a device nothing is looked up, so there is nothing to fold beforehand
+        if known.base is not None:
+            return _evaluate(layer, holder, adapter, x, known, weight, bias, base_out)
+    p = dropout_probability(layer, adapter)
+    product = None if base_out is None else BaseProduct(layer, bias, args, kwargs)
+    magnitude = layer.magnitude(adapter)
+    options = options_for(x, lora_A, lora_B, magnitude, scaling, weight, base_out, product, p, layer._outputs)
+    composed = None
+    if known is None:
+        composes = weight is not None and not p and x.shape[:-1].numel() >= options.products.composed
+        known, composed = norms.refreshed(
+            layer, adapter, lora_A, lora_B, scaling, stored, by_kernels, composes=composes
+        )
+    c = scale_of(layer, adapter, differentiable=True, how=how, known=known)
+    y = apply(x, base_out, bias, lora_A, lora_B, c, weight, composed, options)
+    return y, None if weight is None else shortcut_for(layer, holder, x, adapter, weight, options)
+
+
+def _evaluate(
+    layer: ComputingLayer,
+    holder: Holder,
+    adapter: str,
+    x: Tensor,
+    known: norms.Snapshot,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    base_out: Tensor | None,
+) -> tuple[Tensor, Shortcut | None]:
+    """`adapt_linear` in evaluation, for W0 or the base layer's output."""
+    kept = norms.folded(layer, adapter, known)
+    A = layer.factor_parameters(adapter)[0] if kept.lora_A is None else kept.lora_A
+    options = options_for(x, A, kept.lora_B, kept.c, 1.0, weight, base_out, None, 0.0, None)
+    y = linear_eval(
+        x, A, kept.lora_B, kept.c, weight=weight, bias=bias, base_out=base_out, alpha=kept.alpha, options=options
+    )
+    return y, None if weight is None else shortcut_for(layer, holder, x, adapter, weight, options, kept)
+
+
+class Linear(DoraLayer, nn.Module):
+    """DoRA on a linear layer."""
+
+    peft_layer = lora.Linear
+    kind: Kind = LinearKind()
+
+    def adapt_fast(
+        self, adapter: str, how: choice.How, x: Tensor, args: tuple[object, ...], kwargs: Mapping[str, object]
+    ) -> Tensor:
+        y, self._shortcut = adapt_linear(self, self, adapter, how, x, args, kwargs)
+        return y
+
+    def adapt_compiled(self, adapter: str, x: Tensor) -> Tensor | None:
+        """The output by an operator, None if plain operations serve as well."""
+        weight = dense_weight(self)
+        if weight is None or self.magnitude_only[adapter] or drops_base(self, adapter):
+            return None
+        if not choice.uses_kernels(x.device, x.dtype, weight.dtype):
+            return None
+        p = dropout_probability(self, adapter)
+        c = scale_of(self, adapter, differentiable=True, how="compiled")
+        factors = self.factor_parameters(adapter)
+        return linear_operator(x, weight, bias_of(self), *factors, c, self.scaling[adapter], p, self.number)

@@ -1,0 +1,163 @@
+"""The forward pass of a linear layer that computes as it did last time.
+
+What decides how a layer computes is put into one key: whose weight, which adapter, which implementation, with gradients
+or without. If the key is that of the last pass, nothing is decided again, and the layer goes straight to the check of
+its norm and to the product: decoding calls each layer for one token at a time, and training on short batches for few.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .. import norms
+from ..ops import choice, torch_names
+from ..ops.constants import LOW_PRECISION
+from ..ops.linear import linear_eval
+from ..ops.linear_autograd import apply
+from ..ops.norm import scale
+from ..ops.options import Options
+from .kind import ComputingLayer
+
+
+class Holder(Protocol):
+    """The module whose tensors an adapted layer computes with: a DoraLayer itself, or PEFT's layer behind a view."""
+
+    training: bool
+    merged_adapters: list[str]
+    _active_adapter: str | list[str]
+    _disable_adapters: bool
+    _modules: dict[str, nn.Module | None]
+
+
+# Key, A, B and m.
+Found = tuple[tuple[object, ...], nn.Parameter, nn.Parameter, nn.Parameter]
+
+
+def key_of(layer: ComputingLayer, holder: Holder, x: Tensor, adapter: str) -> Found | None:
+    """All that decides how a pass of x through `layer` with this adapter is computed, and A, B and m as stored.
+
+    Objects stand in the key by their identity, for which a shortcut keeps them alive.
+
+    Returns:
+        None if the adapter, one of the tensors or the bias as a parameter is not there, or if a transform or another
+        mode is at work, whose tensors are not those that the layer holds.
+    """
+    if torch_names.modes() or torch_names.transforming() or torch_names.jit_state() is not None:
+        return None
+    modules, active, base = holder._modules, holder._active_adapter, layer.base_layer
+    try:
+        lora_A = modules["lora_A"]._modules[adapter]._parameters["weight"]  # type: ignore[union-attr]
+        lora_B = modules["lora_B"]._modules[adapter]._parameters["weight"]  # type: ignore[union-attr]
+        magnitude = modules["lora_magnitude_vector"]._modules[adapter]._parameters["weight"]  # type: ignore[union-attr]
+        dropout, weight, bias = layer.lora_dropout[adapter], base._parameters["weight"], base._parameters["bias"]
+    except KeyError:
+        return None
+    if lora_A is None or lora_B is None or magnitude is None or type(weight) is not nn.Parameter:
+        return None
+    device = x.device.type
+    key = (
+        active if type(active) is str else tuple(active),
+        holder._disable_adapters,
+        bool(holder.merged_adapters),
+        holder.training,
+        torch.is_grad_enabled(),
+        choice.selected,
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+        x.dtype,
+        magnitude.dtype,
+        type(base).forward,
+        "forward" in base.__dict__,
+        bool(base._forward_hooks),
+        bool(base._forward_pre_hooks),
+        bool(base._backward_hooks),
+        bool(base._backward_pre_hooks),
+        id(weight),
+        weight.data_ptr(),
+        weight.requires_grad,
+        id(bias),
+        layer.detach_norm[adapter],
+        layer.dropout_mode[adapter],
+        type(dropout),
+        getattr(dropout, "p", 0.0),
+    )
+    return key, lora_A, lora_B, magnitude
+
+
+class Shortcut:
+    """What a pass was decided to be, for as long as its key is that of the next one.
+
+    Args:
+        found: What `key_of` gave for the pass.
+        adapter: The one active adapter.
+        layer: The layer, over a dense base weight.
+        weight: W0 [out, in] as it is multiplied by.
+        options: As of `linear_autograd.apply` and `linear_eval`.
+        folded: What evaluation multiplies by, None in training.
+    """
+
+    def __init__(
+        self,
+        found: Found,
+        adapter: str,
+        layer: ComputingLayer,
+        weight: Tensor,
+        options: Options,
+        folded: norms.Folded | None = None,
+    ) -> None:
+        self.key, self.adapter, self.folded = found[0], adapter, folded
+        self.base, self.weight, self.options = layer.base_layer, weight, options
+        self.stored, self.bias = self.base.get_parameter("weight"), self.base._parameters["bias"]
+        self.by_kernels = choice.uses_kernels(found[1].device, found[1].dtype)
+
+    def __call__(self, layer: ComputingLayer, holder: Holder, x: Tensor) -> Tensor | None:
+        """The output for x, None if something has changed since."""
+        adapter, options = self.adapter, self.options
+        found = key_of(layer, holder, x, adapter)
+        if found is None or found[0] != self.key:
+            return None
+        _, lora_A, lora_B, magnitude = found
+        scaling, stored, by_kernels = layer.scaling[adapter], self.stored, self.by_kernels
+        known = norms.fresh(layer, adapter, lora_A, lora_B, scaling, stored, by_kernels)
+        kept = self.folded
+        if kept is not None:
+            if known is None or kept.known is not known or not kept.magnitude.fits(magnitude):
+                return None
+            cast_A = lora_A if kept.lora_A is None else kept.lora_A
+            return linear_eval(
+                x, cast_A, kept.lora_B, kept.c, weight=self.weight, bias=self.bias, alpha=kept.alpha, options=options
+            )
+        composed = None
+        if known is None:
+            composes = not options.dropout_p and x.shape[:-1].numel() >= options.products.composed
+            known, composed = norms.refreshed(
+                layer, adapter, lora_A, lora_B, scaling, stored, by_kernels, composes=composes
+            )
+        # the usual case of `scale`, without a call
+        c = magnitude.view(-1)
+        c = c / known.value if known.tied is None else scale(c, known.value, known.tied)
+        if options.scaling != scaling:
+            options = self.options = replace(options, scaling=scaling)
+        return apply(x, None, self.bias, lora_A, lora_B, c, self.weight, composed, options)
+
+
+def shortcut_for(
+    layer: ComputingLayer,
+    holder: Holder,
+    x: Tensor,
+    adapter: str,
+    weight: Tensor,
+    options: Options,
+    folded: norms.Folded | None = None,
+) -> Shortcut | None:
+    """What the next pass may take, None if it has to decide again."""
+    found = key_of(layer, holder, x, adapter)
+    if found is None:
+        return None
+    # magnitudes in low precision are looked at in each pass, see magnitude.py; evaluation trains nothing
+    if folded is None and (not layer.detach_norm[adapter] or found[3].dtype in LOW_PRECISION):
+        return None
+    return Shortcut(found, adapter, layer, weight, options, folded)

@@ -1,0 +1,350 @@
+"""DoRA's linear layer as one autograd function: forward, backward, and what is kept between them.
+
+    u = drop(x) A^T                      [N, r]
+    y = c * (x W0^T + s u B^T) + b       [N, out]
+
+LoRA's eager layer makes a product, a scaled copy and a sum of it, each [N, out]; here the base product is scaled and
+the low-rank product accumulated into it, in place. For many tokens and without dropout even that is more than composing
+the weight: y = x (c (W0 + s B A))^T + b, and dx from the same matrix, which is made twice and never kept. Kept for the
+backward pass are
+
+    x    shared with every other layer that reads it, in its dtype
+    y    the layer's *output*, which the next operation often keeps anyway, instead of an intermediate
+    u    [N, r], and with dropout one byte an element of x, on a GPU its seed alone
+
+The price of keeping y: if it no longer determines what the magnitude's gradient needs, that is computed again from x.
+This happens for rows with c = 0, for rows whose bias drowns the rest in rounding, and if somebody wrote over y, which
+ops/kept_output.py finds out by its content.
+
+Everything runs in the base's compute dtype: the small A and B are cast, x and W0 never are (but by autocast). c, b and
+all sums over tokens are fp32 (fp64 for an fp64 base).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .chunks import chunk, in_chunks
+from .constants import DROWNED, TINY
+from .content import version
+from .dropout import dropout_mask
+from .kept_output import KeptOutput
+from .options import Options
+from .products import compose_weight, multiply_many
+from .torch_names import unsafe_view
+
+# Up to so many tokens everything is made as a whole: each operation takes longer to start than to run.
+FEW = 64
+
+
+def apply(
+    x: Tensor,
+    base_out: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    c: Tensor,
+    weight: Tensor | None,
+    composed: Tensor | None,
+    options: Options,
+) -> Tensor:
+    """`linear` with what is no tensor decided already."""
+    if options.autocast_dtype is None:
+        return _Linear.apply(x, base_out, bias, lora_A, lora_B, c, weight, composed, options)
+    with torch.autocast(x.device.type, enabled=False):
+        return _Linear.apply(x, base_out, bias, lora_A, lora_B, c, weight, None, options)
+
+
+class _Linear(torch.autograd.Function):
+    """With g = dL/dy, u = drop(x) A^T, k = s / (1 - p):
+
+    g' = c * g          du = g (k c * B)          dx = g' W0 + mask * (du A)
+    dA = du^T (mask * x)          dB = k c * (g^T u)          dc_j = sum_n g_nj (y_nj - b_j) / c_j
+    """
+
+    @staticmethod
+    def forward(ctx, x, base_out, bias, lora_A, lora_B, c, weight, composed, options):
+        dtype, k, p = options.dtype, options.scaling, options.dropout_p
+        # [N, in]
+        rows, mask = _in(flattened(x), dtype), None
+        if options.kernels is not None:
+            # the mask is drawn from it
+            seed = options.kernels.draw_seed(rows.device) if p > 0 else None
+            ctx.by_kernels = options.kernels.KernelOptions.of(k, p, seed, ctx.needs_input_grad[:6])
+            k, base_rows = ctx.by_kernels.k, None if weight is not None else flattened(base_out)
+            y, u = options.kernels.forward(rows, base_rows, weight, bias, lora_A, lora_B, c, ctx.by_kernels)
+        else:
+            products, count = options.products, len(rows)
+            if p > 0:
+                mask, kept = dropout_mask(rows.shape, p, rows.device)
+                k = k / kept if kept else 0.0
+            multiply_in = multiply_many if count >= products.thin_in else F.linear
+            # [N, r]
+            u = multiply_in(rows if mask is None else rows * mask, _in(lora_A, dtype))
+            multiply = multiply_many if count >= products.wide else F.linear
+            if weight is not None and mask is None and count >= products.composed:
+                if composed is None:
+                    composed = compose_weight(weight, lora_A, lora_B, k)
+                y = multiply(rows, composed.mul_(c[:, None]), bias)
+            elif weight is not None:
+                z = multiply(rows, _in(weight, dtype), None if bias is None else _in(bias, dtype))
+                y = scaled_sum(z, u, lora_B * c[:, None], c, bias, out=z, alpha=k)
+            else:
+                z = flattened(base_out)
+                y = scaled_sum(z, u, lora_B * c[:, None], c, bias, out=torch.empty_like(z), alpha=k)
+        if x.dim() != 2:
+            y = unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
+        ctx.kept, saved = None, []
+        if ctx.needs_input_grad[5]:
+            ctx.kept = KeptOutput(y, options.outputs, options.kernels)
+            saved, ctx.kept.saved = ctx.kept.saved, []
+        ctx.save_for_backward(x, u, mask, bias, lora_A, lora_B, c, *saved)
+        # not among the saved tensors: offloading would move W0 with them
+        ctx.weight, ctx.options, ctx.k, ctx.dtype = weight, options, k, y.dtype
+        ctx.weight_version = version(weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        weight = ctx.weight
+        if weight is not None and ctx.weight_version is not None and weight._version != ctx.weight_version:
+            raise RuntimeError(
+                "A base weight was changed in place between the forward and the backward pass that needs it "
+                f"(shape {list(weight.shape)}). Change base weights before the forward pass, or after backward."
+            )
+        by = _by_torch if ctx.options.kernels is None else _by_kernels
+        if not torch.is_autocast_enabled(grad.device.type):
+            return *by(ctx, grad), None, None, None
+        with torch.autocast(grad.device.type, enabled=False):
+            return *by(ctx, grad), None, None, None
+
+
+def _by_torch(ctx, grad):
+    """The gradients of x, base_out, bias, A, B and c by torch's operations."""
+    x, u, mask, bias, lora_A, lora_B, c, *kept = ctx.saved_tensors
+    need_x, need_base, need_bias, need_A, need_B, need_c = ctx.needs_input_grad[:6]
+    k, dtype, products = ctx.k, ctx.dtype, ctx.options.products
+    # [N, out], [N, in] and [out, in]
+    g, rows, weight = flattened(grad), _in(flattened(x), dtype), ctx.weight
+    weight, count = None if weight is None else _in(weight, dtype), len(g)
+    multiply = multiply_many if count >= products.wide else F.linear
+    composes = need_x and count >= products.composed and g.dtype is weight.dtype
+    y = _kept_output(ctx, kept, grad)[0] if need_c else None
+    sums = d_bias = d_A = d_B = d_c = None
+    through = weight if need_x and not composes else None
+    dx, scaled, sums, change = scale_and_sum(g, c, y, bias, through, multiply, keep_scaled=need_base)
+    if need_c:
+        z_at = partial(_z_at, ctx, x, u, lora_B, c)
+        d_c = magnitude_gradient(sums, g, y, c, bias, z_at, change)
+    # g' in low precision has lost digits that B and A need
+    exact = scaled if dtype is c.dtype else None
+    # g^T u is faster than u^T g on CPUs, whose libraries split the long side of a result
+    if need_B and exact is None:
+        # [out, r], in c's dtype
+        d_B = (g.T @ u) * (k * c)[:, None]
+    elif need_B:
+        d_B = torch.addmm(_in(lora_B, dtype), exact.T, u, beta=0, alpha=k)
+    if (need_A or need_x) and (exact is None or count >= products.thin_out):
+        # [N, r]
+        multiply_out = multiply_many if count >= products.thin_out else F.linear
+        du = multiply_out(g, _in(lora_B * (k * c)[:, None], dtype).T)
+    elif need_A or need_x:
+        du = torch.addmm(u, exact, _in(lora_B, dtype), beta=0, alpha=k)
+    if need_A:
+        # [r, in]
+        d_A = ((rows if mask is None else rows * mask).T @ du).T
+    if need_x:
+        if composes:
+            dx = multiply(g, _composed(weight, lora_A, lora_B, c, k, mask).T)
+        if not composes or mask is not None:
+            dx = _add_low_rank(dx, du, _in(lora_A, dtype), mask)
+        dx = dx if x.dim() == 2 else dx.view(x.shape)
+    if need_bias:
+        d_bias = g.sum(0, dtype=c.dtype)
+        # without `weight` the rest comes through base_out
+        d_bias = (1 - c) * d_bias if weight is None else d_bias
+    return dx, scaled.view(grad.shape) if need_base else None, d_bias, d_A, d_B, d_c
+
+
+def _composed(weight: Tensor, lora_A: Tensor, lora_B: Tensor, c: Tensor, k: float, mask: Tensor | None) -> Tensor:
+    """c (W0 + s B A) [out, in], under dropout without B A, whose mask is another for each token."""
+    if mask is not None:
+        return weight * c[:, None]
+    return compose_weight(weight, lora_A, lora_B, k).mul_(c[:, None])
+
+
+def _add_low_rank(dx: Tensor | None, du: Tensor, lora_A: Tensor, mask: Tensor | None) -> Tensor:
+    """dx + mask * (du A) [N, in]."""
+    if mask is None:
+        return du @ lora_A if dx is None else dx.addmm_(du, lora_A)
+    low_rank = (du @ lora_A).mul_(mask)
+    return low_rank if dx is None else dx.add_(low_rank)
+
+
+def _by_kernels(ctx, grad):
+    """The same by Triton's kernels."""
+    x, u, _, bias, lora_A, lora_B, c, *kept = ctx.saved_tensors
+    base_product = ctx.options.base_product
+    y, gone = _kept_output(ctx, kept, grad)
+    g, rows = flattened(grad), flattened(x).to(ctx.dtype)
+    y = None if y is None else flattened(y)
+    weight = None if ctx.weight is None else ctx.weight.to(ctx.dtype)
+
+    def d_magnitude(sums: Tensor | None) -> Tensor:
+        return magnitude_gradient(sums, g, y, c, bias, partial(_z_at, ctx, x, u, lora_B, c))
+
+    stored = ctx.weight
+    if stored is None and ctx.needs_input_grad[5] and hasattr(base_product, "stored"):
+        stored = base_product.stored()
+    dx, d_base, *others = ctx.options.kernels.gradients(
+        g, rows, u, y, weight, bias, lora_A, lora_B, c, ctx.by_kernels,
+        stored=stored, d_magnitude=d_magnitude, gone=gone,
+    )  # fmt: skip
+    dx = None if dx is None else dx.view(x.shape)
+    return dx, None if d_base is None else d_base.view(grad.shape), *others
+
+
+def _kept_output(ctx, saved, grad):
+    """y [..., out], None if it was overwritten, and what the device has to say about that, see `KeptOutput.read`."""
+    kept = ctx.kept
+    if kept is None:
+        return None, None
+    # the usual case of `KeptOutput.read`, here so that backward stays in one file: keep both alike
+    y = kept.alias
+    if kept.address and y._version == kept.version and y.untyped_storage().data_ptr() == kept.address:
+        shared = grad.untyped_storage().data_ptr() == kept.address
+        if not shared and not kept.differing_rows() and kept.equal_diagonal():
+            # y goes as the saved tensors do; a second pass over the graph computes it again
+            kept.alias, kept.address, kept.equal_diagonal = None, 0, bool
+            return y, None
+    return kept.read(saved, grad)
+
+
+def _z_at(ctx, x, u, lora_B, c, index):
+    """x W0^T + s u B^T [N, len(index)] at columns `index`, at all if None."""
+    rows = flattened(x).to(ctx.dtype)
+    if ctx.weight is not None:
+        weight = ctx.weight if index is None else ctx.weight[index]
+        z = F.linear(rows, weight.to(ctx.dtype))
+    else:
+        lowered = ctx.options.autocast_dtype
+        with torch.autocast(x.device.type, lowered, enabled=lowered is not None):
+            z = flattened(ctx.options.base_product(x, index))
+    B = lora_B if index is None else lora_B[index]
+    return torch.addmm(z.to(c.dtype), u.to(c.dtype), B.to(c.dtype).T, alpha=ctx.k)
+
+
+def flattened(x: Tensor) -> Tensor:
+    """[..., features] as [N, features]."""
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, which takes a microsecond even if there is nothing to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
+def fold(lora_B: Tensor, c: Tensor, scaling: float) -> Tensor:
+    """s c * B [out, r], in c's dtype or wider."""
+    return lora_B * (c if scaling == 1.0 else scaling * c)[:, None]
+
+
+def scaled_sum(
+    z: Tensor, u: Tensor, folded_B: Tensor, c: Tensor, bias: Tensor | None, *, out: Tensor, alpha: float = 1.0
+) -> Tensor:
+    """out = c * (z - b) + alpha u folded_B^T + b for z = x W0^T + b [N, out] and u [N, r]; `out` may be z.
+
+    If z is narrower than c, the sum is made in c's dtype and rounded once. If c = 1 and B = 0, `out` equals z bit for
+    bit: an adapter that changes nothing yet gives the base layer's output.
+    """
+    # (1 - c) b; with a number in it, an operation on [out] takes three times as long
+    offset = None if bias is None else torch.addcmul(bias, c, bias, value=-1)
+    if z.dtype is c.dtype or z.device.type != "cpu":
+        # a GPU's element-wise kernels convert in registers, and its products accumulate in fp32
+        if offset is None:
+            torch.mul(z, c, out=out)
+        else:
+            torch.addcmul(offset, z, c, out=out)
+        folded_B = folded_B if folded_B.dtype is out.dtype else folded_B.to(out.dtype)
+        return out.addmm_(u, folded_B.T, alpha=alpha)
+    step = chunk(len(z), z.device) if len(z) else 1
+    for start in range(0, len(z), step):
+        part = slice(start, start + step)
+        wide = z[part].to(c.dtype)
+        if offset is None:
+            wide.mul_(c)
+        else:
+            torch.addcmul(offset, wide, c, out=wide)
+        out[part] = wide.addmm_(u[part].to(c.dtype), folded_B.T.to(c.dtype), alpha=alpha)
+    return out
+
+
+def scale_and_sum(
+    g: Tensor,
+    c: Tensor,
+    y: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    multiply: Callable[[Tensor, Tensor], Tensor],
+    *,
+    keep_scaled: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """One pass over g [N, out], a few tokens at a time: g' = c * g, its product with W0, and sum_n g (y - b).
+
+    Returns:
+        g' W0 [N, in] if `weight` is given, g' [N, out] if `keep_scaled` or if it was made as a whole without loss, the
+        sums [out] if y [..., out] is given, and y - b [N, out] if that was made as a whole.
+    """
+    y = None if y is None else flattened(y)
+    if 0 < len(g) <= FEW and g.dtype is c.dtype:
+        whole, change = g * c, y if y is None or bias is None else y - bias
+        product = None if weight is None else multiply(whole, weight.T)
+        return product, whole, None if change is None else (g * change).sum(0), change
+    return *in_chunks(g, c, y, bias, weight, multiply, keep_scaled), None
+
+
+def magnitude_gradient(
+    sums: Tensor | None,
+    g: Tensor,
+    y: Tensor | None,
+    c: Tensor,
+    bias: Tensor | None,
+    z_at: Callable[[Tensor | None], Tensor],
+    change: Tensor | None = None,
+) -> Tensor:
+    """dc_j = sum_n g_nj z_nj [out], with z = (y - b) / c if y still determines z and from `z_at(columns)` otherwise.
+
+    Args:
+        sums: sum_n g (y - b), None if y is.
+        y: The layer's output [..., out], None if it was changed since.
+        z_at: Computes z [N, len(index)] at columns `index`, [N, out] if that is None.
+        change: y - b [N, out], if the caller has it.
+    """
+    if y is None or sums is None:
+        return (g * z_at(None)).sum(0)
+    tiny, most = TINY[y.dtype], None
+    if bias is not None and y.numel():
+        # the rounding of y = c z + b against the size of c z, on a sample of the tokens; that of most of them, since
+        # the first token is often far larger than all others
+        change = flattened(y) - bias if change is None and len(g) <= FEW else change
+        step = max(1, len(g) // 64)
+        sample = (flattened(y)[::step] - bias).to(c.dtype) if change is None else change[::step]
+        # [out], at most 0 if b drowns half of the sample or more
+        most = torch.sub(sample.abs(), bias.abs(), alpha=DROWNED[y.dtype]).sign_().sum(0)
+    # two numbers are read faster than a comparison is made
+    certain = not len(c) or float(torch.linalg.vector_norm(c, -torch.inf)) >= tiny
+    if certain and (most is None or float(most.min()) > 0):
+        return sums / c
+    lost = c.abs() < tiny
+    index = (lost if most is None else lost | ((most <= 0) & (bias != 0))).nonzero()[:, 0]
+    if not len(index):
+        return sums / c
+    exact = (g[:, index] * z_at(index)).sum(0)
+    return (sums / c.index_fill(0, index, 1)).index_copy_(0, index, exact)

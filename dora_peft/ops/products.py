@@ -1,0 +1,108 @@
+"""Which library multiplies, and from how many tokens on a product is made from c (W0 + s B A) instead of W0."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .constants import LOW_PRECISION
+from .torch_names import onednn_linear
+
+# The most that c (W0 + s B A) may take.
+COMPOSED_BYTES = 12 * 2**20
+# Multiplications from which oneDNN is worth its start of 12 us.
+_ONEDNN_LEAST = 2**21
+# Below 64 rows the base model's own F.linear is used, so that an untrained adapter reproduces its output bit for bit.
+_ONEDNN_LEAST_ROWS = 64
+_NEVER = sys.maxsize
+
+
+def _find_onednn() -> Callable[..., Tensor] | None:
+    """oneDNN's fp32 product on AMD processors, where it takes 8 to 10 % less time than MKL, torch's own choice.
+
+    Without it everything goes through `F.linear`.
+    """
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return None
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    if "AMD" not in str(capabilities.get("cpu_name", "")):
+        return None
+    return onednn_linear()
+
+
+_ONEDNN = _find_onednn()
+
+
+def multiply_many(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W0^T + b [N, out] for so many rows x [N, in] that `Products` names this function."""
+    if _ONEDNN is None or not torch.backends.mkldnn.enabled:
+        return F.linear(rows, weight, bias)
+    return _ONEDNN(rows, weight, bias, "none", [], "")
+
+
+def least_rows(elements: int, dtype: torch.dtype, device: torch.device) -> int:
+    """From how many rows on `multiply_many` multiplies by a matrix of so many elements."""
+    if _ONEDNN is None or dtype is not torch.float32 or device.type != "cpu" or not elements:
+        return _NEVER
+    return max(_ONEDNN_LEAST_ROWS, -(-_ONEDNN_LEAST // elements))
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """From how many tokens on a layer's products are made otherwise; decided once for a layer.
+
+    Attributes:
+        wide: By `multiply_many` in the products with W0.
+        thin_in, thin_out: The same in those with A, and with B.
+        composed: By c (W0 + s B A) instead of W0, see `composed_rows`.
+    """
+
+    wide: int = _NEVER
+    thin_in: int = _NEVER
+    thin_out: int = _NEVER
+    composed: int = _NEVER
+
+    @classmethod
+    def of(cls, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype, composes: bool) -> Products:
+        """For W0 [out, in], None if the base layer multiplies by it, A [r, in] and B [out, r].
+
+        Args:
+            dtype: That of the products.
+            composes: Whether W0 + s B A may be multiplied by at all: not by kernels, and not under autocast.
+        """
+        if lora_A.device.type != "cpu":
+            return cls()
+        thin_in = least_rows(lora_A.numel(), dtype, lora_A.device)
+        thin_out = least_rows(lora_B.numel(), dtype, lora_A.device)
+        if weight is None:
+            return cls(_NEVER, thin_in, thin_out)
+        composed = composed_rows(weight) if composes and dtype is weight.dtype else _NEVER
+        return cls(least_rows(weight.numel(), dtype, weight.device), thin_in, thin_out, composed)
+
+
+def composed_rows(weight: Tensor) -> int:
+    """From how many tokens on products with W0 [out, in] are made from c (W0 + s B A) instead.
+
+    That scales out x in numbers instead of N x out, and does without the product and the sum of the low-rank branch. It
+    would round B A away in low precision. On a GPU, kernels fuse these passes. It pays from about as many tokens as
+    there are features; from half as many it still does if every forward pass needs a new norm, but costs with gradient
+    accumulation or checkpointing.
+    """
+    if weight.device.type != "cpu" or weight.dtype in LOW_PRECISION or weight.nbytes > COMPOSED_BYTES:
+        return _NEVER
+    out_features, in_features = weight.shape
+    both = 2 * (out_features + in_features)
+    return -(-3 * out_features * in_features // both) if both else _NEVER
+
+
+def compose_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, out: Tensor | None = None) -> Tensor:
+    """V = W0 + s B A [out, in] in W0's dtype and layout; into `out`, if given, for a contiguous W0."""
+    lora_A, scaled_B = lora_A.to(weight.dtype), lora_B.to(weight.dtype) * scaling
+    if weight.is_contiguous():
+        return torch.addmm(weight, scaled_B, lora_A, out=out)
+    return torch.addmm(weight.T, lora_A.T, scaled_B.T).T

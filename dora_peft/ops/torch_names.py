@@ -1,0 +1,45 @@
+"""Names of torch that are not public, each with what it is for, so that a release that renames one is met here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+
+# Calls of C: is a torch.func transform at work, is torch.jit.trace recording, how many modes see each operation.
+transforming = torch._C._are_functorch_transforms_active
+jit_state = torch._C._get_tracing_state
+modes = torch._C._len_torch_dispatch_stack
+# Not None if tensors that are saved for backward pass through hooks: non-reentrant checkpointing, offloading. A torch
+# without it is assumed to have hooks, which is safe: torch then checks versions itself.
+top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+# A reshaped tensor that is no view: the output of an autograd function could not be changed in place otherwise.
+unsafe_view: Callable[[Tensor, list[int]], Tensor] = torch.ops.aten._unsafe_view
+
+
+def is_exporting() -> bool:
+    """Whether torch.export traces; public from torch 2.7 on."""
+    ask = getattr(torch.compiler, "is_exporting", None)
+    return ask() if ask is not None else torch.compiler._is_exporting_flag
+
+
+def is_recorded() -> bool:
+    """Whether a mode records operations, or computes shapes alone: make_fx, FakeTensorMode."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    return any(isinstance(m, (ProxyTorchDispatchMode, FakeTensorMode)) for m in _get_current_dispatch_mode_stack())
+
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Have `call` called when the backward pass ends that runs now."""
+    Variable._execution_engine.queue_callback(call)
+
+
+def onednn_linear() -> Callable[..., Tensor] | None:
+    """oneDNN's linear layer in fp32, None if this torch has it under another name."""
+    operation = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return None if operation is None else operation.default
