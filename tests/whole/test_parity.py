@@ -2,8 +2,10 @@
 
 import copy
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from parity_fixtures import MODELS, loss_of, outputs, same_tensors, trainable
 from peft import LoraConfig, get_peft_model
 
@@ -103,6 +105,8 @@ def test_several_active_adapters_in_evaluation(kind):
     for model in models:
         model.eval()
     torch.testing.assert_close(outputs(models[1], kind), outputs(models[0], kind))
+    if Version(peft.__version__) < Version("0.21"):
+        pytest.skip("PEFT 0.20 merges several DoRA adapters to another weight than it runs with")
     for model in models:
         model.merge_adapter()
     same_tensors(
