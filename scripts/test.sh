@@ -68,7 +68,7 @@ if [ $# -eq 0 ] && [ "$(uname -s)" = Linux ]; then
     say "pytest, the layers once more by Triton's kernels"
     # Tests that choose an implementation by themselves do not depend on the option.
     run_tests --implementation triton -m "not gpu and not slow and not implementation" \
-        tests/layers/test_{kind,layer,layer_copies,merge,quantised,zero_rows}.py \
+        tests/layers/test_{conv,embedding,kind,layer,layer_copies,merge,quantised,zero_rows}.py \
         tests/norms/test_{evaluation,refreshes,state}.py \
         tests/ops/test_{dropout,kept_output,linear,linear_autograd,linear_parts,overwritten}.py \
         tests/ops/test_{products,recomputation,saved}.py tests/plugin/test_use_dora.py tests/whole/test_compile.py

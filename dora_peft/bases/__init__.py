@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from .base import BaseWeight, FourBit
 from .bitsandbytes import quantised, unpack_for_gradient
 from .dense import Dense, GroupedConv
-from .inspection import FLOATS
+from .inspection import FLOATS, NOT_TAKEN
 from .offload import is_away
 from .offloaded import Offloaded
 from .opaque import Opaque
@@ -58,8 +58,8 @@ def _at_hand(layer: nn.Module, name: str, given: Tensor | None) -> BaseWeight:
             return Dequantized(layer)
         except torch.OutOfMemoryError:
             raise
-        # torchao's NF4Tensor has a `dequantize` that takes other arguments; its forward works
-        except Exception:
+        # torchao's NF4Tensor has a `dequantize` that takes other arguments; it is called as an opaque layer
+        except NOT_TAKEN:
             pass
     if isinstance(weight, Tensor) and weight.dtype in FLOATS and not packed and not hasattr(layer, "qweight"):
         if isinstance(layer, (Conv1D, nn.Embedding)):

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from .offload import is_away
 
+# What libraries raise for a call that a layer does not take: each its own, but none of them Ctrl-C or an interpreter's.
+# Running out of memory is a RuntimeError of torch's, and has to be raised again before.
+NOT_TAKEN = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # By layer: the dtypes of its tensors, and the dtype found for them.
 _compute_dtypes: weakref.WeakKeyDictionary[nn.Module, tuple[list[torch.dtype], torch.dtype]] = (
@@ -59,8 +62,10 @@ def linear_map(layer: nn.Module, x: Tensor) -> tuple[nn.Module, Tensor | None]:
         try:
             with torch.no_grad():
                 _separable[layer] = not bool(twin(torch.zeros_like(x[:1])).any())
-        # whatever a library raises that cannot do without its bias
-        except Exception:
+        except torch.OutOfMemoryError:
+            raise
+        # the layer cannot do without its bias
+        except NOT_TAKEN:
             _separable[layer] = False
     if twin is not None and _separable[layer]:
         return twin, None
@@ -112,8 +117,10 @@ def _dtype_by_calling(layer: nn.Module, in_features: int, dtypes: list[torch.dty
             with torch.no_grad(), torch.autocast(device.type, enabled=False):
                 # not by `layer(x)`: hooks of others are not to see it
                 out = (_without_bias(layer) or layer).forward(torch.zeros(1, in_features, dtype=dtype, device=device))
-        # whatever a library raises for a dtype that it does not take
-        except Exception:
+        except torch.OutOfMemoryError:
+            raise
+        # another dtype is tried
+        except NOT_TAKEN:
             continue
         if isinstance(out, Tensor) and out.dtype in FLOATS:
             return out.dtype

@@ -3,42 +3,17 @@
 import pytest
 import torch
 from layer_fixtures import (
-    One,
     adapted,
     base_of,
     distance,
     dora,
     found_gradients,
-    perturb,
 )
 from peft import get_peft_model
+from quantised_fixtures import quantised
 from torch import nn
 
 from dora_peft import DoraConfig
-
-
-def quantised(bits, **options):
-    bnb = pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    plain = nn.Linear(64, 32)
-    if bits == 4:
-        layer = bnb.nn.Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.float32, **options)
-    else:
-        layer = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False, **options)
-    layer.load_state_dict(plain.state_dict())
-    model = get_peft_model(One(layer.to("cpu")), DoraConfig(r=4, lora_alpha=3, target_modules=["layer"]))
-    perturb(dora(model), "default")
-    return model
-
-
-def stored(layer):
-    """Every tensor of a quantised weight, wherever bitsandbytes keeps it now."""
-    weight = layer.weight
-    if hasattr(weight, "SCB"):
-        scale = weight.SCB if weight.SCB is not None else layer.state.SCB
-        return {"data": weight.data.clone(), "SCB": scale.clone()}
-    state = weight.quant_state.as_dict(packed=True)
-    return {"data": weight.data.clone(), **{key: value.clone() for key, value in state.items()}}
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -63,45 +38,6 @@ def test_four_bit_forward_and_gradients(nested):
     found = [found_gradients(m, x, y, probe) for m, y in zip((model, dense), outputs, strict=True)]
     for name, grad in found[0].items():
         torch.testing.assert_close(grad, found[1][name], rtol=1e-4, atol=1e-4, msg=name)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("used", [False, True])
-def test_quantised_bases_unmerge_bit_for_bit(bits, used):
-    model = quantised(bits).train()
-    x = torch.randn(3, 64, requires_grad=True)
-    if used:
-        model(x)
-    before = stored(base_of(model))
-    output = model(x)
-    for _ in range(2):
-        model.merge_adapter()
-        assert not torch.equal(stored(base_of(model))["data"], before["data"])
-        merged = model(x)
-        # the merged weight is quantised again
-        assert distance(merged.detach(), output.detach().double()) < (0.2 if bits == 4 else 0.03)
-        model.unmerge_adapter()
-        after = stored(base_of(model))
-        assert after.keys() == before.keys()
-        assert all(torch.equal(after[key], before[key]) for key in before)
-        assert torch.equal(model(x), output)
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_bases_safe_merge(bits):
-    model = quantised(bits)
-    x = torch.randn(3, 64)
-    model.merge_adapter(safe_merge=True)
-    model.unmerge_adapter()
-    with torch.no_grad():
-        dora(model).lora_magnitude_vector["default"].weight[3] = float("nan")
-    before = stored(base_of(model))
-    with pytest.raises(ValueError, match=r"module 'layer'"):
-        model.merge_adapter(safe_merge=True)
-    assert not dora(model).merged
-    after = stored(base_of(model))
-    assert all(torch.equal(after[key], before[key]) for key in before)
-    assert model(x)[:, :3].isfinite().all()
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -1,15 +1,19 @@
 """What the tests of several scripts start from: one thread, data sets cached in a temporary folder, refusals."""
 
 import contextlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 import torch
+from benchmark_fixtures import SMALL
 from commonsense_fixtures import make_record, write_list
 
+import benchmark
 from prepare.commonsense import TASKS
 
 
@@ -49,3 +53,16 @@ def download(tmp_path: Path) -> Path:
     for task in TASKS:
         write_list(folder / "dataset" / task / "test.json", [make_record(task, number) for number in range(3)])
     return folder
+
+
+@pytest.fixture
+def measure(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Run a suite at toy size, and return what it stored."""
+
+    def run(suite: str, *flags: str) -> dict[str, Any]:
+        path = tmp_path / "stored.json"
+        benchmark.main([suite, *SMALL, "--seq-len", "16", "--json", str(path), *flags])
+        assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    return run

@@ -1,6 +1,5 @@
 """The benchmark: every suite at toy size, the check before timing, what counts as saved, resuming, and the table."""
 
-import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,51 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from benchmark_fixtures import SMALL, found_names
 
 import benchmark
 from benchmarks import footprint as benchmark_footprint
 from benchmarks import measure as benchmark_measure
 from benchmarks import report
-from benchmarks.bases import SHAPES, build_base
-from benchmarks.contenders import Contender, build_contender
 from benchmarks.options import DEFAULT, read_options, result_path
 
 CPU = torch.device("cpu")
-SMALL = ["--model", "tiny", "--device", "cpu", "--threads", "1", "--rounds", "1", "--warmup", "1", "--batch", "2"]
 # Triton's interpreter takes longer than all others together.
 UNINTERPRETED = ("--contenders", ",".join(name for name in DEFAULT if name != "dora:triton"))
-
-
-@pytest.fixture
-def measure(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Run a suite at toy size, and return what it stored."""
-
-    def run(suite: str, *flags: str) -> dict[str, Any]:
-        path = tmp_path / "stored.json"
-        benchmark.main([suite, *SMALL, "--seq-len", "16", "--json", str(path), *flags])
-        assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    return run
-
-
-def make(name: str, base: nn.Module, dropout: float = 0.0, **options: Any) -> Contender:
-    options = {"adapter_dtype": torch.float32, "seed": 0, "rank": 4, **options}
-    return build_contender(name, base, dropout=dropout, **options)
-
-
-def tiny(dtype: torch.dtype = torch.float32) -> Any:
-    return build_base(SHAPES["tiny"], 2, 128, dtype, CPU, 0)
-
-
-def loss_of(contender: Contender) -> Tensor:
-    ids = torch.arange(32).view(2, 16)
-    return contender.call(input_ids=ids, labels=ids, use_cache=False).loss
-
-
-def found_names(report: dict[str, Any]) -> list[str]:
-    return list(report["results"][0]["contenders"])
 
 
 def test_step(measure: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:

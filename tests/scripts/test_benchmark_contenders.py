@@ -1,15 +1,13 @@
 """The benchmark's contenders: they compute the same, one that does not is found, and one that cannot run is noted."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmark_fixtures import found_names, loss_of, make, tiny
 from torch import Tensor, nn
 
-import benchmark
 from benchmarks import measure as benchmark_measure
 from benchmarks.bases import SHAPES, Shape, build_base, build_layer
 from benchmarks.contenders import Contender, build_contender, check_equal, find_linears, without_dropout
@@ -17,45 +15,11 @@ from benchmarks.contenders import Contender, build_contender, check_equal, find_
 CPU = torch.device("cpu")
 
 
-SMALL = ["--model", "tiny", "--device", "cpu", "--threads", "1", "--rounds", "1", "--warmup", "1", "--batch", "2"]
-
-
-@pytest.fixture
-def measure(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Run a suite at toy size, and return what it stored."""
-
-    def run(suite: str, *flags: str) -> dict[str, Any]:
-        path = tmp_path / "stored.json"
-        benchmark.main([suite, *SMALL, "--seq-len", "16", "--json", str(path), *flags])
-        assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    return run
-
-
-def make(name: str, base: nn.Module, dropout: float = 0.0, **options: Any) -> Contender:
-    options = {"adapter_dtype": torch.float32, "seed": 0, "rank": 4, **options}
-    return build_contender(name, base, dropout=dropout, **options)
-
-
-def tiny(dtype: torch.dtype = torch.float32) -> Any:
-    return build_base(SHAPES["tiny"], 2, 128, dtype, CPU, 0)
-
-
-def loss_of(contender: Contender) -> Tensor:
-    ids = torch.arange(32).view(2, 16)
-    return contender.call(input_ids=ids, labels=ids, use_cache=False).loss
-
-
 def observe(contender: Contender) -> dict[str, Tensor]:
     with contender.context():
         loss = loss_of(contender)
         loss.backward()
     return {"loss": loss.detach(), **contender.gradients()}
-
-
-def found_names(report: dict[str, Any]) -> list[str]:
-    return list(report["results"][0]["contenders"])
 
 
 @pytest.mark.parametrize("suite", ["step", "layer", "eval", "decode", "memory"])

@@ -1,6 +1,5 @@
 """The README's tables: of the benchmark, of the GPU, and how they are put in."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,26 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-import benchmark
 import update_readme
 
 CPU = torch.device("cpu")
-
-
-SMALL = ["--model", "tiny", "--device", "cpu", "--threads", "1", "--rounds", "1", "--warmup", "1", "--batch", "2"]
-
-
-@pytest.fixture
-def measure(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Run a suite at toy size, and return what it stored."""
-
-    def run(suite: str, *flags: str) -> dict[str, Any]:
-        path = tmp_path / "stored.json"
-        benchmark.main([suite, *SMALL, "--seq-len", "16", "--json", str(path), *flags])
-        assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    return run
 
 
 @pytest.mark.cached_norms
