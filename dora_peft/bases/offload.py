@@ -8,7 +8,7 @@ their modules, and are small: they stay on the execution device whatever becomes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -53,8 +53,7 @@ def read(layer: nn.Module, name: str) -> Tensor:
     return hook.weights_map[name].to(execution_device(layer))
 
 
-@contextmanager
-def at_hand(layer: nn.Module) -> Iterator[None]:
+def at_hand(layer: nn.Module) -> AbstractContextManager[None]:
     """Have a base layer's weights here; nothing happens if no hook keeps them elsewhere, or they are here already.
 
     What was made of the weights inside stays valid afterwards; the parameters themselves are on the meta device again.
@@ -63,9 +62,11 @@ def at_hand(layer: nn.Module) -> Iterator[None]:
         layer: The base layer itself, as `get_base_layer()` gives it.
     """
     hook = hook_of(layer)
-    if hook is None or not is_away(layer):
-        yield
-        return
+    return nullcontext() if hook is None or not is_away(layer) else _brought_in(layer, hook)
+
+
+@contextmanager
+def _brought_in(layer: nn.Module, hook: AlignDevicesHook) -> Iterator[None]:
     hook.pre_forward(layer)
     try:
         yield

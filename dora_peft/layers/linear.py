@@ -16,7 +16,8 @@ from ..bases.inspection import linear_map
 from ..ops import choice
 from ..ops.compose import linear_branch
 from ..ops.linear import linear_eval, linear_operator
-from ..ops.linear_autograd import apply
+from ..ops.linear_autograd import apply, flattened
+from ..ops.norm import Sharing
 from ..ops.options import options_for
 from .forward import (
     adapt_keeping_output,
@@ -31,7 +32,7 @@ from .forward import (
 from .kind import ComputingLayer, Kind
 from .layer import DoraLayer
 from .scale import scale_of
-from .shortcut import Holder, Shortcut, shortcut_for
+from .shortcut import Holder, Shortcut, divides_inside, shortcut_for
 
 
 class LinearKind(Kind):
@@ -120,7 +121,7 @@ def adapt_linear(
     known = norms.fresh(layer, adapter, lora_A, lora_B, scaling, stored, by_kernels)
     if not layer.training and not torch.is_grad_enabled():
         if known is None:
-            known, _ = norms.refreshed(layer, adapter, lora_A, lora_B, scaling, stored, by_kernels)
+            known, _, _ = norms.refreshed(layer, adapter, lora_A, lora_B, scaling, stored, by_kernels)
         # on a device nothing is looked up, so there is nothing to fold beforehand
         if known.base is not None:
             return _evaluate(layer, holder, adapter, x, known, weight, bias, base_out)
@@ -128,14 +129,16 @@ def adapt_linear(
     product = None if base_out is None else BaseProduct(layer, bias, args, kwargs)
     magnitude = layer.magnitude(adapter)
     options = options_for(x, lora_A, lora_B, magnitude, scaling, weight, base_out, product, p, layer._outputs)
-    composed = None
+    composed = product = None
     if known is None:
-        composes = weight is not None and not p and x.shape[:-1].numel() >= options.products.composed
-        known, composed = norms.refreshed(
-            layer, adapter, lora_A, lora_B, scaling, stored, by_kernels, composes=composes
+        sharing = None if weight is None else Sharing(flattened(x), options.products, p > 0)
+        known, composed, product = norms.refreshed(
+            layer, adapter, lora_A, lora_B, scaling, stored, by_kernels, sharing=sharing
         )
-    c = scale_of(layer, adapter, differentiable=True, how=how, known=known)
-    y = apply(x, base_out, bias, lora_A, lora_B, c, weight, composed, options)
+    c, norm = magnitude, known.value
+    if not layer.detach_norm[adapter] or not divides_inside(magnitude, known):
+        c, norm = scale_of(layer, adapter, differentiable=True, how=how, known=known), None
+    y = apply(x, base_out, bias, lora_A, lora_B, c, weight, composed, options, product=product, norm=norm)
     return y, None if weight is None else shortcut_for(layer, holder, x, adapter, weight, options)
 
 

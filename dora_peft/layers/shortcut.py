@@ -17,8 +17,8 @@ from .. import norms
 from ..ops import choice, torch_names
 from ..ops.constants import LOW_PRECISION
 from ..ops.linear import linear_eval
-from ..ops.linear_autograd import apply
-from ..ops.norm import scale
+from ..ops.linear_autograd import apply, flattened
+from ..ops.norm import Sharing, scale
 from ..ops.options import Options
 from .kind import ComputingLayer
 
@@ -130,18 +130,26 @@ class Shortcut:
             return linear_eval(
                 x, cast_A, kept.lora_B, kept.c, weight=self.weight, bias=self.bias, alpha=kept.alpha, options=options
             )
-        composed = None
+        composed = product = None
         if known is None:
-            composes = not options.dropout_p and x.shape[:-1].numel() >= options.products.composed
-            known, composed = norms.refreshed(
-                layer, adapter, lora_A, lora_B, scaling, stored, by_kernels, composes=composes
+            sharing = Sharing(flattened(x), options.products, options.dropout_p > 0)
+            known, composed, product = norms.refreshed(
+                layer, adapter, lora_A, lora_B, scaling, stored, by_kernels, sharing=sharing
             )
-        # the usual case of `scale`, without a call
-        c = magnitude.view(-1)
-        c = c / known.value if known.tied is None else scale(c, known.value, known.tied)
         if options.scaling != scaling:
             options = self.options = replace(options, scaling=scaling)
-        return apply(x, None, self.bias, lora_A, lora_B, c, self.weight, composed, options)
+        c, norm = magnitude, known.value
+        if not divides_inside(magnitude, known):
+            c, norm = scale(magnitude.view(-1), known.value, known.tied), None
+        return apply(
+            x, None, self.bias, lora_A, lora_B, c, self.weight, composed, options, product=product, norm=norm
+        )
+
+
+def divides_inside(magnitude: Tensor, known: norms.Snapshot) -> bool:
+    """Whether `apply` gets m and v, not c, if v has no gradient. Checkpointing counts what either road keeps, so that
+    all passes of a layer have to go the same."""
+    return known.tied is None and magnitude.dim() == 1
 
 
 def shortcut_for(

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .workspace import workspace
+
 # Tokens that the element-wise passes take at once on a CPU: their temporaries stay in the cache, and a fresh
 # [N, out] allocation, whose page faults cost more than its arithmetic, is not made for every layer. With fewer the
 # products suffer: by 2 % at 512, 10 % at 256.
@@ -38,7 +40,7 @@ def in_chunks(
     if keep_scaled:
         scaled = torch.empty_like(g, memory_format=torch.contiguous_format)
     elif weight is not None:
-        buffer = g.new_empty(min(step, length), width)
+        buffer = workspace("scaled", (min(step, length), width), g)
     for start in range(0, length, step):
         stop = min(start + step, length)
         target = scaled[start:stop] if scaled is not None else buffer
@@ -46,7 +48,7 @@ def in_chunks(
             high = min(low + inner, stop)
             part = g[low:high]
             if y is not None:
-                lanes = _add_product(lanes, part, y[low:high], bias, c.dtype)
+                lanes = _add_product(lanes, part, y[low:high], bias, c)
             if target is not None:
                 torch.mul(part, c, out=target[low - start : high - start])
         if weight is not None:
@@ -61,12 +63,13 @@ def in_chunks(
     return product, scaled, c.new_zeros(width) if lanes is None else lanes.sum(0)
 
 
-def _add_product(sums: Tensor | None, g: Tensor, y: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """sums + g (y - b) [N, out] in `dtype`, in place if there are sums, of at least as many tokens."""
+def _add_product(sums: Tensor | None, g: Tensor, y: Tensor, bias: Tensor | None, c: Tensor) -> Tensor:
+    """sums + g (y - b) [N, out] in c's dtype, in place if there are sums, of at least as many tokens."""
+    dtype = c.dtype
     if bias is not None:
         y = y.to(dtype) - bias
     if sums is None:
-        return torch.mul(g.to(dtype), y)
+        return torch.mul(g.to(dtype), y, out=workspace("sums", tuple(g.shape), c))
     part = sums[: len(g)]
     if g.dtype is y.dtype is dtype:
         part.addcmul_(g, y)

@@ -53,12 +53,21 @@ def apply(
     weight: Tensor | None,
     composed: Tensor | None,
     options: Options,
+    *,
+    product: Tensor | None = None,
+    norm: Tensor | None = None,
 ) -> Tensor:
-    """`linear` with what is no tensor decided already."""
+    """`linear` with what is no tensor decided already.
+
+    Args:
+        composed: W0 + s B A [out, in], if it has just been made: it is overwritten.
+        product: x W0^T [N, out], if it has just been made.
+        norm: v [out], if m is given in the place of c: a division outside of the function takes 15 us a step.
+    """
     if options.autocast_dtype is None:
-        return _Linear.apply(x, base_out, bias, lora_A, lora_B, c, weight, composed, options)
+        return _Linear.apply(x, base_out, bias, lora_A, lora_B, c, weight, composed, product, options, norm)
     with torch.autocast(x.device.type, enabled=False):
-        return _Linear.apply(x, base_out, bias, lora_A, lora_B, c, weight, None, options)
+        return _Linear.apply(x, base_out, bias, lora_A, lora_B, c, weight, None, None, options, norm)
 
 
 class _Linear(torch.autograd.Function):
@@ -69,8 +78,10 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, base_out, bias, lora_A, lora_B, c, weight, composed, options):
+    def forward(ctx, x, base_out, bias, lora_A, lora_B, c, weight, composed, product, options, norm):
         dtype, k, p = options.dtype, options.scaling, options.dropout_p
+        if norm is not None:
+            c = c / norm
         # [N, in]
         rows, mask = _in(flattened(x), dtype), None
         if options.kernels is not None:
@@ -88,10 +99,13 @@ class _Linear(torch.autograd.Function):
             # [N, r]
             u = multiply_in(rows if mask is None else rows * mask, _in(lora_A, dtype))
             multiply = multiply_many if count >= products.wide else F.linear
-            if weight is not None and mask is None and count >= products.composed:
-                if composed is None:
-                    composed = compose_weight(weight, lora_A, lora_B, k)
+            if mask is None and composed is None and product is None and count >= products.composed:
+                composed = compose_weight(weight, lora_A, lora_B, k)
+            if composed is not None:
                 y = multiply(rows, composed.mul_(c[:, None]), bias)
+            elif product is not None:
+                y = torch.mul(product, c) if bias is None else torch.addcmul(bias, product, c)
+                y.addmm_(u, (lora_B * c[:, None]).T, alpha=k)
             elif weight is not None:
                 z = multiply(rows, _in(weight, dtype), None if bias is None else _in(bias, dtype))
                 y = scaled_sum(z, u, lora_B * c[:, None], c, bias, out=z, alpha=k)
@@ -106,7 +120,7 @@ class _Linear(torch.autograd.Function):
             saved, ctx.kept.saved = ctx.kept.saved, []
         ctx.save_for_backward(x, u, mask, bias, lora_A, lora_B, c, *saved)
         # not among the saved tensors: offloading would move W0 with them
-        ctx.weight, ctx.options, ctx.k, ctx.dtype = weight, options, k, y.dtype
+        ctx.weight, ctx.options, ctx.k, ctx.dtype, ctx.norm = weight, options, k, y.dtype, norm
         ctx.weight_version = version(weight)
         return y
 
@@ -121,9 +135,14 @@ class _Linear(torch.autograd.Function):
             )
         by = _by_torch if ctx.options.kernels is None else _by_kernels
         if not torch.is_autocast_enabled(grad.device.type):
-            return *by(ctx, grad), None, None, None
-        with torch.autocast(grad.device.type, enabled=False):
-            return *by(ctx, grad), None, None, None
+            *gradients, d_c = by(ctx, grad)
+        else:
+            with torch.autocast(grad.device.type, enabled=False):
+                *gradients, d_c = by(ctx, grad)
+        if ctx.norm is not None and d_c is not None:
+            # that of m = c v
+            d_c = d_c / ctx.norm
+        return *gradients, d_c, None, None, None, None, None
 
 
 def _by_torch(ctx, grad):

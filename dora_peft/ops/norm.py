@@ -7,6 +7,9 @@ The equations and symbols are those of reference.py. When v is computed is decid
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from ..bases import BaseWeight
 from . import choice
 from .constants import CANCELLATION
-from .products import compose_weight
+from .products import Products, compose_weight, multiply_many
+from .workspace import workspace
 
 # Rows of W0 + s B A that the norm makes at a time on a CPU: larger temporaries fall out of its cache, and every
 # allocation pays page faults; smaller ones cost more to start than they save.
@@ -34,7 +38,7 @@ def row_norms(weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_B: 
         return factored_norm_squared(weight, base_squared, lora_A, lora_B, scaling).clamp_(min=0).sqrt_()
     step = max(1, min(weight.dense_rows, NORM_BLOCK_BYTES // (weight.in_features * weight.dtype.itemsize)))
     out = torch.empty_like(base_squared)
-    buffer = torch.empty(min(step, weight.out_features), weight.in_features, dtype=weight.dtype)
+    buffer = workspace("composed", (min(step, weight.out_features), weight.in_features), base_squared)
     for start in range(0, weight.out_features, step):
         stop = min(start + step, weight.out_features)
         rows = weight.block(start, stop)
@@ -43,8 +47,70 @@ def row_norms(weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_B: 
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """A pass of x through a layer, in training on a CPU, with which a new norm shares what it reads or makes of W0.
+
+    Attributes:
+        rows: x [N, in], in the dtype of W0 where `products` has any of the ways.
+        products: How the layer multiplies.
+        drops: Whether the low-rank branch sees another x, so that W0 + s B A is of no use to the pass.
+    """
+
+    rows: Tensor
+    products: Products
+    drops: bool
+
+    def norm(
+        self, weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """v [out], not floored; W0 + s B A [out, in], if it was made; x W0^T [N, out], if it was made."""
+        count, products = len(self.rows), self.products
+        # at B = 0 v has to have the bits of m at creation, so that c is 1
+        if count < products.beside and (matrix := weight.stored()) is not None and bool(lora_B.any()):
+            assert isinstance(matrix, Tensor)
+            multiply = multiply_many if count + len(lora_A) >= products.wide else F.linear
+            value, product = norm_beside_product(
+                weight, matrix, base_squared, lora_A, lora_B, scaling, self.rows, multiply
+            )
+            return value, None, product
+        if not self.drops and count >= products.composed and weight.has_blocks:
+            composed = compose_weight(weight.block(0, weight.out_features), lora_A, lora_B, scaling)
+            return torch.linalg.vector_norm(composed, dim=1), composed, None
+        return row_norms(weight, base_squared, lora_A, lora_B, scaling), None, None
+
+
+def norm_beside_product(
+    weight: BaseWeight,
+    matrix: Tensor,
+    base_squared: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    rows: Tensor,
+    multiply: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """v [out], not floored, and x W0^T [N, out], by one product in which the rows of A follow those of x.
+
+    Args:
+        matrix: W0 [out, in], as `weight` holds it.
+        rows: x [N, in].
+        multiply: Gives rows W0^T.
+    """
+    together = workspace("beside", (len(rows) + len(lora_A), rows.shape[1]), lora_A)
+    both = multiply(torch.cat([rows, lora_A], out=together), matrix)
+    cross = both[len(rows) :].T
+    squared = factored_norm_squared(weight, base_squared, lora_A, lora_B, scaling, cross)
+    return squared.clamp_(min=0).sqrt_(), both[: len(rows)]
+
+
 def factored_norm_squared(
-    weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+    weight: BaseWeight,
+    base_squared: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    product: Tensor | None = None,
 ) -> Tensor:
     """v^2 [out] from the factors, in the accumulation dtype of `weight`:
 
@@ -53,16 +119,18 @@ def factored_norm_squared(
     Args:
         base_squared: ||W0||^2 per row, [out].
         lora_A, lora_B: [r, in] and [out, r], in the accumulation dtype.
+        product: W0 A^T [out, r], if it is known.
     """
-    cross = torch.linalg.vecdot(weight.times(lora_A), lora_B)
+    cross = torch.linalg.vecdot(weight.times(lora_A) if product is None else product, lora_B)
     change = torch.linalg.vecdot(lora_B @ (lora_A @ lora_A.T), lora_B)
     # ||W0||^2 + s^2 ||BA||^2
     total = torch.add(base_squared, change, alpha=scaling**2)
     squared = torch.add(total, cross, alpha=2 * scaling)
     if weight.has_rows:
-        cancelling = squared < CANCELLATION * total
-        if not cancelling.any():
+        # one number is read faster than a comparison is made
+        if not len(total) or float(torch.sub(squared, total, alpha=CANCELLATION).min()) >= 0:
             return squared
+        cancelling = squared < CANCELLATION * total
         for rows in cancelling.nonzero()[:, 0].split(weight.dense_rows):
             dense = weight.rows(rows) + scaling * (lora_B[rows] @ lora_A)
             squared[rows] = dense.square_().sum(1)
