@@ -10,15 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
-
-if TYPE_CHECKING:
-    from .tuning import Tuner
 
 Argument: TypeAlias = Tensor | int | float
 Constant: TypeAlias = int | float | str
@@ -53,6 +50,18 @@ class _Compiled(NamedTuple):
     options: dict[str, Constant]
 
 
+class Chooser(Protocol):
+    """What chooses among a kernel's configurations, see tuning.py."""
+
+    configs: list[triton.Config]
+    # the kernel's arguments whose values choose
+    keys: list[str]
+
+    def choose(
+        self, kernel: Kernel, index: int, grid: Grid, args: tuple[Argument, ...], constants: dict[str, Constant]
+    ) -> tuple[triton.Config, bool]: ...
+
+
 class Kernel:
     """A Triton kernel that is launched as Triton's are, `kernel[grid](*args, CONSTANT=value)`.
 
@@ -64,7 +73,7 @@ class Kernel:
         arg_names: Of all arguments and constants.
     """
 
-    def __init__(self, fn: JITFunction, tuner: Tuner | None = None) -> None:
+    def __init__(self, fn: JITFunction, tuner: Chooser | None = None) -> None:
         self.fn, self.tuner, self.arg_names = fn, tuner, list(fn.arg_names)
         self.configs: list[triton.Config] = [] if tuner is None else tuner.configs
         self.__name__, self.__doc__ = fn.__name__, fn.__doc__
