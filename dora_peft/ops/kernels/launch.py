@@ -3,14 +3,14 @@
 Triton launches on the *current* device, whatever its tensors lie on: with a model over two GPUs, a layer on the second
 would be computed by the first. And its own call takes 20 to 80 us of Python to find the machine code that belongs to
 the arguments, several times a layer. So a `Kernel` enters the device of its tensors, and remembers by what Triton
-distinguishes (see `Kernel._facts`) which machine code Triton took; from the second launch on it goes there directly.
+distinguishes (see `Kernel._reader`) which machine code Triton took; from the second launch on it goes there directly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 import triton
@@ -36,6 +36,13 @@ current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.c
 current_stream: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
 )
+
+
+# Gives the tensors' device, None if there are several; all that Triton and the tuner distinguish launches by; and the
+# arguments as numbers.
+_Reader: TypeAlias = Callable[
+    [tuple[Argument, ...], dict[str, Constant]], tuple[int | None, tuple[object, ...], tuple[int | float, ...]]
+]
 
 
 class _Compiled(NamedTuple):
@@ -86,6 +93,7 @@ class Kernel:
         plain = {parameter.name for parameter in getattr(fn, "params", ()) if parameter.do_not_specialize}
         self._roles = [(name in keys, name not in plain) for name in arguments]
         self._known: dict[tuple[object, ...], _Compiled] = {}
+        self._readers: dict[tuple[type, ...], _Reader] = {}
 
     def __getitem__(self, grid: Grid) -> Callable[..., None]:
         return partial(self.launch, grid)
@@ -96,7 +104,13 @@ class Kernel:
         Raises:
             ValueError: The tensors lie on different devices.
         """
-        index, key, values = self._facts(args, constants)
+        kinds = tuple(map(type, args))
+        read = self._readers.get(kinds)
+        if read is None:
+            read = self._readers[kinds] = self._reader(kinds)
+        index, key, values = read(args, constants)
+        if index is None:
+            raise ValueError(self._devices(args))
         # the interpreter runs on the CPU, where there is no device to enter
         if index < 0 or index == current_device():
             self._launch(index, key, values, grid, args, constants)
@@ -104,36 +118,43 @@ class Kernel:
             with torch.cuda.device(index):
                 self._launch(index, key, values, grid, args, constants)
 
-    def _facts(
-        self, args: tuple[Argument, ...], constants: dict[str, Constant]
-    ) -> tuple[int, tuple[object, ...], list[int | float]]:
-        """The tensors' device, all that Triton and the tuner distinguish launches by, and the arguments as numbers.
+    def _reader(self, kinds: tuple[type, ...]) -> _Reader:
+        """A function that reads arguments of these types; written out, since a loop over them takes twice as long.
 
-        Triton compiles for each dtype, for addresses that divide by 16 and others, and for whole numbers that are 1,
-        that divide by 16 and others, of 32 bits and of 64; `do_not_specialize` leaves the last alone.
+        Triton compiles for each dtype, for addresses that divide by 16 and others, for whole numbers that are 1, that
+        divide by 16 and others, of 32 bits and of 64; `do_not_specialize` leaves but the last. An argument whose value
+        chooses a configuration tells launches apart by the value.
         """
-        index, key, values = None, list[object](constants.items()), list[int | float]()
-        for value, (chooses, special) in zip(args, self._roles, strict=True):
-            sort = type(value)
-            if sort is int:
-                key.append(value if chooses else _kind(value) if special else -(2**31) <= value < 2**31)
-                values.append(value)
-            elif sort is float:
-                key.append(float)
-                values.append(value)
-            else:
-                device, address = device_of(value), value.data_ptr()
-                if device != index:
-                    if index is not None:
-                        raise ValueError(self._devices(args))
-                    index = device
-                key.append(value.dtype)
-                key.append(address % 16 == 0)
-                values.append(address)
-        if index is None:
+        if len(kinds) != len(self._roles):
+            raise TypeError(f"Kernel {self.__name__} takes {len(self._roles)} arguments, found {len(kinds)}.")
+        # not the kernel's names, which may be those of this function
+        names = [f"a{number}" for number in range(len(kinds))]
+        tensors = [name for name, kind in zip(names, kinds, strict=True) if issubclass(kind, Tensor)]
+        if not tensors:
             raise TypeError(f"Kernel {self.__name__} was given no tensor.")
-        key.append(index)
-        return index, tuple(key), values
+        facts = []
+        for name, kind, (chooses, special) in zip(names, kinds, self._roles, strict=True):
+            if name in tensors:
+                facts += [f"{name}.dtype", f"{name}_at % 16 == 0"]
+            elif kind is int:
+                facts.append(
+                    name if chooses else f"_kind({name})" if special else f"-2147483648 <= {name} < 2147483648"
+                )
+        others = " or ".join(f"device_of({name}) != index" for name in tensors[1:])
+        source = "\n    ".join(
+            [
+                "def read(args, constants, kinds=kinds):",
+                f"{', '.join(names)}, = args",
+                *(f"{name}_at = {name}.data_ptr()" for name in tensors),
+                f"index = device_of({tensors[0]})",
+                *([f"if {others}: return None, (), ()"] if others else []),
+                f"key = (index, kinds, *constants.items(), {', '.join(facts)})",
+                f"return index, key, ({', '.join(f'{name}_at' if name in tensors else name for name in names)},)",
+            ]
+        )
+        local: dict[str, object] = {"kinds": kinds}
+        exec(source, globals(), local)
+        return cast(_Reader, local["read"])
 
     def _devices(self, args: tuple[Argument, ...]) -> str:
         found = ", ".join(
@@ -147,7 +168,7 @@ class Kernel:
         self,
         index: int,
         key: tuple[object, ...],
-        values: list[int | float],
+        values: tuple[int | float, ...],
         grid: Grid,
         args: tuple[Argument, ...],
         constants: dict[str, Constant],
@@ -178,9 +199,7 @@ class Kernel:
         compiled = self.by_triton(grid, args, options)
         if _DIRECT and lasts and hasattr(compiled, "packed_metadata"):
             others = tuple(options[name] for name in self.constants) if _TAKES_CONSTANTS else ()
-            self._known[key] = _Compiled(
-                compiled.run, compiled.function, compiled.packed_metadata, others, options
-            )
+            self._known[key] = _Compiled(compiled.run, compiled.function, compiled.packed_metadata, others, options)
 
     def by_triton(self, grid: Grid, args: tuple[Argument, ...], options: dict[str, Constant]) -> object:
         """Launch on the current device by Triton's own call; what was compiled, None in the interpreter."""
