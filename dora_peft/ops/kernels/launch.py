@@ -19,8 +19,8 @@ from triton.runtime.jit import JITFunction
 
 Argument: TypeAlias = Tensor | int | float
 Constant: TypeAlias = int | float | str
-# How many programs run; may depend on the constants.
-Grid: TypeAlias = tuple[int, ...] | Callable[[Mapping[str, Constant]], tuple[int, ...]]
+# How many programs run; may depend on the constants that are whole numbers.
+Grid: TypeAlias = tuple[int, ...] | Callable[[Mapping[str, int]], tuple[int, ...]]
 
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # Those whose compiled kernels take what `Kernel._launch` gives them. Other versions are called by their public
@@ -54,7 +54,13 @@ class _Compiled(NamedTuple):
     # the values of the constants, in the kernel's order
     constants: tuple[Constant, ...]
     # the same by name, for the grid
-    options: dict[str, Constant]
+    options: Mapping[str, int]
+
+
+class _CompiledByTriton(Protocol):
+    run: Callable[..., None]
+    function: object
+    packed_metadata: object
 
 
 class Chooser(Protocol):
@@ -197,14 +203,18 @@ class Kernel:
             config, lasts = self.tuner.choose(self, index, grid, args, constants)
             options = {**constants, **config.all_kwargs()}
         compiled = self.by_triton(grid, args, options)
-        if _DIRECT and lasts and hasattr(compiled, "packed_metadata"):
+        # in the interpreter there is nothing compiled
+        if _DIRECT and lasts and compiled is not None:
+            named = cast(Mapping[str, int], options)
             others = tuple(options[name] for name in self.constants) if _TAKES_CONSTANTS else ()
-            self._known[key] = _Compiled(compiled.run, compiled.function, compiled.packed_metadata, others, options)
+            self._known[key] = _Compiled(compiled.run, compiled.function, compiled.packed_metadata, others, named)
 
-    def by_triton(self, grid: Grid, args: tuple[Argument, ...], options: dict[str, Constant]) -> object:
+    def by_triton(
+        self, grid: Grid, args: tuple[Argument, ...], options: dict[str, Constant]
+    ) -> _CompiledByTriton | None:
         """Launch on the current device by Triton's own call; what was compiled, None in the interpreter."""
-        size = grid(options) if callable(grid) else grid
-        return self.fn.run(*args, grid=size, warmup=False, **options)
+        size = grid(cast(Mapping[str, int], options)) if callable(grid) else grid
+        return cast("_CompiledByTriton | None", self.fn.run(*args, grid=size, warmup=False, **options))
 
 
 @lru_cache(maxsize=4096)
