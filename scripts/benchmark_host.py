@@ -2,7 +2,8 @@
 
     python scripts/benchmark_host.py                      # a minute, on one core
     python scripts/benchmark_host.py --rounds 3 --steps 5 # runs, says little
-    python scripts/benchmark_host.py --package ../before --name host_cpu_before   # another checkout's dora_peft
+    # another checkout's dora_peft
+    python scripts/benchmark_host.py --package ../before --commit ID --name host_cpu_before
 
 A GPU waits for the host if Python takes longer to launch an operation than the GPU to run it. So the driver is a stub
 (benchmarks/stubbed_driver.py), launching Triton's kernels does nothing, and torch's operations run on CPU tensors of a
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive, default=31)
     parser.add_argument("--steps", type=positive, default=40, help="of each contender in a round")
     parser.add_argument("--package", type=Path, help="folder of another dora_peft to measure")
+    parser.add_argument("--commit", help="that of --package")
     parser.add_argument("--name", default="host_cpu", help="of the result's file")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     options = parser.parse_args()
@@ -107,7 +109,10 @@ def main() -> None:
                 print(f"  {name:<26}{us:8.1f} us  {us / times['LoRA']:6.2f}")
     setting = {"tokens": TOKENS, "width": WIDTH, "rank": RANK, "rounds": options.rounds, "steps": options.steps}
     path = options.results / f"{options.name}.json"
-    write_json(path, {**describe_machine(torch.device("cpu")), "setting": setting, "host_us": results})
+    machine = describe_machine(torch.device("cpu"))
+    if options.package is not None:
+        machine |= {"commit": options.commit, "modified": None}
+    write_json(path, {**machine, "setting": setting, "host_us": results})
     print(f"wrote {path}")
 
 
