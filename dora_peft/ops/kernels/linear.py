@@ -22,7 +22,8 @@ from torch import Tensor
 from ...bases import FourBit
 from ..constants import DROWNED, TINY
 from .elements import dot, elements, narrow, stored_arguments
-from .tuning import precision, ranks_at_once, token_bucket, tuned
+from .launch import Kernel
+from .tuning import cdiv, precision, ranks_at_once, token_bucket, tuned
 
 # Tokens that are looked at to decide whether the bias hides a column: half of them must agree, because the first token
 # is often an outlier.
@@ -37,9 +38,9 @@ _SAMPLE = 64
         {"ROWS": 32, "COLUMNS": 256, "num_warps": 4, "num_stages": 3},
         {"ROWS": 16, "COLUMNS": 128, "num_warps": 4, "num_stages": 4},
     ],
-    restored=["out"],
+    scratch=["out"],
 )
-@triton.jit
+@triton.jit(do_not_specialize=["length", "bucket"])
 def _scaled_sum(
     z, u, lora_B, c, bias, out, length, width, rank, scaling, z_row, u_row, b_row, out_row, bucket,
     HAS_BIAS: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr, RANKS: tl.constexpr,
@@ -78,7 +79,7 @@ def _scaled_sum(
         {"ROWS": 8, "COLUMNS": 512, "num_warps": 8},
     ],
 )
-@triton.jit
+@triton.jit(do_not_specialize=["length", "stripe", "bucket"])
 def _scale_and_sum(
     g, y, c, bias, scaled, sums, length, width, stripe, g_row, g_column, y_row, bucket,
     HAS_BIAS: tl.constexpr, SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -129,7 +130,8 @@ def _transposed_product(
     return total
 
 
-@triton.jit
+@Kernel
+@triton.jit(do_not_specialize=["stripes", "length"])
 def _magnitude_gradient(
     sums, g, y, x, weight, absmax, code, u, lora_B, c, bias, gone, out, stripes, length, width, features, rank, k,
     tiny, drowned, g_row, g_column, y_row, x_row, x_column, w_row, w_column, blocksize, u_row, b_row,
@@ -198,7 +200,7 @@ def scaled_sum(
     """
     length, width = z.shape
     if z.numel():
-        _scaled_sum[lambda meta: (triton.cdiv(length, meta["ROWS"]) * triton.cdiv(width, meta["COLUMNS"]),)](
+        _scaled_sum[lambda meta: (cdiv(length, meta["ROWS"]) * cdiv(width, meta["COLUMNS"]),)](
             z, u, lora_B, c, c if bias is None else bias, out, length, width, u.shape[1],
             0.0 if scaling is None else scaling, z.stride(0), u.stride(0), lora_B.stride(0), out.stride(0),
             token_bucket(length), HAS_BIAS=bias is not None, FOLDED=scaling is None,
@@ -225,7 +227,7 @@ def scale_and_sum(g: Tensor, c: Tensor, y: Tensor | None, bias: Tensor | None) -
     stripes = -(-length // stripe)
     sums = None if y is None else torch.empty(stripes, width, dtype=torch.float32, device=g.device)
     if g.numel():
-        _scale_and_sum[lambda meta: (stripes * triton.cdiv(width, meta["COLUMNS"]),)](
+        _scale_and_sum[lambda meta: (stripes * cdiv(width, meta["COLUMNS"]),)](
             g, g if y is None else y, c, c if bias is None else bias, scaled, c if sums is None else sums,
             length, width, stripe, g.stride(0), g.stride(1), 0 if y is None else y.stride(0), token_bucket(length),
             HAS_BIAS=bias is not None, SUM=y is not None,
@@ -266,7 +268,7 @@ def magnitude_gradient(
     length, width = g.shape
     block = 32
     weight, absmax, code, layout, options = stored_arguments(stored, c)
-    _magnitude_gradient[(triton.cdiv(width, block),)](
+    _magnitude_gradient[(cdiv(width, block),)](
         sums, g, y, x, weight, absmax, code, u, lora_B, c, c if bias is None else bias, c if gone is None else gone,
         out, len(sums), length, width, x.shape[1], u.shape[1], k,
         TINY[y.dtype], DROWNED[y.dtype],
