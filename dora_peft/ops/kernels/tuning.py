@@ -33,7 +33,7 @@ def tuned(
             that a program takes, if that is more than the 99 KiB of the smallest GPU: it is tried only where it fits.
         scratch: Arguments that the kernel may write over what it reads: trials write elsewhere.
     """
-    choices = [
+    choices: list[triton.Config] = [
         Choice(
             {name: value for name, value in config.items() if name.isupper()},
             num_warps=config.get("num_warps", 4),
@@ -65,7 +65,7 @@ class Tuner:
         chosen: What was found, by device and by what it depends on.
     """
 
-    def __init__(self, configs: list[Choice], keys: list[str], scratch: list[str]) -> None:
+    def __init__(self, configs: list[triton.Config], keys: list[str], scratch: list[str]) -> None:
         self.configs, self.keys, self.scratch = configs, keys, scratch
         self.chosen: dict[tuple[object, ...], triton.Config] = {}
 
@@ -156,9 +156,9 @@ def median_ms(run: Callable[[], object]) -> float:
     return statistics.median(one.elapsed_time(other) for one, other in zip(events, events[1:], strict=False))
 
 
-def fitting(choices: list[Choice], shared_kib: int) -> list[Choice]:
+def fitting(choices: list[triton.Config], shared_kib: int) -> list[triton.Config]:
     """Those for a GPU whose programs may take so much shared memory."""
-    return [choice for choice in choices if choice.shared_kib <= shared_kib]
+    return [choice for choice in choices if getattr(choice, "shared_kib", 0) <= shared_kib]
 
 
 def shared_memory_kib() -> int:
