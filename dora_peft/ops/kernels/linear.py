@@ -14,6 +14,8 @@ environment before Triton is first imported, the kernels run on the CPU in Trito
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +24,7 @@ from torch import Tensor
 from ...bases import FourBit
 from ..constants import DROWNED, TINY
 from .elements import dot, elements, narrow, stored_arguments
-from .launch import Kernel
+from .launch import Constant, Kernel
 from .tuning import precision, ranks_at_once, token_bucket, tuned
 
 # Tokens that are looked at to decide whether the bias hides a column: half of them must agree, because the first token
@@ -240,16 +242,25 @@ def scaled_sum(
     if scaling is not None and rank > MANY_RANKS:
         folded = torch.empty(lora_B.shape, dtype=u.dtype, device=u.device)
         lora_B, scaling = torch.mul(lora_B, (scaling * c).unsqueeze(1), out=folded), None
-    if z.numel():
-        # fp32 spills in large blocks
-        many = rank > MANY_RANKS and u.dtype is not torch.float32
-        kernel = _scaled_sum_of_many_ranks if many else _scaled_sum_of_few_ranks
-        kernel[lambda meta: (triton.cdiv(length, meta["ROWS"]) * triton.cdiv(width, meta["COLUMNS"]),)](
-            z, u, lora_B, c, c if bias is None else bias, out, length, width, rank,
-            0.0 if scaling is None else scaling, z.stride(0), u.stride(0), lora_B.stride(0), out.stride(0),
-            token_bucket(length), HAS_BIAS=bias is not None, FOLDED=scaling is None,
-            PRECISION=precision(u.dtype), RANKS=ranks, ONCE=rank <= ranks,
-        )  # fmt: skip
+    if not z.numel():
+        return out
+    arguments = (
+        z, u, lora_B, c, c if bias is None else bias, out, length, width, rank, 0.0 if scaling is None else scaling,
+        z.stride(0), u.stride(0), lora_B.stride(0), out.stride(0), token_bucket(length),
+    )  # fmt: skip
+    constants = {
+        "HAS_BIAS": bias is not None, "FOLDED": scaling is None, "PRECISION": precision(u.dtype), "RANKS": ranks,
+        "ONCE": rank <= ranks,
+    }  # fmt: skip
+
+    def grid(meta: Mapping[str, Constant]) -> tuple[int]:
+        return (triton.cdiv(length, meta["ROWS"]) * triton.cdiv(width, meta["COLUMNS"]),)
+
+    # fp32 spills in large blocks
+    if rank > MANY_RANKS and u.dtype is not torch.float32:
+        _scaled_sum_of_many_ranks[grid](*arguments, **constants)
+    else:
+        _scaled_sum_of_few_ranks[grid](*arguments, **constants)
     return out
 
 
