@@ -16,16 +16,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 import torch  # noqa: E402
 
 from benchmarks.kernel_compiler import compile_for, narrow_products, offered, usage  # noqa: E402
-from benchmarks.kernel_examples import Case, launches  # noqa: E402
+from benchmarks.kernel_examples import EXAMPLES, Case, launches  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # as whole numbers equal to 1, which Triton compiles into the code
 ONES = Case(tokens=1, out=1, features=1, rank=1)
 # of sizes that are no multiples of 16, so that nothing is known of them
 ODD = Case(tokens=2047, out=4097, features=1001, rank=33, with_bias=True, on_device=True)
+# each kernel in all its configurations, to be done in half a minute
+WIDE = ["compose", "magnitude", "dropped product", "add low rank", "dropped gradient", "check and norm"]
 FEW = [
-    (Case(), None),
-    (Case(rank=64, with_bias=True, four_bit=True, by_columns=True, on_device=True), None),
+    (Case(), [example for example in EXAMPLES if example not in (*WIDE, "scale")]),
+    (Case(rank=64, with_bias=True, four_bit=True, by_columns=True, on_device=True), WIDE),
     (Case(rank=384), ["compose"]),
 ]
 ALL = [
@@ -33,6 +35,7 @@ ALL = [
     *(
         (case, None)
         for case in [
+            Case(),
             ONES,
             ODD,
             *(Case(rank=rank) for rank in (32, 64, 384)),

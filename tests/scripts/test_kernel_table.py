@@ -24,7 +24,7 @@ def test_the_table_says_what_a_kernel_takes_and_what_it_moves(tmp_path: Path) ->
     assert "triton" in stored["versions"]
     text = (tmp_path / "kernel_table.md").read_text(encoding="utf-8")
     rows = stored["kernels"]
-    assert {row["kernel"] for row in rows} == {"_scale_and_sum"}
+    assert {row["kernel"] for row in rows} == {"linear._scale_and_sum"}
     for row in rows:
         assert row["needs"]["sm_90"]["registers"] > 0
         for launch in row["h100"]:
