@@ -87,7 +87,7 @@ _scaled_sum_of_few_ranks = tuned(
     [
         {"ROWS": 64, "COLUMNS": 128, "num_warps": 8, "num_stages": 2},
         {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 2},
-        {"ROWS": 16, "COLUMNS": 128, "num_warps": 4, "num_stages": 2},
+        {"ROWS": 16, "COLUMNS": 128, "num_warps": 8, "num_stages": 2},
         {"ROWS": 32, "COLUMNS": 256, "num_warps": 8, "num_stages": 2},
     ],
     scratch=["out"],
