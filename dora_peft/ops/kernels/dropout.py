@@ -208,7 +208,7 @@ def dropped_gradient(du: Tensor, x: Tensor, seed: Seed, p: float, dtype: torch.d
     stripes = max(1, cdiv(length, stripe))
     # [stripes r, in]
     parts = torch.empty(stripes * rank, features, dtype=dtype if stripes == 1 else torch.float32, device=x.device)
-    _dropped_gradient[lambda meta: (stripes * groups * cdiv(features, meta["BLOCK"]),)](
+    _dropped_gradient[lambda meta: (stripes * groups * triton.cdiv(features, meta["BLOCK"]),)](
         du, x, seed, parts, length, features, rank, stripe, threshold(p)[0], *x.stride(), token_bucket(length),
         ON_HOST=isinstance(seed, int), PRECISION=precision(x.dtype), RANKS=ranks,
     )  # fmt: skip
