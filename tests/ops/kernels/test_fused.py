@@ -44,7 +44,7 @@ class Launches(TorchDispatchMode):
 
 
 KERNELS = (
-    "_scaled_sum",
+    "_scaled_sum_of_few_ranks",
     "_scale_and_sum",
     "_magnitude_gradient",
     "_dropped_product",
@@ -86,7 +86,7 @@ def test_how_many_kernels_a_layer_launches(launched, p, forward, backward):
         c = m / v
         y = linear.linear(x, A, B, c, S, weight=weight, bias=bias, dropout_p=p)
     own = [name for name in torchs.names[before:] if name in ("div", "linear", "addmm", "mm")]
-    assert launched.count("_scaled_sum") == 1
+    assert launched.count("_scaled_sum_of_few_ranks") == 1
     assert len(own) + len(launched) == forward, (own, launched)
     launched.clear()
     grad = torch.ones_like(y)
