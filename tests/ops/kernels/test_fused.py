@@ -98,7 +98,8 @@ def test_how_many_kernels_a_layer_launches(launched, p, forward, backward):
 
 @pytest.mark.gpu
 # one fills a number
-@pytest.mark.parametrize(("p", "forward", "backward"), [(0.0, 5, 10), (0.1, 5, 10)])
+# with dropout, the gradient of A is the sum of stripes, and rounded
+@pytest.mark.parametrize(("p", "forward", "backward"), [(0.0, 5, 10), (0.1, 5, 12)])
 def test_how_many_kernels_run(p, forward, backward):
     x, weight, bias, A, B, m, v = tensors(BF16, 2048, 4096, 4096, 16)
 
