@@ -1,120 +1,68 @@
-"""Compile every Triton kernel to machine code, which needs no GPU: python tests/compile_kernels.py ARCH...
+"""Compile every Triton kernel to machine code, which needs no GPU: python tests/compile_kernels.py CAPABILITY... [all]
 
 Triton's interpreter takes what its compiler refuses, such as a variable that changes its type in a loop. Run by
-tests/ops/kernels/test_linear.py in another process, since a process either interprets or compiles. Prints the number of
-compiled variants and the most shared memory that one takes, in bytes.
+tests/ops/kernels/test_compiled.py in another process, since a process either interprets or compiles. The variants are
+those that launches ask for, in every configuration that is offered. Prints a JSON object a variant and a line.
 """
 
+import dataclasses
+import json
 import sys
+from pathlib import Path
 
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from dora_peft.ops.kernels import dropout as dropout_kernels
-from dora_peft.ops.kernels import linear as kernels
-from dora_peft.ops.kernels import norm as norm_kernels
-from dora_peft.ops.kernels import sample
+import torch  # noqa: E402
 
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-NAMES |= {torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}
-FP32, SEED = torch.float32, torch.int64
-FLOATS = ("scaling", "k", "tiny", "drowned")
-compiled = []
+from benchmarks.kernel_compiler import compile_for, narrow_products, offered, usage  # noqa: E402
+from benchmarks.kernel_examples import EXAMPLES, Case, launches  # noqa: E402
 
-
-def compile_kernel(kernel, target, options, **pointers):
-    """In every configuration, and in the first also with all whole numbers equal to 1, as Triton specialises them."""
-    function = kernel.fn
-    configs = kernel.configs or [triton.Config({}, num_warps=4, num_stages=2)]
-    for number, config in enumerate(configs):
-        for ones in (False, True)[: 1 if number else 2]:
-            constants, signature = {**options, **config.kwargs}, {}
-            for name in function.arg_names:
-                if name in constants:
-                    signature[name] = "constexpr"
-                elif name in pointers:
-                    signature[name] = "*" + NAMES[pointers[name]]
-                elif name in FLOATS:
-                    signature[name] = "fp32"
-                elif name == "seed":
-                    signature[name] = "i64"
-                elif ones:
-                    signature[name], constants[name] = "constexpr", 1
-                else:
-                    signature[name] = "i32"
-            source = ASTSource(fn=function, signature=signature, constexprs=constants)
-            result = triton.compile(
-                source, target=target, options={"num_warps": config.num_warps, "num_stages": config.num_stages}
-            )
-            compiled.append(result.metadata.shared)
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# as whole numbers equal to 1, which Triton compiles into the code
+ONES = Case(tokens=1, out=1, features=1, rank=1)
+# of sizes that are no multiples of 16, so that nothing is known of them
+ODD = Case(tokens=2047, out=4097, features=1001, rank=33, with_bias=True, on_device=True)
+# each kernel in all its configurations, to be done in half a minute
+WIDE = ["compose", "magnitude", "dropped product", "add low rank", "dropped gradient", "check and norm"]
+FEW = [
+    (Case(), [example for example in EXAMPLES if example not in (*WIDE, "scale")]),
+    (Case(rank=64, with_bias=True, four_bit=True, by_columns=True, on_device=True), WIDE),
+    (Case(rank=384), ["compose"]),
+]
+ALL = [
+    *FEW,
+    *(
+        (case, None)
+        for case in [
+            Case(),
+            ONES,
+            ODD,
+            *(Case(rank=rank) for rank in (32, 64, 384)),
+            Case(rank=8, dtype=BF16, factors=BF16, with_bias=True),
+            Case(rank=64, dtype=FP16, factors=FP32, four_bit=True),
+            Case(rank=64, dtype=FP16, factors=FP16, by_columns=True, with_bias=True),
+            Case(rank=16, dtype=FP32, with_bias=True),
+            Case(rank=64, dtype=FP32, by_columns=True, on_device=True),
+            dataclasses.replace(ODD, dtype=FP32, rank=384),
+        ]
+    ),
+]
 
 
-def compile_all(target, dtype, factors, ranks):
-    small = {"PRECISION": "ieee", "RANKS": ranks}
-    for bias in (False, True):
-        options = {"HAS_BIAS": bias, "FOLDED": bias, **small}
-        compile_kernel(
-            kernels._scaled_sum, target, options, z=dtype, u=dtype, lora_B=factors, c=FP32, bias=dtype, out=dtype
-        )
-        options = {"HAS_BIAS": bias, "SUM": not bias}
-        compile_kernel(
-            kernels._scale_and_sum, target, options, g=dtype, y=dtype, c=FP32, bias=dtype, scaled=dtype, sums=FP32
-        )
-    for four_bit in (False, True):
-        stored = {"FOUR_BIT": four_bit, "HALF": dtype is torch.float16, "BRAIN": dtype is torch.bfloat16}
-        weight = {"weight": torch.uint8 if four_bit else dtype, "absmax": FP32, "code": FP32}
-        compile_kernel(
-            kernels._magnitude_gradient,
-            target,
-            {"HAS_BIAS": True, **stored, "PRECISION": "ieee", "SAMPLE": 64, "CHECKED": True, "ROWS": 64, "COLUMNS": 32,
-             "BLOCK": 64},
-            **weight, sums=FP32, g=dtype, y=dtype, x=dtype, u=dtype, lora_B=factors, c=FP32, bias=dtype, out=FP32,
-            gone=torch.int32,
-        )  # fmt: skip
-        compile_kernel(
-            norm_kernels._norm,
-            target,
-            {"CANCELS": 0.25, **stored, "PRECISION": "tf32x3", "RANKS": ranks, "ROWS": 64, "BLOCK": 64},
-            **weight, lora_A=FP32, lora_B=FP32, product=FP32, base=FP32, out=FP32,
-        )  # fmt: skip
-        compile_kernel(
-            norm_kernels._checked_norm,
-            target,
-            {
-                "CANCELS": 0.25, **stored, "PRECISION": "tf32x3", "RANKS": ranks, "ROWS": 64, "BLOCK": 64,
-                "EPSILON": 1e-7,
-            },
-            **weight, lora_A=FP32, lora_B=FP32, product=FP32, out=FP32, remembered=FP32, sums=torch.int64,
-            known=torch.int64,
-        )  # fmt: skip
-        bits = {2: torch.int16, 4: torch.int32}
-        compile_kernel(
-            norm_kernels._digest,
-            target,
-            {"BLOCK": 1024},
-            lora_A=bits[factors.itemsize], lora_B=bits[factors.itemsize], sums=torch.int64,
-            weight=torch.uint8 if four_bit else bits[dtype.itemsize],
-        )  # fmt: skip
-    pointers = {"y": dtype, "rows": dtype, "diagonal": dtype}
-    compile_kernel(sample._take_sample, target, {"BLOCK": 1024}, **pointers)
-    compile_kernel(sample._compare_sample, target, {"BLOCK": 1024}, **pointers, gone=torch.int32)
-    for on_host in (False, True):
-        seed, options = {} if on_host else {"seed": SEED}, {"ON_HOST": on_host, **small}
-        compile_kernel(dropout_kernels._dropped_product, target, options, x=dtype, lora_A=factors, out=dtype, **seed)
-        compile_kernel(dropout_kernels._dropped_gradient, target, options, du=dtype, x=dtype, out=factors, **seed)
-        for add in (False, True):
-            options = {"ADD": add, "ON_HOST": on_host, **small}
-            compile_kernel(dropout_kernels._add_low_rank, target, options, du=dtype, lora_A=factors, out=dtype, **seed)
+def main() -> None:
+    for capability in (int(word) for word in sys.argv[1:] if word != "all"):
+        for case, examples in ALL if "all" in sys.argv else FEW:
+            for launch in launches(case, examples):
+                for config in offered(capability, launch):
+                    compiled = compile_for(capability, launch, config)
+                    found = {**dataclasses.asdict(usage(compiled)), "narrow": narrow_products(compiled)}
+                    variant = {
+                        "capability": capability, "kernel": launch.name, "example": launch.example,
+                        "config": str(config), "rank": case.rank, "dtype": str(case.dtype),
+                    }  # fmt: skip
+                    print(json.dumps({**variant, **found}))
 
 
 if __name__ == "__main__":
-    dtypes = [(torch.bfloat16, FP32)]
-    if "all" in sys.argv:
-        dtypes += [(FP32, FP32), (torch.float16, FP32), (torch.bfloat16, torch.bfloat16)]
-    for arch in (word for word in sys.argv[1:] if word != "all"):
-        for x, factors in dtypes:
-            for ranks in (16, 64) if "all" in sys.argv else (16,):
-                compile_all(GPUTarget("cuda", int(arch), 32), x, factors, ranks)
-    print(len(compiled), max(compiled))
+    main()

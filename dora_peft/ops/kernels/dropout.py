@@ -40,9 +40,9 @@ def _kept(seed, rows, first, threshold, WIDTH: tl.constexpr):
 @tuned(
     ["bucket", "features", "rank"],
     [
-        {"ROWS": 32, "BLOCK": 128, "num_warps": 4, "num_stages": 3},
         {"ROWS": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 16, "BLOCK": 256, "num_warps": 4, "num_stages": 3},
+        {"ROWS": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 3},
+        {"ROWS": 16, "BLOCK": 256, "num_warps": 8, "num_stages": 2},
     ],
 )
 @triton.jit(do_not_specialize=["seed", "length", "bucket"])
@@ -52,11 +52,11 @@ def _dropped_product(
 ):  # fmt: skip
     blocks = tl.cdiv(rank, RANKS)
     rows = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    ranks = tl.program_id(0) % blocks * RANKS + tl.arange(0, RANKS)
+    ranks = (tl.program_id(0) % blocks * RANKS + tl.arange(0, RANKS)).to(tl.int64)
     number = seed if ON_HOST else tl.load(seed)
     total = tl.zeros((ROWS, RANKS), tl.float32)
     for first in range(0, features, BLOCK):
-        inputs = first + tl.arange(0, BLOCK)
+        inputs = (first + tl.arange(0, BLOCK)).to(tl.int64)
         inside = (rows < length)[:, None] & (inputs < features)[None, :]
         left = tl.load(x + rows[:, None] * x_row + inputs[None, :] * x_column, inside, other=0.0)
         left = tl.where(_kept(number, rows, first, threshold, BLOCK), left, 0.0)
@@ -69,12 +69,26 @@ def _dropped_product(
     tl.store(out + rows[:, None] * rank + ranks[None, :], narrow(total, out.dtype.element_ty), inside)
 
 
+@triton.jit
+def _low_rank(du, lora_A, rows, inputs, ranks, length, features, rank, a_row, total, PRECISION: tl.constexpr):
+    """total + (du A)[rows, inputs] over `ranks`."""
+    left = tl.load(
+        du + rows[:, None] * rank + ranks[None, :], (rows < length)[:, None] & (ranks < rank)[None, :], other=0.0
+    )
+    right = tl.load(
+        lora_A + ranks.to(tl.int64)[:, None] * a_row + inputs[None, :],
+        (ranks < rank)[:, None] & (inputs < features)[None, :], other=0.0,
+    )  # fmt: skip
+    return dot(left, right, total, PRECISION)
+
+
 @tuned(
     ["bucket", "features", "rank"],
     [
-        {"ROWS": 64, "BLOCK": 128, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 32, "BLOCK": 256, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 16, "BLOCK": 128, "num_warps": 4, "num_stages": 4},
+        {"ROWS": 64, "BLOCK": 128, "num_warps": 8, "num_stages": 2},
+        {"ROWS": 32, "BLOCK": 128, "num_warps": 4, "num_stages": 2},
+        {"ROWS": 16, "BLOCK": 128, "num_warps": 4, "num_stages": 2},
+        {"ROWS": 32, "BLOCK": 256, "num_warps": 8, "num_stages": 2},
     ],
     scratch=["out"],
 )
@@ -82,62 +96,67 @@ def _dropped_product(
 def _add_low_rank(
     du, lora_A, seed, out, length, features, rank, threshold, a_row, bucket,
     ADD: tl.constexpr, ON_HOST: tl.constexpr, PRECISION: tl.constexpr,
-    RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    RANKS: tl.constexpr, ONCE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(features, BLOCK)
     rows = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     first = tl.program_id(0) % blocks * BLOCK
-    inputs = first + tl.arange(0, BLOCK)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(0, rank, RANKS):
-        ranks = start + tl.arange(0, RANKS)
-        left = tl.load(
-            du + rows[:, None] * rank + ranks[None, :], (rows < length)[:, None] & (ranks < rank)[None, :], other=0.0
-        )
-        right = tl.load(
-            lora_A + ranks[:, None] * a_row + inputs[None, :],
-            (ranks < rank)[:, None] & (inputs < features)[None, :], other=0.0,
-        )  # fmt: skip
-        total = dot(left, right, total, PRECISION)
-    number = seed if ON_HOST else tl.load(seed)
-    total = tl.where(_kept(number, rows, first, threshold, BLOCK), total, 0.0)
+    inputs = (first + tl.arange(0, BLOCK)).to(tl.int64)
     inside = (rows < length)[:, None] & (inputs < features)[None, :]
     place = out + rows[:, None] * features + inputs[None, :]
     if ADD:
-        total += tl.load(place, inside, other=0.0).to(tl.float32)
+        # before the products and the mask, which are made while it is on its way
+        base = tl.load(place, inside, other=0.0)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    if ONCE:
+        ranks = tl.arange(0, RANKS)
+        total = _low_rank(du, lora_A, rows, inputs, ranks, length, features, rank, a_row, total, PRECISION)
+    else:
+        for start in range(0, rank, RANKS):
+            ranks = start + tl.arange(0, RANKS)
+            total = _low_rank(du, lora_A, rows, inputs, ranks, length, features, rank, a_row, total, PRECISION)
+    number = seed if ON_HOST else tl.load(seed)
+    total = tl.where(_kept(number, rows, first, threshold, BLOCK), total, 0.0)
+    if ADD:
+        total += base.to(tl.float32)
     tl.store(place, narrow(total, out.dtype.element_ty), inside)
 
 
 @tuned(
     ["bucket", "features", "rank"],
     [
-        {"ROWS": 64, "BLOCK": 32, "num_warps": 4, "num_stages": 4},
-        {"ROWS": 128, "BLOCK": 32, "num_warps": 4, "num_stages": 3},
         {"ROWS": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 3},
+        {"ROWS": 64, "BLOCK": 32, "num_warps": 4, "num_stages": 3},
+        {"ROWS": 32, "BLOCK": 128, "num_warps": 4, "num_stages": 3},
+        {"ROWS": 64, "BLOCK": 128, "num_warps": 8, "num_stages": 2},
     ],
 )
-@triton.jit(do_not_specialize=["seed", "length", "bucket"])
+@triton.jit(do_not_specialize=["seed", "length", "stripe", "bucket"])
 def _dropped_gradient(
-    du, x, seed, out, length, features, rank, threshold, x_row, x_column, bucket,
+    du, x, seed, out, length, features, rank, stripe, threshold, x_row, x_column, bucket,
     ON_HOST: tl.constexpr, PRECISION: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(features, BLOCK)
-    ranks = tl.program_id(0) // blocks * RANKS + tl.arange(0, RANKS)
+    blocks, groups = tl.cdiv(features, BLOCK), tl.cdiv(rank, RANKS)
+    group = tl.program_id(0) // blocks % groups
+    part = tl.program_id(0) // blocks // groups
+    ranks = (group * RANKS + tl.arange(0, RANKS)).to(tl.int64)
     first = tl.program_id(0) % blocks * BLOCK
-    inputs = first + tl.arange(0, BLOCK)
+    inputs = (first + tl.arange(0, BLOCK)).to(tl.int64)
     number = seed if ON_HOST else tl.load(seed)
     total = tl.zeros((RANKS, BLOCK), tl.float32)
-    for start in range(0, length, ROWS):
+    end = tl.minimum((part + 1) * stripe, length)
+    for start in range(part * stripe, end, ROWS):
         rows = (start + tl.arange(0, ROWS)).to(tl.int64)
         left = tl.load(
-            du + rows[None, :] * rank + ranks[:, None], (rows < length)[None, :] & (ranks < rank)[:, None], other=0.0
+            du + rows[None, :] * rank + ranks[:, None], (rows < end)[None, :] & (ranks < rank)[:, None], other=0.0
         )
-        inside = (rows < length)[:, None] & (inputs < features)[None, :]
+        inside = (rows < end)[:, None] & (inputs < features)[None, :]
         right = tl.load(x + rows[:, None] * x_row + inputs[None, :] * x_column, inside, other=0.0)
         right = tl.where(_kept(number, rows, first, threshold, BLOCK), right, 0.0)
         total = dot(left, right, total, PRECISION)
     inside = (ranks < rank)[:, None] & (inputs < features)[None, :]
-    tl.store(out + ranks[:, None] * features + inputs[None, :], narrow(total, out.dtype.element_ty), inside)
+    place = out + (part * rank + ranks)[:, None] * features + inputs[None, :]
+    tl.store(place, narrow(total, out.dtype.element_ty), inside)
 
 
 def draw_seed(device: torch.device) -> Seed:
@@ -155,7 +174,7 @@ def dropped_product(x: Tensor, lora_A: Tensor, seed: Seed, p: float) -> Tensor:
     """(mask * x) A^T [N, r], not yet divided by 1 - p."""
     (length, features), rank = x.shape, len(lora_A)
     out = torch.empty(length, rank, dtype=x.dtype, device=x.device)
-    ranks = ranks_at_once(rank)
+    ranks = ranks_at_once(rank, x.dtype, fp32=32)
     if length:
         _dropped_product[lambda meta: (cdiv(length, meta["ROWS"]) * cdiv(rank, ranks),)](
             x, lora_A, seed, out, length, features, rank, threshold(p)[0], *x.stride(), lora_A.stride(0),
@@ -168,24 +187,32 @@ def add_low_rank(dx: Tensor | None, du: Tensor, lora_A: Tensor, seed: Seed, p: f
     """dx + mask * (du A) [N, in] in place; without the sum if dx is None."""
     (length, rank), features = du.shape, lora_A.shape[1]
     out = torch.empty(length, features, dtype=du.dtype, device=du.device) if dx is None else dx
+    ranks = ranks_at_once(rank, du.dtype)
     if length:
         _add_low_rank[lambda meta: (cdiv(length, meta["ROWS"]) * cdiv(features, meta["BLOCK"]),)](
             du, lora_A, seed, out, length, features, rank, threshold(p)[0], lora_A.stride(0), token_bucket(length),
-            ADD=dx is not None, ON_HOST=isinstance(seed, int), PRECISION=precision(du.dtype), RANKS=ranks_at_once(rank),
+            ADD=dx is not None, ON_HOST=isinstance(seed, int), PRECISION=precision(du.dtype),
+            RANKS=ranks, ONCE=rank <= ranks,
         )  # fmt: skip
     return out
 
 
 def dropped_gradient(du: Tensor, x: Tensor, seed: Seed, p: float, dtype: torch.dtype) -> Tensor:
-    """du^T (mask * x) [r, in] in `dtype`."""
+    """du^T (mask * x) [r, in] in `dtype`, summed in two stages: over the tokens of a stripe, and over the stripes."""
     (length, rank), features = du.shape, x.shape[1]
-    out = torch.empty(rank, features, dtype=dtype, device=x.device)
-    ranks = ranks_at_once(rank)
-    _dropped_gradient[lambda meta: (cdiv(rank, ranks) * cdiv(features, meta["BLOCK"]),)](
-        du, x, seed, out, length, features, rank, threshold(p)[0], *x.stride(), token_bucket(length),
+    ranks = ranks_at_once(rank, x.dtype)
+    groups = cdiv(rank, ranks)
+    # about four programs for each processor of a large GPU, of no fewer tokens than make up for the second stage
+    wanted = cdiv(512, groups * cdiv(features, 64))
+    stripe = max(256, cdiv(cdiv(length, wanted), 128) * 128)
+    stripes = max(1, cdiv(length, stripe))
+    # [stripes r, in]
+    parts = torch.empty(stripes * rank, features, dtype=dtype if stripes == 1 else torch.float32, device=x.device)
+    _dropped_gradient[lambda meta: (stripes * groups * cdiv(features, meta["BLOCK"]),)](
+        du, x, seed, parts, length, features, rank, stripe, threshold(p)[0], *x.stride(), token_bucket(length),
         ON_HOST=isinstance(seed, int), PRECISION=precision(x.dtype), RANKS=ranks,
     )  # fmt: skip
-    return out
+    return parts if stripes == 1 else parts.view(stripes, rank, features).sum(0).to(dtype)
 
 
 def drawn_mask(shape: torch.Size, seed: Seed, p: float, device: torch.device) -> Tensor:

@@ -14,6 +14,8 @@ environment before Triton is first imported, the kernels run on the CPU in Trito
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import triton
 import triton.language as tl
@@ -22,52 +24,86 @@ from torch import Tensor
 from ...bases import FourBit
 from ..constants import DROWNED, TINY
 from .elements import dot, elements, narrow, stored_arguments
-from .launch import Kernel
+from .launch import Constant, Kernel
 from .tuning import cdiv, precision, ranks_at_once, token_bucket, tuned
 
 # Tokens that are looked at to decide whether the bias hides a column: half of them must agree, because the first token
 # is often an outlier.
 _SAMPLE = 64
+# Ranks above which s c B is made once, in u's dtype: every block of rows would make it again, from B in fp32.
+MANY_RANKS = 64
 
 
-@tuned(
-    ["bucket", "width", "rank"],
-    [
-        {"ROWS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 128, "COLUMNS": 128, "num_warps": 8, "num_stages": 2},
-        {"ROWS": 32, "COLUMNS": 256, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 16, "COLUMNS": 128, "num_warps": 4, "num_stages": 4},
-    ],
-    scratch=["out"],
-)
+@triton.jit
+def _low_rank(
+    u, lora_B, scale, rows, columns, ranks, in_rows, in_columns, rank, u_row, b_row, total,
+    FOLDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total + (u (scale B)^T)[rows, columns] over `ranks`; B alone if it is FOLDED."""
+    in_ranks = ranks < rank
+    left = tl.load(u + rows[:, None] * u_row + ranks[None, :], in_rows[:, None] & in_ranks[None, :], other=0.0)
+    right = tl.load(
+        lora_B + columns[None, :] * b_row + ranks[:, None], in_ranks[:, None] & in_columns[None, :], other=0.0
+    )
+    if not FOLDED:
+        right = right.to(tl.float32) * scale[None, :]
+    return dot(left, right, total, PRECISION)
+
+
 @triton.jit(do_not_specialize=["length", "bucket"])
 def _scaled_sum(
     z, u, lora_B, c, bias, out, length, width, rank, scaling, z_row, u_row, b_row, out_row, bucket,
-    HAS_BIAS: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr, RANKS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr, RANKS: tl.constexpr, ONCE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(width, COLUMNS)
     rows = (tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    columns = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    columns = (tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     in_rows, in_columns = rows < length, columns < width
+    inside = in_rows[:, None] & in_columns[None, :]
+    # before the products, which are made while it is on its way
+    base = tl.load(z + rows[:, None] * z_row + columns[None, :], inside, other=0.0)
     scale = tl.load(c + columns, in_columns, other=0.0)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, rank, RANKS):
-        ranks = start + tl.arange(0, RANKS)
-        in_ranks = ranks < rank
-        left = tl.load(u + rows[:, None] * u_row + ranks[None, :], in_rows[:, None] & in_ranks[None, :], other=0.0)
-        right = tl.load(
-            lora_B + columns[None, :] * b_row + ranks[:, None], in_ranks[:, None] & in_columns[None, :], other=0.0
-        )
-        if not FOLDED:
-            right = right.to(tl.float32) * (scaling * scale)[None, :]
-        total = dot(left, right, total, PRECISION)
-    inside = in_rows[:, None] & in_columns[None, :]
-    y = tl.load(z + rows[:, None] * z_row + columns[None, :], inside, other=0.0).to(tl.float32)
-    y = y * scale[None, :] + total
+    if ONCE:
+        total = _low_rank(
+            u, lora_B, scaling * scale, rows, columns, tl.arange(0, RANKS), in_rows, in_columns, rank, u_row, b_row,
+            total, FOLDED, PRECISION,
+        )  # fmt: skip
+    else:
+        for start in range(0, rank, RANKS):
+            total = _low_rank(
+                u, lora_B, scaling * scale, rows, columns, start + tl.arange(0, RANKS), in_rows, in_columns, rank,
+                u_row, b_row, total, FOLDED, PRECISION,
+            )  # fmt: skip
+    y = base.to(tl.float32) * scale[None, :] + total
     if HAS_BIAS:
         y += ((1 - scale) * tl.load(bias + columns, in_columns, other=0.0).to(tl.float32))[None, :]
     tl.store(out + rows[:, None] * out_row + columns[None, :], narrow(y, out.dtype.element_ty), inside)
+
+
+_scaled_sum_of_few_ranks = tuned(
+    ["bucket", "width", "rank"],
+    [
+        {"ROWS": 64, "COLUMNS": 128, "num_warps": 8, "num_stages": 2},
+        {"ROWS": 32, "COLUMNS": 128, "num_warps": 4, "num_stages": 2},
+        {"ROWS": 16, "COLUMNS": 128, "num_warps": 8, "num_stages": 2},
+        {"ROWS": 32, "COLUMNS": 256, "num_warps": 8, "num_stages": 2},
+    ],
+    scratch=["out"],
+)(_scaled_sum)
+# Large blocks, since each reads its rows of u and of B again: at rank 384 more bytes than it has of z.
+_scaled_sum_of_many_ranks = tuned(
+    ["bucket", "width", "rank"],
+    [
+        {"ROWS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3},
+        {"ROWS": 128, "COLUMNS": 128, "num_warps": 8, "num_stages": 2},
+        {"ROWS": 64, "COLUMNS": 256, "num_warps": 8, "num_stages": 2},
+        {"ROWS": 16, "COLUMNS": 128, "num_warps": 4, "num_stages": 4},
+        {"ROWS": 128, "COLUMNS": 256, "num_warps": 8, "num_stages": 4, "shared_kib": 192},
+    ],
+    scratch=["out"],
+)(_scaled_sum)
 
 
 @tuned(
@@ -86,7 +122,7 @@ def _scale_and_sum(
 ):  # fmt: skip
     blocks = tl.cdiv(width, COLUMNS)
     number = tl.program_id(0) // blocks
-    columns = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    columns = (tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     in_columns = columns < width
     scale = tl.load(c + columns, in_columns, other=0.0)
     if HAS_BIAS:
@@ -139,11 +175,14 @@ def _magnitude_gradient(
     PRECISION: tl.constexpr, SAMPLE: tl.constexpr, CHECKED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     in_columns = columns < width
     total = tl.zeros((COLUMNS,), tl.float32)
-    for number in range(stripes):
-        total += tl.load(sums + number * width + columns, in_columns, other=0.0)
+    for start in range(0, stripes, ROWS):
+        # many at once: one after the other, each would wait for memory
+        numbers = start + tl.arange(0, ROWS)
+        place = sums + numbers.to(tl.int64)[:, None] * width + columns[None, :]
+        total += tl.sum(tl.load(place, (numbers < stripes)[:, None] & in_columns[None, :], other=0.0), 0)
     scale = tl.load(c + columns, in_columns, other=1.0)
     lost = tl.abs(scale) < tiny
     if HAS_BIAS:
@@ -163,7 +202,7 @@ def _magnitude_gradient(
         # sum_n g_nj (x_n . W0_j + k u_n . B_j) = (g^T x)_j . W0_j + k (g^T u)_j . B_j
         exact = tl.zeros((COLUMNS,), tl.float32)
         for first in range(0, features, BLOCK):
-            inputs = first + tl.arange(0, BLOCK)
+            inputs = (first + tl.arange(0, BLOCK)).to(tl.int64)
             product = _transposed_product(
                 g, x, columns, inputs, length, width, features, g_row, g_column, x_row, x_column, PRECISION, ROWS
             )
@@ -173,7 +212,7 @@ def _magnitude_gradient(
             )
             exact += tl.sum(product * block, 1)
         for first in range(0, rank, BLOCK):
-            ranks = first + tl.arange(0, BLOCK)
+            ranks = (first + tl.arange(0, BLOCK)).to(tl.int64)
             product = _transposed_product(
                 g, u, columns, ranks, length, width, rank, g_row, g_column, u_row, 1, PRECISION, ROWS
             )
@@ -198,14 +237,30 @@ def scaled_sum(
     Returns:
         `out`.
     """
-    length, width = z.shape
-    if z.numel():
-        _scaled_sum[lambda meta: (cdiv(length, meta["ROWS"]) * cdiv(width, meta["COLUMNS"]),)](
-            z, u, lora_B, c, c if bias is None else bias, out, length, width, u.shape[1],
-            0.0 if scaling is None else scaling, z.stride(0), u.stride(0), lora_B.stride(0), out.stride(0),
-            token_bucket(length), HAS_BIAS=bias is not None, FOLDED=scaling is None,
-            PRECISION=precision(u.dtype), RANKS=ranks_at_once(u.shape[1]),
-        )  # fmt: skip
+    (length, width), rank = z.shape, u.shape[1]
+    ranks = ranks_at_once(rank, u.dtype)
+    if scaling is not None and rank > MANY_RANKS:
+        folded = torch.empty(lora_B.shape, dtype=u.dtype, device=u.device)
+        lora_B, scaling = torch.mul(lora_B, (scaling * c).unsqueeze(1), out=folded), None
+    if not z.numel():
+        return out
+    arguments = (
+        z, u, lora_B, c, c if bias is None else bias, out, length, width, rank, 0.0 if scaling is None else scaling,
+        z.stride(0), u.stride(0), lora_B.stride(0), out.stride(0), token_bucket(length),
+    )  # fmt: skip
+    constants = {
+        "HAS_BIAS": bias is not None, "FOLDED": scaling is None, "PRECISION": precision(u.dtype), "RANKS": ranks,
+        "ONCE": rank <= ranks,
+    }  # fmt: skip
+
+    def grid(meta: Mapping[str, Constant]) -> tuple[int]:
+        return (cdiv(length, meta["ROWS"]) * cdiv(width, meta["COLUMNS"]),)
+
+    # fp32 spills in large blocks
+    if rank > MANY_RANKS and u.dtype is not torch.float32:
+        _scaled_sum_of_many_ranks[grid](*arguments, **constants)
+    else:
+        _scaled_sum_of_few_ranks[grid](*arguments, **constants)
     return out
 
 
@@ -274,6 +329,6 @@ def magnitude_gradient(
         TINY[y.dtype], DROWNED[y.dtype],
         *g.stride(), y.stride(0), *x.stride(), *layout, u.stride(0), lora_B.stride(0),
         HAS_BIAS=bias is not None, PRECISION=precision(x.dtype), SAMPLE=_SAMPLE, CHECKED=gone is not None, **options,
-        ROWS=64, COLUMNS=block, BLOCK=64, num_warps=4, num_stages=2,
+        ROWS=64, COLUMNS=block, BLOCK=64, num_warps=8, num_stages=2,
     )  # fmt: skip
     return out

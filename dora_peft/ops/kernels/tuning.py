@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from triton.compiler.errors import CompileTimeAssertionFailure
 from triton.runtime.cache import get_cache_manager
+from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
@@ -29,18 +30,32 @@ def tuned(
 
     Args:
         keys: The kernel's arguments whose values choose a configuration.
-        configs: Constants of the kernel in capitals, and `num_warps` and `num_stages`.
+        configs: Constants of the kernel in capitals, `num_warps` and `num_stages`; and `shared_kib`, the shared memory
+            that a program takes, if that is more than the 99 KiB of the smallest GPU: it is tried only where it fits.
         scratch: Arguments that the kernel may write over what it reads: trials write elsewhere.
     """
-    choices = [
-        triton.Config(
+    choices: list[triton.Config] = [
+        Choice(
             {name: value for name, value in config.items() if name.isupper()},
             num_warps=config.get("num_warps", 4),
             num_stages=config.get("num_stages", 3),
+            shared_kib=config.get("shared_kib", 0),
         )
         for config in (configs[:1] if INTERPRETED else configs)
     ]
     return lambda fn: Kernel(fn, Tuner(choices, keys, scratch or []))
+
+
+class Choice(triton.Config):
+    """A configuration that knows what it needs.
+
+    Attributes:
+        shared_kib: Shared memory a program, 0 if every GPU has it.
+    """
+
+    def __init__(self, constants: dict[str, int], *, num_warps: int, num_stages: int, shared_kib: int = 0) -> None:
+        super().__init__(constants, num_warps=num_warps, num_stages=num_stages)
+        self.shared_kib = shared_kib
 
 
 class Tuner:
@@ -92,9 +107,12 @@ class Tuner:
             else value
             for name, value in zip(kernel.arg_names, args, strict=False)
         ]
+        fits = fitting(self.configs, shared_memory_kib())
         times: list[tuple[float, int]] = []
         failures: list[Exception] = []
         for number, config in enumerate(self.configs):
+            if config not in fits:
+                continue
             options = {**constants, **config.all_kwargs()}
             try:
                 times.append((median_ms(lambda: kernel.by_triton(grid, tuple(values), options)), number))  # noqa: B023
@@ -144,19 +162,42 @@ def median_ms(run: Callable[[], object]) -> float:
     return statistics.median(one.elapsed_time(other) for one, other in pairwise(events))
 
 
+def fitting(choices: list[triton.Config], shared_kib: int) -> list[triton.Config]:
+    """Those for a GPU whose programs may take so much shared memory."""
+    return [choice for choice in choices if getattr(choice, "shared_kib", 0) <= shared_kib]
+
+
+def shared_memory_kib() -> int:
+    """What one program may take on the current device."""
+    return driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"] // 1024
+
+
 def token_bucket(length: int) -> int:
     """Token counts that share a configuration: up to the next power of two."""
     return power_of_two(max(length, 16))
 
 
+# What `tl.dot` multiplies fp32 by where it may not round to tf32: the sum of three tf32 products. Each factor is split
+# into two tf32 numbers, which hold 22 of its 24 bits, and the product of the two small ones is left out: 2^-21 of a
+# term at most. Over 16, 64 and 384 terms the sum is 1.1e-7, 1.6e-7 and 2.5e-7 off float64, relative to its norm, where
+# fp32's own is 0.7e-7, 1.5e-7 and 2.5e-7 off, and that of one tf32 product 3e-4 (tests/ops/kernels/test_tuning.py).
+# "ieee" multiplies by scalar instructions, from arrays of 2.6 to 11 KB of stack a thread above 32 ranks.
+EXACT_FP32 = "ieee" if torch.version.hip else "tf32x3"
+
+
 def precision(dtype: torch.dtype) -> str:
     """What `tl.dot` multiplies in: tf32 for fp32 if torch's products may use it, else as precisely as it can."""
-    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype is not torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else EXACT_FP32
 
 
-def ranks_at_once(rank: int) -> int:
-    """How many ranks a product takes at once; 16 is the least that the matrix units take."""
-    return min(64, max(16, power_of_two(rank)))
+def ranks_at_once(rank: int, dtype: torch.dtype | None = None, fp32: int = 16) -> int:
+    """How many ranks a product takes at once; 16 is the least that the matrix units take.
+
+    Of fp32 as few as `fp32` says: it takes twice the registers, and as three products' factors more, which would spill.
+    """
+    return min(fp32 if dtype is torch.float32 else 64, max(16, power_of_two(rank)))
 
 
 def power_of_two(number: int) -> int:

@@ -4,7 +4,7 @@ import platform
 
 import pytest
 import torch
-from kernel_fixtures import ALL, DEVICE, DTYPES, FP32, P, Tensors, assert_close, poisoned_memory, randn  # noqa: F401 - a fixture
+from kernel_fixtures import ALL, BF16, DEVICE, DTYPES, FP32, P, Tensors, assert_close, poisoned_memory, randn  # noqa: F401 - a fixture
 
 if platform.system() != "Linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
@@ -73,6 +73,19 @@ def test_products_with_dropout(dtype, factors, size):
     expected = dx.double() + low_rank
     assert dropout.add_low_rank(dx, du, t.A, seed(3), P) is dx
     assert_close(dx, expected)
+
+
+@pytest.mark.parametrize("factors", [FP32, BF16])
+@pytest.mark.parametrize("length", [256, 257, 700])
+def test_the_gradient_is_summed_over_stripes_of_tokens(length, factors):
+    t = Tensors((length, 33, 8, 20), BF16, factors)
+    mask = dropout.drawn_mask(t.x.shape, seed(3), P, DEVICE).double()
+    du = randn(length, 20, dtype=BF16, seed=8)
+    found = dropout.dropped_gradient(du, t.x, seed(3), P, factors)
+    assert found.dtype is factors
+    assert_close(found, du.double().T @ (mask * t.x.double()))
+    # deterministic
+    assert torch.equal(dropout.dropped_gradient(du, t.x, seed(3), P, factors), found)
 
 
 @pytest.mark.parametrize("number", [3, 2**32 + 1, 2**62 - 1])

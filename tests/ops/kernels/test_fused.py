@@ -44,7 +44,7 @@ class Launches(TorchDispatchMode):
 
 
 KERNELS = (
-    "_scaled_sum",
+    "_scaled_sum_of_few_ranks",
     "_scale_and_sum",
     "_magnitude_gradient",
     "_dropped_product",
@@ -86,7 +86,7 @@ def test_how_many_kernels_a_layer_launches(launched, p, forward, backward):
         c = m / v
         y = linear.linear(x, A, B, c, S, weight=weight, bias=bias, dropout_p=p)
     own = [name for name in torchs.names[before:] if name in ("div", "linear", "addmm", "mm")]
-    assert launched.count("_scaled_sum") == 1
+    assert launched.count("_scaled_sum_of_few_ranks") == 1
     assert len(own) + len(launched) == forward, (own, launched)
     launched.clear()
     grad = torch.ones_like(y)
@@ -98,7 +98,8 @@ def test_how_many_kernels_a_layer_launches(launched, p, forward, backward):
 
 @pytest.mark.gpu
 # one fills a number
-@pytest.mark.parametrize(("p", "forward", "backward"), [(0.0, 5, 10), (0.1, 5, 10)])
+# with dropout, the gradient of A is the sum of stripes, and rounded
+@pytest.mark.parametrize(("p", "forward", "backward"), [(0.0, 5, 10), (0.1, 5, 12)])
 def test_how_many_kernels_run(p, forward, backward):
     x, weight, bias, A, B, m, v = tensors(BF16, 2048, 4096, 4096, 16)
 

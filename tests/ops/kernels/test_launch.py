@@ -112,6 +112,7 @@ def run_everything(device):
             empty(40, 96), x, u, y, weight, bias, A, B, c, options, stored=weight, d_magnitude=None, gone=gone
         )  # fmt: skip
     fused.compose_folded(y, u, B, c, bias, in_place=True)
+    fused.compose_folded(y, empty(40, 80), empty(96, 80), c, bias, in_place=True)
     norm.row_norms(weight, c, A, B, S)
     memory = norm.Memory(96, torch.device(device))
     norm.checked_norm(memory, weight, A, B, S, (A, B), due=False, another=True)

@@ -1,0 +1,82 @@
+"""Every kernel, compiled for GPUs that are not here: the compiler refuses what the interpreter takes."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if platform.system() != "Linux":
+    pytest.skip("Triton is for Linux", allow_module_level=True)
+
+from benchmarks import kernel_examples
+from benchmarks.kernel_compiler import SHARED_LIMIT
+from benchmarks.kernel_examples import Case, kernels_of, launches, work
+from dora_peft.ops.kernels import linear
+
+TESTS = Path(__file__).parents[2]
+# these spill nothing; norm.py's kernels have other bounds
+MEASURED = ("linear.", "dropout.")
+STACK_LIMIT = 64
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["90"],
+        # the least shared memory, and the most kinds of instructions
+        *(pytest.param([str(capability), "all"], marks=pytest.mark.slow) for capability in SHARED_LIMIT),
+    ],
+    ids=" ".join,
+)
+def test_kernels_compile_and_fit(words, tmp_path):
+    """A fresh cache, so that they have to be compiled."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(TESTS / "compile_kernels.py"), *words]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    variants = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {variant["kernel"] for variant in variants} == set(kernels_of())
+    for variant in variants:
+        assert variant["shared"] <= SHARED_LIMIT[variant["capability"]], variant
+    measured = [variant for variant in variants if variant["kernel"].startswith(MEASURED) and variant["rank"] <= 64]
+    assert measured
+    for variant in measured:
+        assert variant["stack"] <= STACK_LIMIT, variant
+        # fp32's products take three times the registers
+        assert variant["spills"] == 0 or variant["dtype"] == "torch.float32", variant
+        # a gradient by columns has strides that a number of columns multiplies to more than 2^31
+        assert variant["narrow"] == [], variant
+
+
+def test_every_kernel_has_an_example():
+    cases = [Case(tokens=256, out=64, features=64, rank=rank) for rank in (16, 384)]
+    launched = {launch.name for case in cases for launch in launches(case)}
+    missing = set(kernels_of()) - launched
+    assert not missing, f"{missing}: add a call of their launcher to EXAMPLES in {kernel_examples.__file__}"
+    assert {"linear._scale_and_sum", "dropout._add_low_rank", "sample._take_sample"} <= launched
+    # functions that kernels call
+    assert "dropout._kept" not in kernels_of()
+
+
+def test_recording_leaves_the_kernels_in_their_modules():
+    before = linear._scale_and_sum
+    launches(Case(tokens=256, out=64, features=64))
+    assert linear._scale_and_sum is before
+
+
+@pytest.mark.parametrize("case", [Case(), Case(tokens=100, out=96, features=80, rank=20, dtype=torch.float32)])
+def test_a_launch_moves_no_less_than_it_must(case):
+    counted = set()
+    for launch in launches(case):
+        for config in launch.configs():
+            done = work(launch, config)
+            if done is not None:
+                assert 0 < done.ideal <= done.asked
+                assert launch.programs(config) >= 1
+                counted.add(launch.function.__name__)
+    assert counted == set(kernel_examples.WORK)
