@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 
-import torch
 import triton
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
@@ -44,11 +43,6 @@ def tuned(
 def token_bucket(length: int) -> int:
     """Token counts that share a configuration: up to the next power of two."""
     return triton.next_power_of_2(max(length, 16))
-
-
-def precision(dtype: torch.dtype) -> str:
-    """What `tl.dot` multiplies in: tf32 for fp32 if torch's products may use it, else as precisely as it can."""
-    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def ranks_at_once(rank: int) -> int:
