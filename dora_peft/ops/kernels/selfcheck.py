@@ -122,8 +122,8 @@ def row_norms(p: Problem) -> Iterator[Result]:
 @checks(norm._checked_norm, norm._digest)
 def checked_norm(p: Problem) -> Iterator[Result]:
     for name, stored, weight in _weights(p):
-        memory, remembered = norm.Memory(WIDTH, p.device), torch.arange(1, WIDTH + 1.0, dtype=torch.float64, device="cpu")
-        A = p.place(p.A)
+        memory, A = norm.Memory(WIDTH, p.device), p.place(p.A)
+        remembered = torch.arange(1, WIDTH + 1, device="cpu").double()
 
         def checked(due: bool, another: bool) -> Tensor:
             return norm.checked_norm(memory, stored, A, p.B, S, (A, p.B), due=due, another=another)  # noqa: B023
