@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+from triton.compiler.errors import CompileTimeAssertionFailure
 from triton.runtime.errors import OutOfResources
 
 from ...bases import FourBit
 from .guarded import Guarded
+from .launch import Kernel
 from .options import precision
+from .tuning import INTERPRETED
 
 # Odd, and above the blocks of 64.
 TOKENS, WIDTH, RANK = 71, 64, 16
 # How far a number may be off, as a part of the largest: some units in the last place of what is multiplied.
 _TOLERANCE = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-8, torch.float32: 2.0**-13}
 _TF32_TOLERANCE = 2.0**-8
-
-
-class Kernel(Protocol):
-    """A kernel as `kernel[grid](...)` launches it, tuned or not."""
-
-    def __getitem__(self, grid: object) -> Callable[..., object]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +90,11 @@ Check = Callable[[Problem], Iterator[Result]]
 _CHECKS: list[tuple[Check, Sequence[Kernel]]] = []
 
 
-def checks(*kernels: object) -> Callable[[Check], Check]:
+def checks(*kernels: Kernel) -> Callable[[Check], Check]:
     """Register the check of these kernels, which is run in every configuration that they offer."""
 
     def register(check: Check) -> Check:
-        _CHECKS.append((check, cast("Sequence[Kernel]", kernels)))
+        _CHECKS.append((check, kernels))
         return check
 
     return register
@@ -120,18 +116,26 @@ def run(device: torch.device, dtype: torch.dtype) -> None:
     """
     with _undisturbed(device):
         for check, kernels in _CHECKS:
-            refused: Exception | None = None
-            ran = False
-            for number in range(max(len(_configurations(kernel)) for kernel in kernels)):
-                try:
-                    with _configured(kernels, number):
-                        _run(check, device, dtype)
-                    ran = True
-                except OutOfResources as error:
-                    # as in tuning, which leaves out what is too large for a GPU
-                    refused = error
-            if refused is not None and not ran:
-                raise refused
+            _check_configurations(check, kernels, device, dtype)
+
+
+def _check_configurations(check: Check, kernels: Sequence[Kernel], device: torch.device, dtype: torch.dtype) -> None:
+    # one where nothing is tuned
+    count = max(1, *(len(kernel.configs) for kernel in kernels))
+    refused: list[Exception] = []
+    for number in range(count):
+        with ExitStack() as stack:
+            for kernel in kernels:
+                stack.enter_context(kernel.configured(number))
+            try:
+                # first by Triton's own call, and then as every later launch goes
+                for _ in range(1 if INTERPRETED else 2):
+                    _run(check, device, dtype)
+            except (OutOfResources, CompileTimeAssertionFailure) as error:
+                # tuning leaves it out as well: this GPU cannot run it
+                refused.append(error)
+    if len(refused) == count:
+        raise refused[0]
 
 
 def _run(check: Check, device: torch.device, dtype: torch.dtype) -> None:
@@ -185,21 +189,3 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
         finally:
             if deterministic:
                 torch.use_deterministic_algorithms(True, warn_only=warn_only)
-
-
-def _configurations(kernel: Kernel) -> Sequence[object]:
-    """What tuning chooses from; one entry without tuning."""
-    return getattr(kernel, "configs", None) or (None,)
-
-
-@contextmanager
-def _configured(kernels: Sequence[Kernel], number: int) -> Iterator[None]:
-    """Each kernel in its configuration `number`, or in its last; without tuning."""
-    before = [(kernel, kernel.configs) for kernel in kernels if hasattr(kernel, "configs")]
-    try:
-        for kernel, configs in before:
-            kernel.configs = [configs[min(number, len(configs) - 1)]]
-        yield
-    finally:
-        for kernel, configs in before:
-            kernel.configs = configs

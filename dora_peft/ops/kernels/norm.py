@@ -21,6 +21,7 @@ from torch import Tensor
 from ...bases import FourBit
 from ..constants import CANCELLATION
 from .elements import elements, stored_arguments
+from .launch import Kernel
 from .tuning import ranks_at_once
 
 # Elements of W0 that every check sums.
@@ -41,6 +42,7 @@ def _mixed(place, bits):
     return word ^ ((word >> 33) & 0x7FFFFFFF)
 
 
+@Kernel
 @triton.jit
 def _digest(lora_A, lora_B, weight, sums, count_A, count_B, count_W, start, step, BLOCK: tl.constexpr):
     """Adds to sums[0], [1] and [2] what A, B and the sample of W0 hold."""
@@ -132,6 +134,7 @@ def _value(
     return tl.sqrt(tl.maximum(squared, 0.0)), squares
 
 
+@Kernel
 @triton.jit
 def _norm(
     weight, absmax, code, lora_A, lora_B, product, base, out, height, width, rank, scaling, w_row, w_column, blocksize,
@@ -147,6 +150,7 @@ def _norm(
     tl.store(out + rows, value, in_rows)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["due", "compared"])
 def _checked_norm(
     weight, absmax, code, lora_A, lora_B, product, sums, known, remembered, out, due, compared,

@@ -18,6 +18,8 @@ from kernel_fixtures import DEVICE, DTYPES
 from dora_peft.ops import kernels
 from dora_peft.ops.kernels import checking, linear, sample, selfcheck
 from dora_peft.ops.kernels.checking import KernelMismatch
+from dora_peft.ops.kernels.launch import Kernel
+from dora_peft.ops.kernels.tuning import Tuner
 
 HERE = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
 MODULES = {
@@ -82,6 +84,8 @@ def test_the_walk_finds_kernels_and_their_launchers():
 def test_every_kernel_has_a_check():
     assert unchecked(KERNELS) == [], "add a function with @checks(kernel) to dora_peft/ops/kernels/selfcheck.py"
     assert unchecked([("elements", "dot")]) == ["elements.dot"]
+    # one that Triton's own call launches would be on the wrong device, see launch.py
+    assert all(isinstance(kernel, Kernel) for kernel in checking.checked_kernels())
 
 
 @pytest.mark.parametrize("dtype", [x for x, factors in DTYPES if x == factors])
@@ -159,18 +163,20 @@ def test_another_shape_is_found(monkeypatch):
         run()
 
 
-class Tuned:
+class Tuned(Kernel):
     """A kernel with several configurations, of which some are too large for the GPU or wrong."""
 
     def __init__(self, kernel, outcomes):
-        self.kernel, self.configs, self.seen = kernel, outcomes, []
+        super().__init__(kernel.fn, Tuner(outcomes, [], []))
+        self.kernel, self.seen = kernel, []
 
-    def __getitem__(self, grid):
-        (outcome,) = self.configs
+    def launch(self, grid, *args, **constants):
+        (outcome,) = self.tuner.configs
         self.seen.append(outcome)
         if outcome == "too large":
             raise checking.OutOfResources(200_000, 100_000, "shared memory")
-        return Nothing()[grid] if outcome == "wrong" else self.kernel[grid]
+        if outcome == "right":
+            self.kernel[grid](*args, **constants)
 
 
 @pytest.mark.parametrize(
@@ -193,10 +199,25 @@ def test_every_configuration_that_fits_is_checked(outcomes, error, monkeypatch):
         with pytest.raises(error):
             run()
     assert list(dict.fromkeys(kernel.seen)) == list(dict.fromkeys(outcomes))
-    assert kernel.configs == outcomes
+    assert kernel.tuner.configs == outcomes
 
 
-def test_it_leaves_everything_as_it_was(monkeypatch):
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_a_configuration_that_is_forced_is_remembered_by_nobody(number):
+    kernel = Tuned(linear._scaled_sum, ["first", "last"])
+    tuner, known = kernel.tuner, kernel._known
+    known["launched before"] = None
+    with kernel.configured(number):
+        assert kernel.tuner.configs == [["first", "last"][min(number, 1)]]
+        assert kernel._known == {}
+        kernel._known["launched now"] = None
+    assert kernel.tuner is tuner
+    assert tuner.configs == ["first", "last"]
+    assert kernel._known is known
+    assert list(known) == ["launched before"]
+
+
+def test_it_leaves_everything_as_it_was():
     torch.set_default_dtype(torch.float64)
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
