@@ -7,6 +7,7 @@ passed.py, so that the next process starts without the check, which compiles eve
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import threading
 import warnings
@@ -23,6 +24,7 @@ TESTED_TRITON = ("3.2", "3.7")
 # Before it, matrix units have neither bf16 nor tf32.
 LEAST_CAPABILITY = (8, 0)
 VARIABLE = "DORA_PEFT_KERNELS"
+_log = logging.getLogger(__name__)
 # x and W0 may be of these. Others come to kernels as fp32.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -140,6 +142,7 @@ def _failure(device: torch.device, dtype: torch.dtype) -> str | None:
         record = None if interpreted() else passed.record(device, dtype, precision(dtype))
         if record is not None and passed.holds(record):
             return None
+        _log.info("checking the kernels on %s in %s, which compiles them; once, unless a cache is lost", device, dtype)
         selfcheck.run(device, dtype)
     # Triton, its compiler and the driver raise all kinds; whichever it is, the user is told, and torch computes
     except Exception as error:

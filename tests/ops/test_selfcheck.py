@@ -180,6 +180,17 @@ def test_two_threads_check_once(gpu, monkeypatch):
     assert gpu.runs == [(GPU, FP32)]
 
 
+@pytest.mark.gpu
+def test_this_gpus_kernels_are_right(monkeypatch, tmp_path):
+    """Without what is remembered, and without a warning, which is an error here."""
+    for name, empty in ("_known", {}), ("_warned", set()):
+        monkeypatch.setattr(subject, name, empty)
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert subject.obstacle(GPU, (FP32, BF16, torch.float16)) is None
+    assert len(list(tmp_path.rglob("*.json"))) == 3
+
+
 def test_what_passed_is_remembered_for_the_next_process(gpu, tmp_path):
     assert subject.obstacle(GPU, (FP32,)) is None
     assert len(list(tmp_path.rglob("*.json"))) == 1
