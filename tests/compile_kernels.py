@@ -97,8 +97,7 @@ def compile_all(target, dtype, factors, ranks):
             lora_A=bits[factors.itemsize], lora_B=bits[factors.itemsize], sums=torch.int64,
             weight=torch.uint8 if four_bit else bits[dtype.itemsize],
         )  # fmt: skip
-    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
-    pointers = {"y": bits, "rows": bits, "diagonal": bits}
+    pointers = {"y": dtype, "rows": dtype, "diagonal": dtype}
     compile_kernel(sample._take_sample, target, {"BLOCK": 1024}, **pointers)
     compile_kernel(sample._compare_sample, target, {"BLOCK": 1024}, **pointers, gone=torch.int32)
     for on_host in (False, True):

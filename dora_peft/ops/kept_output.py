@@ -125,10 +125,13 @@ class KeptOutput:
             # NaN, which no sample matches: a checkpoint may give it to the graph of a pass that did keep y
             kept = y.new_full((), torch.nan).expand(y.shape)
         ordered = y.contiguous() if ordered is None else ordered
-        places = _draw(*_layout(ordered.shape))
+        length, width, count, step, elements = _layout(ordered.shape)
+        places = _draw(length, width, count, step, elements)
         if self.kernels is not None:
-            rows, diagonal = self.kernels.take_sample(ordered, *sampled(ordered.shape, places))
-            rows = rows.view(_layout(ordered.shape)[2], ordered.shape[-1])
+            rows, diagonal = self.kernels.take_sample(
+                ordered, places[0] * width, places[1], step, count * width, elements
+            )
+            rows = rows.view(count, width)
         else:
             rows, diagonal = (part.clone() for part in _parts(ordered, *places))
         self.saved = [rows, diagonal if len(diagonal) else None]

@@ -193,9 +193,9 @@ def _by_kernels(ctx, grad):
     x, u, _, bias, lora_A, lora_B, c, *kept = ctx.saved_tensors
     base_product = ctx.options.base_product
     y, gone = _kept_output(ctx, kept, grad)
-    g, rows = flattened(grad), flattened(x).to(ctx.dtype)
+    g, rows = flattened(grad), _in(flattened(x), ctx.dtype)
     y = None if y is None else flattened(y)
-    weight = None if ctx.weight is None else ctx.weight.to(ctx.dtype)
+    weight = None if ctx.weight is None else _in(ctx.weight, ctx.dtype)
 
     def d_magnitude(sums: Tensor | None) -> Tensor:
         return magnitude_gradient(sums, g, y, c, bias, partial(_z_at, ctx, x, u, lora_B, c))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .elements import dot, narrow
 from .options import Seed, precision, threshold
-from .tuning import ranks_at_once, token_bucket, tuned
+from .tuning import cdiv, ranks_at_once, token_bucket, tuned
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def dropped_product(x: Tensor, lora_A: Tensor, seed: Seed, p: float) -> Tensor:
     out = torch.empty(length, rank, dtype=x.dtype, device=x.device)
     ranks = ranks_at_once(rank)
     if length:
-        _dropped_product[lambda meta: (triton.cdiv(length, meta["ROWS"]) * triton.cdiv(rank, ranks),)](
+        _dropped_product[lambda meta: (cdiv(length, meta["ROWS"]) * cdiv(rank, ranks),)](
             x, lora_A, seed, out, length, features, rank, threshold(p)[0], *x.stride(), lora_A.stride(0),
             token_bucket(length), ON_HOST=isinstance(seed, int), PRECISION=precision(x.dtype), RANKS=ranks,
         )  # fmt: skip
@@ -169,7 +169,7 @@ def add_low_rank(dx: Tensor | None, du: Tensor, lora_A: Tensor, seed: Seed, p: f
     (length, rank), features = du.shape, lora_A.shape[1]
     out = torch.empty(length, features, dtype=du.dtype, device=du.device) if dx is None else dx
     if length:
-        _add_low_rank[lambda meta: (triton.cdiv(length, meta["ROWS"]) * triton.cdiv(features, meta["BLOCK"]),)](
+        _add_low_rank[lambda meta: (cdiv(length, meta["ROWS"]) * cdiv(features, meta["BLOCK"]),)](
             du, lora_A, seed, out, length, features, rank, threshold(p)[0], lora_A.stride(0), token_bucket(length),
             ADD=dx is not None, ON_HOST=isinstance(seed, int), PRECISION=precision(du.dtype), RANKS=ranks_at_once(rank),
         )  # fmt: skip
@@ -181,7 +181,7 @@ def dropped_gradient(du: Tensor, x: Tensor, seed: Seed, p: float, dtype: torch.d
     (length, rank), features = du.shape, x.shape[1]
     out = torch.empty(rank, features, dtype=dtype, device=x.device)
     ranks = ranks_at_once(rank)
-    _dropped_gradient[lambda meta: (triton.cdiv(rank, ranks) * triton.cdiv(features, meta["BLOCK"]),)](
+    _dropped_gradient[lambda meta: (cdiv(rank, ranks) * cdiv(features, meta["BLOCK"]),)](
         du, x, seed, out, length, features, rank, threshold(p)[0], *x.stride(), token_bucket(length),
         ON_HOST=isinstance(seed, int), PRECISION=precision(x.dtype), RANKS=ranks,
     )  # fmt: skip

@@ -55,11 +55,11 @@ def forward(
     """
     dtype = rows.dtype
     if options.seed is None:
-        u = F.linear(rows, lora_A.to(dtype))
+        u = F.linear(rows, _in(lora_A, dtype))
     else:
         u = dropout_kernels.dropped_product(rows, _rowwise(lora_A), options.seed, options.p)
     if weight is not None:
-        z = out = F.linear(rows, weight.to(dtype), None if bias is None else bias.to(dtype))
+        z = out = F.linear(rows, _in(weight, dtype), None if bias is None else _in(bias, dtype))
     else:
         assert base_out is not None
         z = _rowwise(base_out)
@@ -116,12 +116,13 @@ def gradients(
         # waits for the host, as all of this fallback does
         overwritten = sums is None or (gone is not None and bool(gone))
         d_c = d_magnitude(None if overwritten or sums is None else sums.sum(0))
+    B = _in(lora_B, dtype)
     if need_B:
-        # [out, r]
-        d_B = scaled.new_empty(lora_B.shape).addmm_(scaled.T, u, beta=0, alpha=k)
+        # [out, r]; B gives the shape alone
+        d_B = torch.addmm(B, scaled.T, u, beta=0, alpha=k)
     if need_A or need_x:
         # [N, r]
-        du = torch.empty_like(u).addmm_(scaled, lora_B.to(dtype), beta=0, alpha=k)
+        du = torch.addmm(u, scaled, B, beta=0, alpha=k)
         d_A = _gradient_of_A(du, rows, lora_A, options) if need_A else None
         dx = _gradient_of_x(scaled, du, weight, lora_A, options) if need_x else None
     if need_bias:
@@ -140,10 +141,16 @@ def _gradient_of_A(du: Tensor, rows: Tensor, lora_A: Tensor, options: KernelOpti
 
 def _gradient_of_x(scaled: Tensor, du: Tensor, weight: Tensor | None, lora_A: Tensor, options: KernelOptions) -> Tensor:
     """g' W0 + mask * (du A) [N, in]; without the first if W0 is not given."""
-    dx = None if weight is None else scaled @ weight.to(du.dtype)
+    dx = None if weight is None else scaled @ _in(weight, du.dtype)
     if options.seed is not None:
         return dropout_kernels.add_low_rank(dx, du, _rowwise(lora_A), options.seed, options.p)
-    return du @ lora_A.to(du.dtype) if dx is None else dx.addmm_(du, lora_A.to(du.dtype))
+    lora_A = _in(lora_A, du.dtype)
+    return du @ lora_A if dx is None else dx.addmm_(du, lora_A)
+
+
+def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, which takes a microsecond even if there is nothing to do."""
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _rowwise(matrix: Tensor) -> Tensor:

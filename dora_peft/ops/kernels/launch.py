@@ -3,7 +3,7 @@
 Triton launches on the *current* device, whatever its tensors lie on: with a model over two GPUs, a layer on the second
 would be computed by the first. And its own call takes 20 to 80 us of Python to find the machine code that belongs to
 the arguments, several times a layer. So a `Kernel` enters the device of its tensors, and remembers by what Triton
-distinguishes (see `Kernel._facts`) which machine code Triton took; from the second launch on it goes there directly.
+distinguishes (see `Kernel._reader`) which machine code Triton took; from the second launch on it goes there directly.
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import torch
 import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
-
-if TYPE_CHECKING:
-    from .tuning import Tuner
 
 Argument: TypeAlias = Tensor | int | float
 Constant: TypeAlias = int | float | str
@@ -43,6 +40,13 @@ current_stream: Callable[[int], int] = getattr(
 )
 
 
+# Gives the tensors' device, None if there are several; all that Triton and the tuner distinguish launches by; and the
+# arguments as numbers.
+_Reader: TypeAlias = Callable[
+    [tuple[Argument, ...], dict[str, Constant]], tuple[int | None, tuple[object, ...], tuple[int | float, ...]]
+]
+
+
 class _Compiled(NamedTuple):
     """Machine code on one device, and what it is given beside the arguments."""
 
@@ -53,6 +57,18 @@ class _Compiled(NamedTuple):
     constants: tuple[Constant, ...]
     # the same by name, for the grid
     options: dict[str, Constant]
+
+
+class Chooser(Protocol):
+    """What chooses among a kernel's configurations, see tuning.py."""
+
+    configs: list[triton.Config]
+    # the kernel's arguments whose values choose
+    keys: list[str]
+
+    def choose(
+        self, kernel: Kernel, index: int, grid: Grid, args: tuple[Argument, ...], constants: dict[str, Constant]
+    ) -> tuple[triton.Config, bool]: ...
 
 
 class Kernel:
@@ -66,7 +82,7 @@ class Kernel:
         arg_names: Of all arguments and constants.
     """
 
-    def __init__(self, fn: JITFunction, tuner: Tuner | None = None) -> None:
+    def __init__(self, fn: JITFunction, tuner: Chooser | None = None) -> None:
         self.fn, self.tuner, self.arg_names = fn, tuner, list(fn.arg_names)
         self.configs: list[triton.Config] = [] if tuner is None else tuner.configs
         self.__name__, self.__doc__ = fn.__name__, fn.__doc__
@@ -79,6 +95,7 @@ class Kernel:
         plain = {parameter.name for parameter in getattr(fn, "params", ()) if parameter.do_not_specialize}
         self._roles = [(name in keys, name not in plain) for name in arguments]
         self._known: dict[tuple[object, ...], _Compiled] = {}
+        self._readers: dict[tuple[type, ...], _Reader] = {}
 
     def __getitem__(self, grid: Grid) -> Callable[..., None]:
         return partial(self.launch, grid)
@@ -89,7 +106,13 @@ class Kernel:
         Raises:
             ValueError: The tensors lie on different devices.
         """
-        index, key, values = self._facts(args, constants)
+        kinds = tuple(map(type, args))
+        read = self._readers.get(kinds)
+        if read is None:
+            read = self._readers[kinds] = self._reader(kinds)
+        index, key, values = read(args, constants)
+        if index is None:
+            raise ValueError(self._devices(args))
         # the interpreter runs on the CPU, where there is no device to enter
         if index < 0 or index == current_device():
             self._launch(index, key, values, grid, args, constants)
@@ -113,36 +136,43 @@ class Kernel:
         finally:
             self._known, self.tuner = known, tuner
 
-    def _facts(
-        self, args: tuple[Argument, ...], constants: dict[str, Constant]
-    ) -> tuple[int, tuple[object, ...], list[int | float]]:
-        """The tensors' device, all that Triton and the tuner distinguish launches by, and the arguments as numbers.
+    def _reader(self, kinds: tuple[type, ...]) -> _Reader:
+        """A function that reads arguments of these types; written out, since a loop over them takes twice as long.
 
-        Triton compiles for each dtype, for addresses that divide by 16 and others, and for whole numbers that are 1,
-        that divide by 16 and others, of 32 bits and of 64; `do_not_specialize` leaves the last alone.
+        Triton compiles for each dtype, for addresses that divide by 16 and others, for whole numbers that are 1, that
+        divide by 16 and others, of 32 bits and of 64; `do_not_specialize` leaves but the last. An argument whose value
+        chooses a configuration tells launches apart by the value.
         """
-        index, key, values = None, list[object](constants.items()), list[int | float]()
-        for value, (chooses, special) in zip(args, self._roles, strict=True):
-            sort = type(value)
-            if sort is int:
-                key.append(value if chooses else _kind(value) if special else -(2**31) <= value < 2**31)
-                values.append(value)
-            elif sort is float:
-                key.append(float)
-                values.append(value)
-            else:
-                device, address = device_of(value), value.data_ptr()
-                if device != index:
-                    if index is not None:
-                        raise ValueError(self._devices(args))
-                    index = device
-                key.append(value.dtype)
-                key.append(address % 16 == 0)
-                values.append(address)
-        if index is None:
+        if len(kinds) != len(self._roles):
+            raise TypeError(f"Kernel {self.__name__} takes {len(self._roles)} arguments, found {len(kinds)}.")
+        # not the kernel's names, which may be those of this function
+        names = [f"a{number}" for number in range(len(kinds))]
+        tensors = [name for name, kind in zip(names, kinds, strict=True) if issubclass(kind, Tensor)]
+        if not tensors:
             raise TypeError(f"Kernel {self.__name__} was given no tensor.")
-        key.append(index)
-        return index, tuple(key), values
+        facts = []
+        for name, kind, (chooses, special) in zip(names, kinds, self._roles, strict=True):
+            if name in tensors:
+                facts += [f"{name}.dtype", f"{name}_at % 16 == 0"]
+            elif kind is int:
+                facts.append(
+                    name if chooses else f"_kind({name})" if special else f"-2147483648 <= {name} < 2147483648"
+                )
+        others = " or ".join(f"device_of({name}) != index" for name in tensors[1:])
+        source = "\n    ".join(
+            [
+                "def read(args, constants, kinds=kinds):",
+                f"{', '.join(names)}, = args",
+                *(f"{name}_at = {name}.data_ptr()" for name in tensors),
+                f"index = device_of({tensors[0]})",
+                *([f"if {others}: return None, (), ()"] if others else []),
+                f"key = (index, kinds, *constants.items(), {', '.join(facts)})",
+                f"return index, key, ({', '.join(f'{name}_at' if name in tensors else name for name in names)},)",
+            ]
+        )
+        local: dict[str, object] = {"kinds": kinds}
+        exec(source, globals(), local)
+        return cast(_Reader, local["read"])
 
     def _devices(self, args: tuple[Argument, ...]) -> str:
         found = ", ".join(
@@ -156,7 +186,7 @@ class Kernel:
         self,
         index: int,
         key: tuple[object, ...],
-        values: list[int | float],
+        values: tuple[int | float, ...],
         grid: Grid,
         args: tuple[Argument, ...],
         constants: dict[str, Constant],

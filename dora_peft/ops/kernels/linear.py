@@ -24,7 +24,7 @@ from ..constants import DROWNED, TINY
 from .elements import dot, elements, narrow, stored_arguments
 from .launch import Kernel
 from .options import precision
-from .tuning import ranks_at_once, token_bucket, tuned
+from .tuning import cdiv, ranks_at_once, token_bucket, tuned
 
 # Tokens that are looked at to decide whether the bias hides a column: half of them must agree, because the first token
 # is often an outlier.
@@ -201,7 +201,7 @@ def scaled_sum(
     """
     length, width = z.shape
     if z.numel():
-        _scaled_sum[lambda meta: (triton.cdiv(length, meta["ROWS"]) * triton.cdiv(width, meta["COLUMNS"]),)](
+        _scaled_sum[lambda meta: (cdiv(length, meta["ROWS"]) * cdiv(width, meta["COLUMNS"]),)](
             z, u, lora_B, c, c if bias is None else bias, out, length, width, u.shape[1],
             0.0 if scaling is None else scaling, z.stride(0), u.stride(0), lora_B.stride(0), out.stride(0),
             token_bucket(length), HAS_BIAS=bias is not None, FOLDED=scaling is None,
@@ -228,7 +228,7 @@ def scale_and_sum(g: Tensor, c: Tensor, y: Tensor | None, bias: Tensor | None) -
     stripes = -(-length // stripe)
     sums = None if y is None else torch.empty(stripes, width, dtype=torch.float32, device=g.device)
     if g.numel():
-        _scale_and_sum[lambda meta: (stripes * triton.cdiv(width, meta["COLUMNS"]),)](
+        _scale_and_sum[lambda meta: (stripes * cdiv(width, meta["COLUMNS"]),)](
             g, g if y is None else y, c, c if bias is None else bias, scaled, c if sums is None else sums,
             length, width, stripe, g.stride(0), g.stride(1), 0 if y is None else y.stride(0), token_bucket(length),
             HAS_BIAS=bias is not None, SUM=y is not None,
@@ -269,7 +269,7 @@ def magnitude_gradient(
     length, width = g.shape
     block = 32
     weight, absmax, code, layout, options = stored_arguments(stored, c)
-    _magnitude_gradient[(triton.cdiv(width, block),)](
+    _magnitude_gradient[(cdiv(width, block),)](
         sums, g, y, x, weight, absmax, code, u, lora_B, c, c if bias is None else bias, c if gone is None else gone,
         out, len(sums), length, width, x.shape[1], u.shape[1], k,
         TINY[y.dtype], DROWNED[y.dtype],

@@ -22,7 +22,7 @@ from ...bases import FourBit
 from ..constants import CANCELLATION
 from .elements import elements, stored_arguments
 from .launch import Kernel
-from .tuning import ranks_at_once
+from .tuning import cdiv, ranks_at_once
 
 # Elements of W0 that every check sums.
 SAMPLE = 1024
@@ -196,7 +196,7 @@ def row_norms(stored: Tensor | FourBit, base_squared: Tensor, lora_A: Tensor, lo
     out = torch.empty_like(base_squared)
     weight, absmax, code, layout, options = stored_arguments(stored, out)
     rows = 64 if height >= 4096 else 16
-    _norm[(triton.cdiv(height, rows),)](
+    _norm[(cdiv(height, rows),)](
         weight, absmax, code, lora_A, lora_B, product, base_squared, out, height, width, rank, scaling, *layout,
         CANCELS=CANCELLATION, **options,
         PRECISION="ieee" if torch.version.hip else "tf32x3", RANKS=ranks_at_once(rank), ROWS=rows, BLOCK=64,
@@ -259,7 +259,7 @@ def checked_norm(
     out = torch.empty_like(memory.remembered)
     weight, absmax, code, layout, options = stored_arguments(stored, out)
     rows = 64 if height >= 4096 else 16
-    _checked_norm[(triton.cdiv(height, rows),)](
+    _checked_norm[(cdiv(height, rows),)](
         weight, absmax, code, lora_A, lora_B, product, sums, memory.known, memory.remembered, out, int(due),
         looked_at, height, width, rank, scaling, *layout,
         CANCELS=CANCELLATION, **options,
@@ -272,7 +272,7 @@ def checked_norm(
 
 def _sum(bits_A: Tensor, bits_B: Tensor, bits_W: Tensor, sums: Tensor, count: int, start: int, step: int) -> None:
     block = 1024
-    blocks = triton.cdiv(bits_A.numel(), block) + triton.cdiv(bits_B.numel(), block) + triton.cdiv(count, block)
+    blocks = cdiv(bits_A.numel(), block) + cdiv(bits_B.numel(), block) + cdiv(count, block)
     _digest[(blocks,)](
         bits_A, bits_B, bits_W, sums, bits_A.numel(), bits_B.numel(), count, start, step, BLOCK=block, num_warps=4
     )

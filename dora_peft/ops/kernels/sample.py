@@ -12,6 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Kernel
+from .tuning import cdiv
+
+
+@triton.jit
+def _bits(value):
+    """`value` as whole numbers: NaN is equal to itself there."""
+    return value.to(tl.int16 if value.dtype.primitive_bitwidth == 16 else tl.int32, bitcast=True)
 
 
 @Kernel
@@ -30,10 +37,11 @@ def _compare_sample(y, rows, diagonal, gone, offset, start, step, size, count, B
     """Sets gone[0] to 1 if y holds other bits there."""
     lanes = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = lanes < size
-    differs = tl.load(y + offset + lanes, inside, other=0) != tl.load(rows + lanes, inside, other=0)
+    differs = _bits(tl.load(y + offset + lanes, inside, other=0)) != _bits(tl.load(rows + lanes, inside, other=0))
     inside = lanes < count
     places = start + lanes.to(tl.int64) * step
-    differs = differs | (tl.load(y + places, inside, other=0) != tl.load(diagonal + lanes, inside, other=0))
+    found = _bits(tl.load(y + places, inside, other=0))
+    differs = differs | (found != _bits(tl.load(diagonal + lanes, inside, other=0)))
     tl.atomic_max(gone, tl.max(differs.to(tl.int32), 0))
 
 
@@ -50,8 +58,8 @@ def take_sample(y: Tensor, offset: int, start: int, step: int, size: int, count:
     """
     rows, diagonal = y.new_empty(size), y.new_empty(count)
     if y.numel():
-        _take_sample[(triton.cdiv(max(size, count), 1024),)](
-            _bits(y), _bits(rows), _bits(diagonal), offset, start, step, size, count, BLOCK=1024, num_warps=4
+        _take_sample[(cdiv(max(size, count), 1024),)](
+            y, rows, diagonal, offset, start, step, size, count, BLOCK=1024, num_warps=4
         )
     return rows, diagonal
 
@@ -70,12 +78,7 @@ def compare_sample(y: Tensor, rows: Tensor, diagonal: Tensor, offset: int, start
     gone = torch.zeros(1, dtype=torch.int32, device=y.device)
     if y.numel():
         size, count = rows.numel(), diagonal.numel()
-        _compare_sample[(triton.cdiv(max(size, count), 1024),)](
-            _bits(y), _bits(rows), _bits(diagonal), gone, offset, start, step, size, count, BLOCK=1024, num_warps=4
+        _compare_sample[(cdiv(max(size, count), 1024),)](
+            y, rows, diagonal, gone, offset, start, step, size, count, BLOCK=1024, num_warps=4
         )
     return gone
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The same memory as whole numbers: NaN is equal to itself there."""
-    return tensor.detach().view({2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])

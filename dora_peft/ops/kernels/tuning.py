@@ -6,6 +6,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import triton
@@ -67,7 +68,7 @@ class Tuner:
         key = self._key(kernel, index, args, constants)
         if key not in self.chosen:
             found = self._read(kernel, key)
-            if found is None and torch.cuda.is_current_stream_capturing():
+            if found is None and capturing():
                 return self.configs[0], False
             if found is None:
                 found = self._fastest(kernel, grid, args, constants)
@@ -126,6 +127,11 @@ def gpu(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
 
+def capturing() -> bool:
+    """Whether the current stream records a CUDA graph."""
+    return torch.cuda.is_current_stream_capturing()
+
+
 def median_ms(run: Callable[[], object]) -> float:
     """Milliseconds that a launch takes on the current device, of a few after the first, which may compile."""
     run()
@@ -135,7 +141,7 @@ def median_ms(run: Callable[[], object]) -> float:
         event.record()
         run()
     torch.cuda.current_stream().synchronize()
-    return statistics.median(one.elapsed_time(other) for one, other in zip(events, events[1:], strict=False))
+    return statistics.median(one.elapsed_time(other) for one, other in pairwise(events))
 
 
 def token_bucket(length: int) -> int:
