@@ -46,7 +46,7 @@ def main() -> None:
     lengths = random.Random(0).sample(range(2, 5000), 300)
     configs = {
         kernel.__name__: len(kernel.configs)
-        for kernel in (linear._scaled_sum, linear._scale_and_sum, dropout._dropped_product, dropout._add_low_rank,
+        for kernel in (linear._scaled_sum_of_few_ranks, linear._scale_and_sum, dropout._dropped_product, dropout._add_low_rank,
                        dropout._dropped_gradient, linear._magnitude_gradient, sample._take_sample,
                        sample._compare_sample)
     }  # fmt: skip

@@ -117,7 +117,7 @@ def adapt_linear(
     # after the call: some libraries round it to the dtype of x, for good
     bias = bias_of(layer)
     scaling, stored = layer.scaling[adapter], layer.original_weight()
-    by_kernels = choice.uses_kernels(lora_A.device, lora_A.dtype)
+    by_kernels = norms.computes_by_kernels(lora_A, stored)
     known = norms.fresh(layer, adapter, lora_A, lora_B, scaling, stored, by_kernels)
     if not layer.training and not torch.is_grad_enabled():
         if known is None:

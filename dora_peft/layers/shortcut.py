@@ -111,7 +111,7 @@ class Shortcut:
         self.key, self.adapter, self.folded = found[0], adapter, folded
         self.base, self.weight, self.options = layer.base_layer, weight, options
         self.stored, self.bias = self.base.get_parameter("weight"), self.base._parameters["bias"]
-        self.by_kernels = choice.uses_kernels(found[1].device, found[1].dtype)
+        self.by_kernels = norms.computes_by_kernels(found[1], self.stored)
 
     def __call__(self, layer: ComputingLayer, holder: Holder, x: Tensor) -> Tensor | None:
         """The output for x, None if something has changed since."""
@@ -163,7 +163,8 @@ def shortcut_for(
 ) -> Shortcut | None:
     """What the next pass may take, None if it has to decide again."""
     found = key_of(layer, holder, x, adapter)
-    if found is None:
+    # what a captured graph's pass took may not be what the next one takes
+    if found is None or not choice.is_decided(x.device):
         return None
     # magnitudes in low precision are looked at in each pass, see magnitude.py; evaluation trains nothing
     if folded is None and (not layer.detach_norm[adapter] or found[3].dtype in LOW_PRECISION):

@@ -21,7 +21,19 @@ from .evaluation import folded
 from .lifecycle import drop, is_settled, leave_evaluation, let_go, replicate, settle_as
 from .operators import register, traced
 from .records import BaseNorm, Folded, Norm, Snapshot, Stored
-from .state import base_squared, checking, fresh, initial, is_checking, refresh, refreshed, settle, up_to_date, views
+from .state import (
+    base_squared,
+    checking,
+    computes_by_kernels,
+    fresh,
+    initial,
+    is_checking,
+    refresh,
+    refreshed,
+    settle,
+    up_to_date,
+    views,
+)
 
 __all__ = [
     "AdaptedLayer",
@@ -32,6 +44,7 @@ __all__ = [
     "Stored",
     "base_squared",
     "checking",
+    "computes_by_kernels",
     "drop",
     "folded",
     "fresh",

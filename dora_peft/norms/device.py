@@ -45,7 +45,7 @@ def check(
     if known is None or another or due or known.address != address:
         matrix = seam()
         readable = matrix.stored()
-        if readable is None or not choice.uses_kernels(matrix.device, matrix.dtype):
+        if readable is None or not choice.uses_kernels(matrix.device, matrix.dtype, readable.dtype):
             return None
         fits = known is not None and known.memory.remembered.device == matrix.device
         memory = known.memory if known is not None and fits else kernels.Memory(matrix.out_features, matrix.device)

@@ -46,11 +46,18 @@ def up_to_date_for(
         stands_in: Whether `stored` is another tensor than the layer's weight.
     """
     lora_A, lora_B = factors
-    by_kernels = choice.uses_kernels(lora_A.device, lora_A.dtype)
+    by_kernels = computes_by_kernels(lora_A, stored)
     known = fresh(layer, adapter, lora_A, lora_B, scaling, stored, by_kernels, stands_in)
     if known is None:
         known, _, _ = refreshed(layer, adapter, lora_A, lora_B, scaling, stored, by_kernels, stands_in)
     return known
+
+
+def computes_by_kernels(lora_A: Tensor, stored: Stored) -> bool:
+    """Whether kernels compute v of these factors over W0 as stored, if they can read it."""
+    if isinstance(stored, Tensor) and stored.is_floating_point():
+        return choice.uses_kernels(lora_A.device, lora_A.dtype, stored.dtype)
+    return choice.uses_kernels(lora_A.device, lora_A.dtype)
 
 
 def fresh(

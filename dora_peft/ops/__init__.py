@@ -1,6 +1,7 @@
 """What is computed: functions of tensors; of a module at most its geometry or identity is asked.
 
 choice, constants, torch_names      which implementation computes, and what the implementations share
+selfcheck, passed                   whether a GPU's kernels can be trusted, and what is remembered of it on disk
 linear, linear_autograd, options    the linear layer: for its callers, as an autograd function, and what that is given
 products, chunks, dropout           which library multiplies, many tokens in parts, the mask of dropout
 norm                                v = ||W0 + s B A|| and c = m / v

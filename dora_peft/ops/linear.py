@@ -91,7 +91,8 @@ def linear_eval(
         assert base_out is not None
         z = flattened(base_out)
         out = torch.empty_like(z)
-    if options.kernels is not None:
+    # with kernels `folded_B` holds s, unless it was folded before it was known that they run
+    if options.kernels is not None and alpha == 1.0:
         y = options.kernels.compose_folded(z, u, folded_B, c, bias, in_place=base_out is None)
     else:
         y = scaled_sum(z, u, folded_B, c, bias, out=out, alpha=alpha)

@@ -32,7 +32,9 @@ def row_norms(weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_B: 
     Densely if blocks of W0 lie in memory as they are needed and the processor has a cache to keep W0 + s B A in: as
     fast as the factored sum, and without its cancellation. Factored otherwise, on a GPU by a kernel.
     """
-    if choice.uses_kernels(weight.device, weight.dtype) and (stored := weight.stored()) is not None:
+    # asked before, since some weights are made readable for kernels first
+    stored = weight.stored() if choice.uses_kernels(weight.device, weight.dtype) else None
+    if stored is not None and choice.uses_kernels(weight.device, weight.dtype, stored.dtype):
         return choice.norm_kernels().row_norms(stored, base_squared, lora_A, lora_B, scaling)
     if not weight.has_blocks or weight.device.type != "cpu":
         return factored_norm_squared(weight, base_squared, lora_A, lora_B, scaling).clamp_(min=0).sqrt_()

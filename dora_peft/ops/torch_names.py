@@ -43,3 +43,14 @@ def onednn_linear() -> Callable[..., Tensor] | None:
     """oneDNN's linear layer in fp32, None if this torch has it under another name."""
     operation = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     return None if operation is None else operation.default
+
+
+def cuda_driver_version() -> int:
+    """The newest CUDA that the installed driver can run, 12040 for 12.4; 0 if this torch does not say."""
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
+    return 0 if ask is None else ask()
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured from the current stream."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

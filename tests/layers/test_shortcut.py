@@ -11,14 +11,15 @@ import textwrap
 import pytest
 import shortcut_fixtures
 import torch
-from layer_fixtures import One, dora
+from layer_fixtures import One, adapted, dora
 from peft import get_peft_model
-from shortcut_fixtures import MODES, write
+from shortcut_fixtures import MODES, takes_shortcut, write
 from torch import nn
 
 import dora_peft
 from dora_peft import DoraConfig
 from dora_peft.layers import shortcut as subject
+from dora_peft.ops import choice
 
 SCENARIOS = {
     **{name: write(name) for name in "ABm"},
@@ -97,3 +98,14 @@ def test_two_models_share_nothing():
         dora(twin).lora_B["default"].weight.normal_()
         assert not torch.allclose(twin(x), expected)
         torch.testing.assert_close(model(x), expected)
+
+
+def test_there_is_none_before_it_is_decided_what_computes(monkeypatch):
+    """The next pass decides."""
+    layer, x = dora(adapted("linear")), torch.randn(2, 12)
+    monkeypatch.setattr(choice, "is_decided", lambda device: False)
+    layer(x)
+    assert layer._shortcut is None
+    monkeypatch.undo()
+    layer(x)
+    assert takes_shortcut(layer, x)

@@ -1,6 +1,7 @@
 """DoRA's linear layer as one autograd function against the float64 reference: values and gradients."""
 
 import gc
+import platform
 import threading
 from itertools import combinations, product
 
@@ -44,6 +45,19 @@ def test_fresh_buffers_are_poisoned():
     x = torch.ones(3, 5)
     for fresh in (torch.empty(7), torch.empty_like(x), x.new_empty(4, dtype=FP64), torch.empty_like(x, dtype=BF16)):
         assert fresh.isnan().all()
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="Triton is for Linux")
+@pytest.mark.implementation("triton")
+@pytest.mark.parametrize("alpha", [1.0, S])
+def test_evaluation_takes_what_was_folded_for_another_road(alpha):
+    """B folded before it was known that kernels run holds no s."""
+    problem = Problem(5, dtype=FP32)
+    with torch.no_grad():
+        x, A, B, c, b = problem.parts()
+        folded = parts.fold(B, c, S / alpha)
+        y = subject.linear_eval(x, A, folded, c, weight=problem.weight, bias=b, alpha=alpha)
+    assert distance(y, problem.y("weight")) <= FLOOR[FP32]
 
 
 @pytest.mark.parametrize(("dtypes", "form", "bias", "n"), pairs(DTYPES, FORMS, [False, True], LENGTHS))

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .elements import dot, narrow
-from .options import Seed, threshold
-from .tuning import cdiv, precision, ranks_at_once, token_bucket, tuned
+from .options import Seed, precision, threshold
+from .tuning import cdiv, ranks_at_once, token_bucket, tuned
 
 
 @triton.jit

@@ -8,7 +8,9 @@ distinguishes (see `Kernel._reader`) which machine code Triton took; from the se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import NamedTuple, Protocol, TypeAlias, cast
 
@@ -123,6 +125,22 @@ class Kernel:
         else:
             with torch.cuda.device(index):
                 self._launch(index, key, values, grid, args, constants)
+
+    @contextmanager
+    def configured(self, number: int) -> Iterator[None]:
+        """In the `with` block the kernel runs in configuration `number` of its own, or in its last; nothing is tuned.
+
+        What was remembered of launches comes back afterwards, as if there had been none.
+        """
+        known, tuner = self._known, self.tuner
+        self._known = {}
+        if tuner is not None:
+            self.tuner = copy.copy(tuner)
+            self.tuner.configs = [self.configs[min(number, len(self.configs) - 1)]]
+        try:
+            yield
+        finally:
+            self._known, self.tuner = known, tuner
 
     def _reader(self, kinds: tuple[type, ...]) -> _Reader:
         """A function that reads arguments of these types; written out, since a loop over them takes twice as long.

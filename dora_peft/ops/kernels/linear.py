@@ -25,7 +25,8 @@ from ...bases import FourBit
 from ..constants import DROWNED, TINY
 from .elements import dot, elements, narrow, stored_arguments
 from .launch import Constant, Kernel
-from .tuning import cdiv, precision, ranks_at_once, token_bucket, tuned
+from .options import precision
+from .tuning import cdiv, ranks_at_once, token_bucket, tuned
 
 # Tokens that are looked at to decide whether the bias hides a column: half of them must agree, because the first token
 # is often an outlier.

@@ -177,21 +177,6 @@ def token_bucket(length: int) -> int:
     return power_of_two(max(length, 16))
 
 
-# What `tl.dot` multiplies fp32 by where it may not round to tf32: the sum of three tf32 products. Each factor is split
-# into two tf32 numbers, which hold 22 of its 24 bits, and the product of the two small ones is left out: 2^-21 of a
-# term at most. Over 16, 64 and 384 terms the sum is 1.1e-7, 1.6e-7 and 2.5e-7 off float64, relative to its norm, where
-# fp32's own is 0.7e-7, 1.5e-7 and 2.5e-7 off, and that of one tf32 product 3e-4 (tests/ops/kernels/test_tuning.py).
-# "ieee" multiplies by scalar instructions, from arrays of 2.6 to 11 KB of stack a thread above 32 ranks.
-EXACT_FP32 = "ieee" if torch.version.hip else "tf32x3"
-
-
-def precision(dtype: torch.dtype) -> str:
-    """What `tl.dot` multiplies in: tf32 for fp32 if torch's products may use it, else as precisely as it can."""
-    if dtype is not torch.float32:
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else EXACT_FP32
-
-
 def ranks_at_once(rank: int, dtype: torch.dtype | None = None, fp32: int = 16) -> int:
     """How many ranks a product takes at once; 16 is the least that the matrix units take.
 
