@@ -52,9 +52,8 @@ def check(
         due = due or not fits
         known = DeviceNorm(memory, readable, weakref.ref(stored), count, address, scaling)
     norm.device = known
-    A, B = (factor.detach().to(torch.float32) for factor in layer.as_matrices(lora_A, lora_B))
-    factors = (lora_A, lora_B)
-    return kernels.checked_norm(known.memory, known.stored, A, B, float(scaling), factors, due=due, another=another)
+    A, B = (factor.detach() for factor in layer.as_matrices(lora_A, lora_B))
+    return kernels.checked_norm(known.memory, known.stored, A, B, float(scaling), due=due, another=another)
 
 
 def follow(magnitude: Tensor, tied: Tensor, value: Tensor) -> None:
