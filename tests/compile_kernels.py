@@ -13,9 +13,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dora_peft.ops.kernels import dropout as dropout_kernels
+from dora_peft.ops.kernels import grouped_norm, sample
 from dora_peft.ops.kernels import linear as kernels
 from dora_peft.ops.kernels import norm as norm_kernels
-from dora_peft.ops.kernels import sample
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 NAMES |= {torch.uint8: "u8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}
@@ -51,6 +51,24 @@ def compile_kernel(kernel, target, options, **pointers):
             compiled.append(result.metadata.shared)
 
 
+def compile_norms(target, dtype, factors, options, weight):
+    options = {**options, "PRECISION": "tf32x3", "ROWS": 64, "BLOCK": 64}
+    whole = {"arrived": torch.int32, "sums": torch.int64, "known": torch.int64}
+    floats = dict.fromkeys(("partial", "remembered", "base", "out"), FP32)
+    pointers = {**weight, **whole, **floats, "lora_A": factors, "lora_B": factors}
+    compile_kernel(norm_kernels._norm, target, options, **pointers)
+    compile_kernel(norm_kernels._checked_norm, target, {**options, "EPSILON": 1e-7}, **pointers)
+    tables = {"table": torch.int64, "found": torch.int64}
+    tables |= dict.fromkeys(("entries", "due", "finished"), torch.int32)
+    like = {"like_A": factors, "like_W": weight["weight"]}
+    options = {**options, "EPSILON": 1e-7, "SIZE": 1024}
+    compile_kernel(grouped_norm._refresh_all, target, options, **tables, **whole, **floats, **like)
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+    bits = {f"like_{name}": kinds[t.itemsize] for name, t in (("A", factors), ("W", weight["weight"]), ("S", FP32))}
+    options = {"FOUR_BIT": options["FOUR_BIT"], "SIZE": 2048, "SAMPLE": 1024}
+    compile_kernel(grouped_norm._check_all, target, options, **tables, **whole, **bits)
+
+
 def compile_all(target, dtype, factors, ranks):
     small = {"PRECISION": "ieee", "RANKS": ranks}
     for bias in (False, True):
@@ -73,27 +91,14 @@ def compile_all(target, dtype, factors, ranks):
             **weight, sums=FP32, g=dtype, y=dtype, x=dtype, u=dtype, lora_B=factors, c=FP32, bias=dtype, out=FP32,
             gone=torch.int32,
         )  # fmt: skip
-        compile_kernel(
-            norm_kernels._norm,
-            target,
-            {"CANCELS": 0.25, **stored, "PRECISION": "tf32x3", "RANKS": ranks, "ROWS": 64, "BLOCK": 64},
-            **weight, lora_A=FP32, lora_B=FP32, product=FP32, base=FP32, out=FP32,
-        )  # fmt: skip
-        compile_kernel(
-            norm_kernels._checked_norm,
-            target,
-            {
-                "CANCELS": 0.25, **stored, "PRECISION": "tf32x3", "RANKS": ranks, "ROWS": 64, "BLOCK": 64,
-                "EPSILON": 1e-7,
-            },
-            **weight, lora_A=FP32, lora_B=FP32, product=FP32, out=FP32, remembered=FP32, sums=torch.int64,
-            known=torch.int64,
-        )  # fmt: skip
+        for reads in (0, 3) if four_bit else (0, 1, 2):
+            compile_norms(target, dtype, factors, {**stored, "READS": reads, "RANKS": ranks, "WHOLE": True}, weight)
+        compile_norms(target, dtype, factors, {**stored, "READS": 0, "RANKS": ranks, "WHOLE": False}, weight)
         bits = {2: torch.int16, 4: torch.int32}
         compile_kernel(
             norm_kernels._digest,
             target,
-            {"BLOCK": 1024},
+            {"SIZE": 1024},
             lora_A=bits[factors.itemsize], lora_B=bits[factors.itemsize], sums=torch.int64,
             weight=torch.uint8 if four_bit else bits[dtype.itemsize],
         )  # fmt: skip

@@ -193,70 +193,88 @@ class Group:
     Args:
         entries: At least one.
 
-    Attributes:
-        offsets: Where the rows of each entry begin in what `check` returns.
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         device, heights = entries[0].lora_B.device, [len(entry.lora_B) for entry in entries]
-        self.device, self.total = device, sum(heights)
+        self.device, self.heights, self.total = device, heights, sum(heights)
         self.known = torch.stack([entry.memory.known for entry in entries])
         self.remembered = torch.cat([entry.memory.remembered for entry in entries])
         self.base = torch.cat([entry.memory.base for entry in entries])
-        self.offsets, rows, of_check, of_refresh = [], [], [], []
+        rows: list[list[int]] = []
+        of_check: list[int] = []
+        of_refresh: list[int] = []
         offset = partial = arrived = 0
         for number, (entry, height) in enumerate(zip(entries, heights, strict=True)):
             memory, width = entry.memory, entry.lora_A.shape[1]
-            memory.known = self.known[number]
-            memory.remembered = self.remembered[offset : offset + height]
-            memory.base = self.base[offset : offset + height]
+            own = slice(offset, offset + height)
+            memory.move(self.known[number], self.remembered[own], self.base[own])
             spans = division(height, width)[0]
             blocks = triton.cdiv(height, ROWS)
             rows.append(_row(entry, len(of_check), len(of_refresh), offset, partial, arrived))
             factors = (entry.lora_A, entry.lora_B)
             of_check += [number] * (sum(triton.cdiv(factor.numel(), _SIZE) for factor in factors) + 1)
             of_refresh += [number] * (blocks * spans)
-            self.offsets.append(offset)
             offset, partial, arrived = offset + height, partial + spans * height, arrived + blocks
         self.blocks, self.count = len(of_refresh), len(entries)
         self.table = torch.tensor(rows, dtype=torch.int64).to(device)
         self.of_check, self.of_refresh = (
             torch.tensor(numbers, dtype=torch.int32).to(device) for numbers in (of_check, of_refresh)
         )
-        self.found = torch.empty(self.count, 4, dtype=torch.int64, device=device)
-        self.due = torch.empty(self.count, dtype=torch.int32, device=device)
-        self.partial = torch.empty(partial, dtype=torch.float32, device=device)
-        self.sums = torch.zeros(self.count, 4, dtype=torch.int64, device=device)
-        self.arrived = torch.zeros(self.count + arrived, dtype=torch.int32, device=device)
-        self.finished = torch.zeros(self.count, dtype=torch.int32, device=device)
+        self.sizes = (partial, arrived)
+        self.scratch: dict[int, _Scratch] = {}
         stored = entries[0].stored
         self.four_bit = isinstance(stored, FourBit)
         # what the kernels take dtypes from; no layer's weight is kept alive
         self.like_W = torch.empty(0, dtype=torch.uint8 if self.four_bit else stored.dtype, device=device)
         self.like_A = torch.empty(0, dtype=entries[0].lora_A.dtype, device=device)
-        self.like_bits = tuple(map(bits, (self.like_A, self.like_W, self.partial)))
+        self.like_bits = tuple(map(bits, (self.like_A, self.like_W, self.base)))
         # made for the kernels, perhaps by nobody else
         self.statistics = [(e.stored.absmax, e.stored.code) for e in entries if isinstance(e.stored, FourBit)]
-        options = stored_arguments(stored, self.partial)[-1]
+        options = stored_arguments(stored, self.base)[-1]
         self.options = {**options, **constants(stored, len(entries[0].lora_A))}
         processors = 2
         if device.type == "cuda":
             processors = torch.cuda.get_device_properties(device).multi_processor_count
         self.programs = min(self.blocks, _PROGRAMS_PER_PROCESSOR * processors)
 
-    def check(self) -> Tensor:
-        """A new v [total], fp32 and floored, of all entries, each computed if its A, B or W0 hold something new."""
+    def check(self, stream: int, capturing: bool) -> tuple[Tensor, ...]:
+        """A new v [out], fp32 and floored, of each entry in their order, computed if its A, B or W0 hold something new.
+
+        Args:
+            stream: The one that is launched to. What the kernels count in is kept apart for each.
+            capturing: Whether a CUDA graph captures it, which then has counters of its own.
+        """
+        scratch = None if capturing else self.scratch.get(stream)
+        if scratch is None:
+            scratch = _Scratch(self.count, *self.sizes, self.device)
+            if not capturing:
+                self.scratch[stream] = scratch
         _check_all[(len(self.of_check),)](
-            self.table, self.of_check, self.sums, self.arrived, self.known, self.found, self.due,
+            self.table, self.of_check, scratch.sums, scratch.checked, self.known, scratch.found, scratch.due,
             *self.like_bits, FOUR_BIT=self.four_bit, SIZE=_SIZE, SAMPLE=SAMPLE, num_warps=4,
         )  # fmt: skip
         out = torch.empty_like(self.remembered)
         _refresh_all[(self.programs,)](
-            self.table, self.of_refresh, self.known, self.found, self.due, self.partial, self.arrived[self.count :],
-            self.finished, self.remembered, self.base, out, self.like_A, self.like_W, self.blocks, self.count,
+            self.table, self.of_refresh, self.known, scratch.found, scratch.due, scratch.partial, scratch.arrived,
+            scratch.finished, self.remembered, self.base, out, self.like_A, self.like_W, self.blocks, self.count,
             self.total, **self.options, EPSILON=torch.finfo(torch.float32).eps, SIZE=1024,
         )  # fmt: skip
-        return out
+        return out.split(self.heights)
+
+
+class _Scratch:
+    """What the kernels count and pass on in, see `_check_all` and `_refresh_all`."""
+
+    def __init__(self, count: int, partial: int, blocks: int, device: torch.device) -> None:
+        sums, zeros = 4 * count, torch.zeros(6 * count + triton.cdiv(blocks, 2), dtype=torch.int64, device=device)
+        self.sums = zeros[:sums]
+        self.checked = zeros[sums : sums + count].view(torch.int32)
+        self.finished = zeros[sums + count : sums + 2 * count].view(torch.int32)
+        self.arrived = zeros[sums + 2 * count :].view(torch.int32)
+        self.found = torch.empty(sums, dtype=torch.int64, device=device)
+        self.due = torch.empty(count, dtype=torch.int32, device=device)
+        self.partial = torch.empty(partial, dtype=torch.float32, device=device)
 
 
 def _row(entry: Entry, check: int, refresh: int, offset: int, partial: int, arrived: int) -> list[int]:

@@ -118,6 +118,19 @@ class Memory:
         self.known = torch.zeros(5, dtype=torch.int64, device=device)
         self.remembered = torch.empty(height, dtype=torch.float32, device=device)
         self.base = torch.empty(height, dtype=torch.float32, device=device)
+        # a CUDA graph goes on writing where it was captured
+        self._captured: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def move(self, known: Tensor, remembered: Tensor, base: Tensor) -> None:
+        """Be these tensors from now on, which hold the same."""
+        if self._captured:
+            self._captured.append((self.known, self.remembered, self.base))
+        self.known, self.remembered, self.base = known, remembered, base
+
+    def note_capture(self) -> None:
+        """Keep the present tensors alive if a CUDA graph is being captured."""
+        if not self._captured and self.known.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._captured.append((self.known, self.remembered, self.base))
 
 
 def checked_norm(
@@ -139,6 +152,7 @@ def checked_norm(
         due: Whether something else changed that the host knows: s, or W0's version.
         another: Whether W0 is another tensor than before, so that all of it is looked at instead of a sample.
     """
+    memory.note_capture()
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
     (height, rank), width = lora_B.shape, lora_A.shape[1]
     spans, columns = division(height, width)

@@ -62,9 +62,9 @@ def _span(
     factors_B = lora_B + rows[:, None].to(tl.int64) * rank
     factor = tl.zeros((ROWS, RANKS), tl.float32)
     if WHOLE:
-        ranks = tl.arange(0, RANKS)
-        inside = in_rows[:, None] & (ranks < rank)[None, :]
-        factor = scaling * tl.load(factors_B + ranks[None, :], inside, other=0.0).to(tl.float32)
+        all_ranks = tl.arange(0, RANKS)
+        in_factor = in_rows[:, None] & (all_ranks < rank)[None, :]
+        factor = scaling * tl.load(factors_B + all_ranks[None, :], in_factor, other=0.0).to(tl.float32)
     squares = tl.zeros((ROWS,), tl.float32)
     for start in range(first, last, BLOCK):
         columns = start + lanes
@@ -116,7 +116,7 @@ def _base_squares(
     weight, absmax, code, rows, in_rows, width, w_row, w_column, blocksize,
     FOUR_BIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """||W0||^2 of `rows` [ROWS], read again: needed only when W0 has changed."""
+    """||W0||^2 of `rows` [ROWS], read again: needed only when W0 has changed. A small BLOCK, for few registers."""
     squares = tl.zeros((ROWS,), tl.float32)
     for first in range(0, width, BLOCK):
         columns = first + tl.arange(0, BLOCK)
@@ -172,7 +172,7 @@ def norm_of_rows(
             if base_due:
                 known = _base_squares(
                     weight, absmax, code, rows, in_rows, width, w_row, w_column, blocksize, FOUR_BIT, HALF, BRAIN,
-                    ROWS, BLOCK,
+                    ROWS, BLOCK // 4,
                 )  # fmt: skip
                 tl.store(base + rows, known, in_rows)
             else:
@@ -217,8 +217,8 @@ def constants(stored: Tensor | FourBit, rank: int) -> dict[str, object]:
     """The constants of the kernels of this file that depend on W0's layout and on the rank, and how they run."""
     ranks = ranks_at_once(rank)
     precision = "ieee" if torch.version.hip else "tf32x3"
-    # a stage holds a block of A and, if it feeds the matrix units, of W0
-    stages = 4 if ranks <= 32 else 3
+    # a stage holds a block of A, of 16 KiB at 64 ranks; where several follow one another two are enough
+    stages = 4 if ranks <= 32 else 3 if rank <= ranks else 2
     return {
         "READS": reads(stored), "PRECISION": precision, "RANKS": ranks, "WHOLE": rank <= ranks, "ROWS": ROWS,
         "BLOCK": BLOCK, "num_warps": 4, "num_stages": 2 if INTERPRETED else stages,
