@@ -26,8 +26,8 @@ compiled = []
 
 def compile_kernel(kernel, target, options, **pointers):
     """In every configuration, and in the first also with all whole numbers equal to 1, as Triton specialises them."""
-    function = kernel.fn if hasattr(kernel, "configs") else kernel
-    configs = getattr(kernel, "configs", [triton.Config({}, num_warps=4, num_stages=2)])
+    function = kernel.fn
+    configs = kernel.configs or [triton.Config({}, num_warps=4, num_stages=2)]
     for number, config in enumerate(configs):
         for ones in (False, True)[: 1 if number else 2]:
             constants, signature = {**options, **config.kwargs}, {}

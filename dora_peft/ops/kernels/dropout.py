@@ -45,7 +45,7 @@ def _kept(seed, rows, first, threshold, WIDTH: tl.constexpr):
         {"ROWS": 16, "BLOCK": 256, "num_warps": 4, "num_stages": 3},
     ],
 )
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "length", "bucket"])
 def _dropped_product(
     x, lora_A, seed, out, length, features, rank, threshold, x_row, x_column, a_row, bucket,
     ON_HOST: tl.constexpr, PRECISION: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -76,9 +76,9 @@ def _dropped_product(
         {"ROWS": 32, "BLOCK": 256, "num_warps": 4, "num_stages": 3},
         {"ROWS": 16, "BLOCK": 128, "num_warps": 4, "num_stages": 4},
     ],
-    restored=["out"],
+    scratch=["out"],
 )
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "length", "bucket"])
 def _add_low_rank(
     du, lora_A, seed, out, length, features, rank, threshold, a_row, bucket,
     ADD: tl.constexpr, ON_HOST: tl.constexpr, PRECISION: tl.constexpr,
@@ -116,7 +116,7 @@ def _add_low_rank(
         {"ROWS": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 3},
     ],
 )
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "length", "bucket"])
 def _dropped_gradient(
     du, x, seed, out, length, features, rank, threshold, x_row, x_column, bucket,
     ON_HOST: tl.constexpr, PRECISION: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from ...bases import FourBit
 from .elements import stored_arguments
+from .launch import Kernel
 from .norm import Memory
 from .norm_rows import ROWS, SAMPLE, bits, conclude, constants, division, mixed_sum, norm_of_rows, sample_of
+from .tuning import cdiv
 
 # Numbers of a row of the table: those of a check from 0 on, those of a refresh from _REFRESH on.
 _FIELDS, _REFRESH = tl.constexpr(32), tl.constexpr(12)
@@ -30,6 +32,7 @@ _SIZE = 2048
 _PROGRAMS_PER_PROCESSOR = 4
 
 
+@Kernel
 @triton.jit
 def _check_all(
     table, entries, sums, arrived, known, found, due, like_A, like_W, like_S,
@@ -41,7 +44,7 @@ def _check_all(
         table: int64 [entries, _FIELDS], see `_row`.
         entries: The layer of each program.
         sums, arrived: int64 [entries, 4] and int32 [entries] of zeros, which are zeros again afterwards.
-        known: int64 [entries, 5], see `Memory`.
+        known: int64 [entries, 6], see `Memory`.
         found, due: int64 [entries, 4] and int32 [entries], written here.
         like_A, like_W, like_S: Tensors of the whole numbers that A and B, W0 and its statistics are read as.
     """
@@ -71,10 +74,11 @@ def _check_all(
             # past the caches, and zero for the next check
             word = tl.atomic_xchg(sums + entry * 4 + number, 0)
             tl.store(found + entry * 4 + number, word)
-            changed = changed | (word != tl.load(known + entry * 5 + number)).to(tl.int32)
+            changed = changed | (word != tl.load(known + entry * 6 + number)).to(tl.int32)
         tl.store(due + entry, changed)
 
 
+@Kernel
 @triton.jit(do_not_specialize=["blocks", "count", "total"])
 def _refresh_all(
     table, entries, known, found, due, partial, arrived, finished, remembered, base, out, like_A, like_W,
@@ -125,7 +129,7 @@ def _refresh_all(
                 if READS == 2:
                     w_column = tl.multiple_of(w_column, 16)
                 lora_B = tl.load(row + 2).to(tl.pointer_type(like_A.dtype.element_ty))
-                base_due = tl.load(known + entry * 5 + 2) != tl.load(found + entry * 4 + 2)
+                base_due = tl.load(known + entry * 6 + 2) != tl.load(found + entry * 4 + 2)
                 value, rows, in_rows, last = norm_of_rows(
                     weight, tl.load(row + 4).to(tl.pointer_type(tl.float32)),
                     tl.load(row + _REFRESH + 11).to(tl.pointer_type(tl.float32)), lora_A, lora_B,
@@ -141,7 +145,7 @@ def _refresh_all(
                     # by now no program has yet to compare
                     if tl.atomic_add(finished + entry, 1) == row_blocks - 1:
                         tl.store(finished + entry, 0)
-                        conclude(known + entry * 5, found + entry * 4, base_due, 3)
+                        conclude(known + entry * 6, found + entry * 4, base_due, 3)
             elif span == 0:
                 rows = block * ROWS + tl.arange(0, ROWS)
                 value = tl.load(remembered + offset + rows, rows < height, other=1.0)
@@ -210,10 +214,10 @@ class Group:
             own = slice(offset, offset + height)
             memory.move(self.known[number], self.remembered[own], self.base[own])
             spans = division(height, width)[0]
-            blocks = triton.cdiv(height, ROWS)
+            blocks = cdiv(height, ROWS)
             rows.append(_row(entry, len(of_check), len(of_refresh), offset, partial, arrived))
             factors = (entry.lora_A, entry.lora_B)
-            of_check += [number] * (sum(triton.cdiv(factor.numel(), _SIZE) for factor in factors) + 1)
+            of_check += [number] * (sum(cdiv(factor.numel(), _SIZE) for factor in factors) + 1)
             of_refresh += [number] * (blocks * spans)
             offset, partial, arrived = offset + height, partial + spans * height, arrived + blocks
         self.blocks, self.count = len(of_refresh), len(entries)
@@ -267,7 +271,9 @@ class _Scratch:
     """What the kernels count and pass on in, see `_check_all` and `_refresh_all`."""
 
     def __init__(self, count: int, partial: int, blocks: int, device: torch.device) -> None:
-        sums, zeros = 4 * count, torch.zeros(6 * count + triton.cdiv(blocks, 2), dtype=torch.int64, device=device)
+        # each begins at a multiple of 16 bytes, whatever the count: a kernel is compiled for that
+        count += count % 2
+        sums, zeros = 4 * count, torch.zeros(6 * count + cdiv(blocks, 2), dtype=torch.int64, device=device)
         self.sums = zeros[:sums]
         self.checked = zeros[sums : sums + count].view(torch.int32)
         self.finished = zeros[sums + count : sums + 2 * count].view(torch.int32)

@@ -22,6 +22,7 @@ from torch import Tensor
 from ...bases import FourBit
 from ..constants import DROWNED, TINY
 from .elements import dot, elements, narrow, stored_arguments
+from .launch import Kernel
 from .tuning import precision, ranks_at_once, token_bucket, tuned
 
 # Tokens that are looked at to decide whether the bias hides a column: half of them must agree, because the first token
@@ -37,9 +38,9 @@ _SAMPLE = 64
         {"ROWS": 32, "COLUMNS": 256, "num_warps": 4, "num_stages": 3},
         {"ROWS": 16, "COLUMNS": 128, "num_warps": 4, "num_stages": 4},
     ],
-    restored=["out"],
+    scratch=["out"],
 )
-@triton.jit
+@triton.jit(do_not_specialize=["length", "bucket"])
 def _scaled_sum(
     z, u, lora_B, c, bias, out, length, width, rank, scaling, z_row, u_row, b_row, out_row, bucket,
     HAS_BIAS: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr, RANKS: tl.constexpr,
@@ -78,7 +79,7 @@ def _scaled_sum(
         {"ROWS": 8, "COLUMNS": 512, "num_warps": 8},
     ],
 )
-@triton.jit
+@triton.jit(do_not_specialize=["length", "stripe", "bucket"])
 def _scale_and_sum(
     g, y, c, bias, scaled, sums, length, width, stripe, g_row, g_column, y_row, bucket,
     HAS_BIAS: tl.constexpr, SUM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -129,7 +130,8 @@ def _transposed_product(
     return total
 
 
-@triton.jit
+@Kernel
+@triton.jit(do_not_specialize=["stripes", "length"])
 def _magnitude_gradient(
     sums, g, y, x, weight, absmax, code, u, lora_B, c, bias, gone, out, stripes, length, width, features, rank, k,
     tiny, drowned, g_row, g_column, y_row, x_row, x_column, w_row, w_column, blocksize, u_row, b_row,

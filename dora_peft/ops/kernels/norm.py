@@ -16,10 +16,13 @@ from torch import Tensor
 
 from ...bases import FourBit
 from .elements import stored_arguments
+from .launch import Kernel
 from .norm_rows import ROWS, SAMPLE, bits, conclude, constants, division, mixed_sum, norm_of_rows, sample_of
+from .tuning import cdiv
 
 
-@triton.jit
+@Kernel
+@triton.jit(do_not_specialize=["count_A", "count_B", "count_W", "start", "step"])
 def _digest(lora_A, lora_B, weight, sums, count_A, count_B, count_W, start, step, SIZE: tl.constexpr):
     """Adds to sums[0], [1] and [2] what A, B and the sample of W0 hold."""
     blocks_A = tl.cdiv(count_A, SIZE)
@@ -33,7 +36,8 @@ def _digest(lora_A, lora_B, weight, sums, count_A, count_B, count_W, start, step
         tl.atomic_add(sums + 2, mixed_sum(weight, block - blocks_A - blocks_B, count_W, start, step, SIZE))
 
 
-@triton.jit
+@Kernel
+@triton.jit(do_not_specialize=["spans", "height", "rank"])
 def _norm(
     weight, absmax, code, lora_A, lora_B, partial, arrived, out, spans, columns, height, width, rank, scaling, w_row,
     w_column, blocksize,
@@ -49,7 +53,8 @@ def _norm(
         tl.store(out + rows, value, in_rows)
 
 
-@triton.jit(do_not_specialize=["due", "compared"])
+@Kernel
+@triton.jit(do_not_specialize=["due", "compared", "spans", "height", "rank"])
 def _checked_norm(
     weight, absmax, code, lora_A, lora_B, partial, arrived, sums, known, remembered, base, out, due, compared, spans,
     columns, height, width, rank, scaling, w_row, w_column, blocksize,
@@ -93,7 +98,7 @@ def row_norms(stored: Tensor | FourBit, base_squared: Tensor, lora_A: Tensor, lo
     (height, rank), width = lora_B.shape, lora_A.shape[1]
     out = torch.empty_like(base_squared)
     spans, columns = division(height, width)
-    blocks = triton.cdiv(height, ROWS)
+    blocks = cdiv(height, ROWS)
     arrived = torch.zeros(blocks, dtype=torch.int32, device=out.device)
     partial = torch.empty(spans * height if spans > 1 else 1, dtype=torch.float32, device=out.device)
     weight, absmax, code, layout, options = stored_arguments(stored, out)
@@ -109,13 +114,13 @@ class Memory:
 
     Attributes:
         known: The sums of A, B, W0's sample and all of W0 that `remembered` belongs to, and how often it was computed:
-            int64 [5].
+            int64 [6], of which the last is not used: a multiple of 16 bytes, however many lie behind one another.
         remembered: v [out], fp32.
         base: ||W0||^2 [out], fp32.
     """
 
     def __init__(self, height: int, device: torch.device) -> None:
-        self.known = torch.zeros(5, dtype=torch.int64, device=device)
+        self.known = torch.zeros(6, dtype=torch.int64, device=device)
         self.remembered = torch.empty(height, dtype=torch.float32, device=device)
         self.base = torch.empty(height, dtype=torch.float32, device=device)
         # a CUDA graph goes on writing where it was captured
@@ -156,9 +161,9 @@ def checked_norm(
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
     (height, rank), width = lora_B.shape, lora_A.shape[1]
     spans, columns = division(height, width)
-    blocks = triton.cdiv(height, ROWS)
+    blocks = cdiv(height, ROWS)
     # the sums, and as int32 who has arrived
-    zeros = torch.zeros(4 + triton.cdiv(blocks + 1, 2), dtype=torch.int64, device=lora_A.device)
+    zeros = torch.zeros(4 + cdiv(blocks + 1, 2), dtype=torch.int64, device=lora_A.device)
     sums, arrived = zeros[:4], zeros[4:].view(torch.int32)
     bits_A, bits_B = bits(lora_A), bits(lora_B)
     bits_W = bits(stored.packed if isinstance(stored, FourBit) else stored)
@@ -182,7 +187,7 @@ def checked_norm(
 
 def _sum(bits_A: Tensor, bits_B: Tensor, bits_W: Tensor, sums: Tensor, count: int, start: int, step: int) -> None:
     size = 1024
-    blocks = triton.cdiv(bits_A.numel(), size) + triton.cdiv(bits_B.numel(), size) + triton.cdiv(count, size)
+    blocks = cdiv(bits_A.numel(), size) + cdiv(bits_B.numel(), size) + cdiv(count, size)
     _digest[(blocks,)](
         bits_A, bits_B, bits_W, sums, bits_A.numel(), bits_B.numel(), count, start, step, SIZE=size, num_warps=4
     )

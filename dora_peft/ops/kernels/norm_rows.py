@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...bases import FourBit
 from .elements import elements, narrow
-from .tuning import INTERPRETED, ranks_at_once
+from .tuning import INTERPRETED, cdiv, ranks_at_once
 
 # Elements of W0 that every check sums.
 SAMPLE = 1024
@@ -207,10 +207,10 @@ def reads(stored: Tensor | FourBit) -> int:
 
 def division(height: int, width: int) -> tuple[int, int]:
     """Into how many spans of how many columns the work on each block of rows is split."""
-    blocks = triton.cdiv(height, ROWS)
-    spans = max(1, min(triton.cdiv(_PROGRAMS, blocks), width // _LEAST))
-    columns = triton.cdiv(triton.cdiv(width, spans), BLOCK) * BLOCK
-    return triton.cdiv(width, columns), columns
+    blocks = cdiv(height, ROWS)
+    spans = max(1, min(cdiv(_PROGRAMS, blocks), width // _LEAST))
+    columns = cdiv(cdiv(width, spans), BLOCK) * BLOCK
+    return cdiv(width, columns), columns
 
 
 def constants(stored: Tensor | FourBit, rank: int) -> dict[str, object]:

@@ -11,8 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Kernel
 
-@triton.jit(do_not_specialize=["offset", "start"])
+
+@Kernel
+@triton.jit(do_not_specialize=["offset", "start", "step", "size", "count"])
 def _take_sample(y, rows, diagonal, offset, start, step, size, count, BLOCK: tl.constexpr):
     """Copies `size` elements from `offset` on, and `count` elements from `start` on, `step` apart."""
     lanes = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -21,7 +24,8 @@ def _take_sample(y, rows, diagonal, offset, start, step, size, count, BLOCK: tl.
     tl.store(diagonal + lanes, tl.load(y + places, lanes < count), lanes < count)
 
 
-@triton.jit(do_not_specialize=["offset", "start"])
+@Kernel
+@triton.jit(do_not_specialize=["offset", "start", "step", "size", "count"])
 def _compare_sample(y, rows, diagonal, gone, offset, start, step, size, count, BLOCK: tl.constexpr):
     """Sets gone[0] to 1 if y holds other bits there."""
     lanes = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

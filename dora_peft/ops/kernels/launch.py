@@ -1,0 +1,202 @@
+"""How every Triton kernel of this folder is launched: on the device of its tensors, and without Triton's own binder.
+
+Triton launches on the *current* device, whatever its tensors lie on: with a model over two GPUs, a layer on the second
+would be computed by the first. And its own call takes 20 to 80 us of Python to find the machine code that belongs to
+the arguments, several times a layer. So a `Kernel` enters the device of its tensors, and remembers by what Triton
+distinguishes (see `Kernel._facts`) which machine code Triton took; from the second launch on it goes there directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from typing import NamedTuple, Protocol, TypeAlias
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+Argument: TypeAlias = Tensor | int | float
+Constant: TypeAlias = int | float | str
+# How many programs run; may depend on the constants.
+Grid: TypeAlias = tuple[int, ...] | Callable[[Mapping[str, Constant]], tuple[int, ...]]
+
+_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+# Those whose compiled kernels take what `Kernel._launch` gives them. Other versions are called by their public
+# interface alone, at the price of its time: what a compiled kernel takes is no interface that Triton promises.
+_DIRECT = (3, 2) <= _VERSION <= (3, 7)
+# From 3.3 on a compiled kernel takes, and leaves out, the constants as well.
+_TAKES_CONSTANTS = _VERSION >= (3, 3)
+
+# Names of this module, so that tests and scripts/benchmark_host.py replace the driver without a GPU. The functions of
+# torch._C are those behind torch.cuda's, which make sure first that CUDA is initialised: a tensor on a GPU says that.
+device_of = Tensor.get_device
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+current_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
+)
+
+
+class _Compiled(NamedTuple):
+    """Machine code on one device, and what it is given beside the arguments."""
+
+    run: Callable[..., None]
+    function: object
+    metadata: object
+    # the values of the constants, in the kernel's order
+    constants: tuple[Constant, ...]
+    # the same by name, for the grid
+    options: dict[str, Constant]
+
+
+class Chooser(Protocol):
+    """What chooses among a kernel's configurations, see tuning.py."""
+
+    configs: list[triton.Config]
+    # the kernel's arguments whose values choose
+    keys: list[str]
+
+    def choose(
+        self, kernel: Kernel, index: int, grid: Grid, args: tuple[Argument, ...], constants: dict[str, Constant]
+    ) -> tuple[triton.Config, bool]: ...
+
+
+class Kernel:
+    """A Triton kernel that is launched as Triton's are, `kernel[grid](*args, CONSTANT=value)`.
+
+    Arguments go by position and constants, whose names are in capitals, by name; a kernel's constants come last.
+
+    Attributes:
+        fn: Triton's own kernel.
+        configs: The configurations that it is tuned over; none if the caller gives all constants.
+        arg_names: Of all arguments and constants.
+    """
+
+    def __init__(self, fn: JITFunction, tuner: Chooser | None = None) -> None:
+        self.fn, self.tuner, self.arg_names = fn, tuner, list(fn.arg_names)
+        self.configs: list[triton.Config] = [] if tuner is None else tuner.configs
+        self.__name__, self.__doc__ = fn.__name__, fn.__doc__
+        self.constants = [name for name in self.arg_names if name.isupper()]
+        arguments = self.arg_names[: len(self.arg_names) - len(self.constants)]
+        if self.constants != self.arg_names[len(arguments) :]:
+            raise TypeError(f"The constants of kernel {self.__name__} must come last, found {self.arg_names}.")
+        # of each argument: whether its value chooses a configuration, and whether Triton distinguishes its values
+        keys = [] if tuner is None else tuner.keys
+        plain = {parameter.name for parameter in getattr(fn, "params", ()) if parameter.do_not_specialize}
+        self._roles = [(name in keys, name not in plain) for name in arguments]
+        self._known: dict[tuple[object, ...], _Compiled] = {}
+
+    def __getitem__(self, grid: Grid) -> Callable[..., None]:
+        return partial(self.launch, grid)
+
+    def launch(self, grid: Grid, *args: Argument, **constants: Constant) -> None:
+        """Launch the kernel on the current stream of the device that its tensors lie on.
+
+        Raises:
+            ValueError: The tensors lie on different devices.
+        """
+        index, key, values = self._facts(args, constants)
+        # the interpreter runs on the CPU, where there is no device to enter
+        if index < 0 or index == current_device():
+            self._launch(index, key, values, grid, args, constants)
+        else:
+            with torch.cuda.device(index):
+                self._launch(index, key, values, grid, args, constants)
+
+    def _facts(
+        self, args: tuple[Argument, ...], constants: dict[str, Constant]
+    ) -> tuple[int, tuple[object, ...], list[int | float]]:
+        """The tensors' device, all that Triton and the tuner distinguish launches by, and the arguments as numbers.
+
+        Triton compiles for each dtype, for addresses that divide by 16 and others, and for whole numbers that are 1,
+        that divide by 16 and others, of 32 bits and of 64; `do_not_specialize` leaves the last alone.
+        """
+        index, key, values = None, list[object](constants.items()), list[int | float]()
+        for value, (chooses, special) in zip(args, self._roles, strict=True):
+            sort = type(value)
+            if sort is int:
+                key.append(value if chooses else _kind(value) if special else -(2**31) <= value < 2**31)
+                values.append(value)
+            elif sort is float:
+                key.append(float)
+                values.append(value)
+            else:
+                device, address = device_of(value), value.data_ptr()
+                if device != index:
+                    if index is not None:
+                        raise ValueError(self._devices(args))
+                    index = device
+                key.append(value.dtype)
+                key.append(address % 16 == 0)
+                values.append(address)
+        if index is None:
+            raise TypeError(f"Kernel {self.__name__} was given no tensor.")
+        key.append(index)
+        return index, tuple(key), values
+
+    def _devices(self, args: tuple[Argument, ...]) -> str:
+        found = ", ".join(
+            f"{name} on {value.device}"
+            for name, value in zip(self.arg_names, args, strict=False)
+            if isinstance(value, Tensor)
+        )
+        return f"The tensors of kernel {self.__name__} must lie on one device, found {found}."
+
+    def _launch(
+        self,
+        index: int,
+        key: tuple[object, ...],
+        values: list[int | float],
+        grid: Grid,
+        args: tuple[Argument, ...],
+        constants: dict[str, Constant],
+    ) -> None:
+        """Launch on the current device."""
+        compiled = self._known.get(key)
+        if compiled is None or self.fn.pre_run_hooks or _watched():
+            self._launch_first(index, key, grid, args, constants)
+            return
+        run, function, metadata, others, options = compiled
+        size = grid(options) if callable(grid) else grid
+        x, y, z = size if len(size) == 3 else (*size, 1, 1)[:3]
+        run(x, y, z, current_stream(index), function, metadata, None, None, None, *values, *others)
+
+    def _launch_first(
+        self,
+        index: int,
+        key: tuple[object, ...],
+        grid: Grid,
+        args: tuple[Argument, ...],
+        constants: dict[str, Constant],
+    ) -> None:
+        """Launch by Triton's own call, which compiles if it has to, and remember what it took."""
+        options, lasts = constants, True
+        if self.tuner is not None:
+            config, lasts = self.tuner.choose(self, index, grid, args, constants)
+            options = {**constants, **config.all_kwargs()}
+        compiled = self.by_triton(grid, args, options)
+        if _DIRECT and lasts and hasattr(compiled, "packed_metadata"):
+            others = tuple(options[name] for name in self.constants) if _TAKES_CONSTANTS else ()
+            self._known[key] = _Compiled(compiled.run, compiled.function, compiled.packed_metadata, others, options)
+
+    def by_triton(self, grid: Grid, args: tuple[Argument, ...], options: dict[str, Constant]) -> object:
+        """Launch on the current device by Triton's own call; what was compiled, None in the interpreter."""
+        size = grid(options) if callable(grid) else grid
+        return self.fn.run(*args, grid=size, warmup=False, **options)
+
+
+@lru_cache(maxsize=4096)
+def _kind(value: int) -> tuple[bool, bool, bool]:
+    """What Triton distinguishes of a whole number."""
+    return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
+
+
+def _watched() -> bool:
+    """Whether a profiler wants to be called at each launch, which Triton's own call does."""
+    hook = _hooks.launch_enter_hook
+    # from 3.5 on always a list of hooks, which may be empty
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+_hooks = triton.knobs.runtime if _VERSION >= (3, 4) else triton.compiler.CompiledKernel
