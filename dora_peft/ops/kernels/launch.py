@@ -178,7 +178,9 @@ class Kernel:
         compiled = self.by_triton(grid, args, options)
         if _DIRECT and lasts and hasattr(compiled, "packed_metadata"):
             others = tuple(options[name] for name in self.constants) if _TAKES_CONSTANTS else ()
-            self._known[key] = _Compiled(compiled.run, compiled.function, compiled.packed_metadata, others, options)
+            self._known[key] = _Compiled(
+                compiled.run, compiled.function, compiled.packed_metadata, others, options
+            )
 
     def by_triton(self, grid: Grid, args: tuple[Argument, ...], options: dict[str, Constant]) -> object:
         """Launch on the current device by Triton's own call; what was compiled, None in the interpreter."""

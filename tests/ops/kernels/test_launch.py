@@ -2,8 +2,8 @@
 
 import ast
 import importlib
-import pkgutil
 import platform
+import pkgutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,9 +23,7 @@ from dora_peft.ops.kernels import fused, launch, norm
 from dora_peft.ops.kernels.launch import Kernel
 from dora_peft.ops.kernels.options import KernelOptions
 
-MODULES = [
-    importlib.import_module(f"{kernels.__name__}.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)
-]
+MODULES = [importlib.import_module(f"{kernels.__name__}.{found.name}") for found in pkgutil.iter_modules(kernels.__path__)]
 KERNELS = {
     f"{module.__name__.rpartition('.')[2]}.{name}": value
     for module in MODULES
@@ -150,9 +148,7 @@ def test_machine_code_of_one_device_is_not_launched_on_another(driver):
 def test_tensors_of_one_launch_lie_on_one_device(driver):
     with FakeTensorMode():
         y, rows, diagonal = (torch.empty(4, 8, device=device) for device in ("cuda:0", "cuda:0", "cuda:1"))
-        with pytest.raises(
-            ValueError, match=r"_compare_sample must lie on one device.*y on cuda:0.*diagonal on cuda:1"
-        ):
+        with pytest.raises(ValueError, match=r"_compare_sample must lie on one device.*y on cuda:0.*diagonal on cuda:1"):
             fused.compare_sample(y, rows, diagonal, 0, 0, 9)
     assert not driver.launches
 
@@ -168,7 +164,7 @@ def test_nothing_else_launches_a_kernel():
                 modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
                 assert not any(module.split(".")[0] == "triton" for module in modules), f"{path} imports Triton"
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and path.parent.name == "kernels":
-                found = eval(ast.unparse(node.func.value), vars(importlib.import_module(name)))
+                found = eval(ast.unparse(node.func.value), vars(importlib.import_module(name)))  # noqa: S307
                 if not isinstance(found, type) and found is not list:
                     assert isinstance(found, Kernel), f"{path}:{node.lineno}"
                     launched += 1
