@@ -9,6 +9,7 @@ compiled once for a layout of W0, a dtype of A and B and a size of ranks. Nothin
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,8 +29,8 @@ from .tuning import cdiv
 _FIELDS, _REFRESH = tl.constexpr(32), tl.constexpr(12)
 # Elements that a program of the check sums.
 _SIZE = 2048
-# Programs of the refresh: each takes block after block. Four fit on a processor of an H100.
-_PROGRAMS_PER_PROCESSOR = 4
+# Programs of the refresh: each takes block after block. Four fit on a processor, of which an H100 has 132, a B200 148.
+_PROGRAMS = 4 * 148
 
 
 @Kernel
@@ -205,14 +206,14 @@ class Group:
         self.known = torch.stack([entry.memory.known for entry in entries])
         self.remembered = torch.cat([entry.memory.remembered for entry in entries])
         self.base = torch.cat([entry.memory.base for entry in entries])
+        known, remembered, base = self.known.unbind(), self.remembered.split(heights), self.base.split(heights)
         rows: list[list[int]] = []
         of_check: list[int] = []
         of_refresh: list[int] = []
         offset = partial = arrived = 0
         for number, (entry, height) in enumerate(zip(entries, heights, strict=True)):
             memory, width = entry.memory, entry.lora_A.shape[1]
-            own = slice(offset, offset + height)
-            memory.move(self.known[number], self.remembered[own], self.base[own])
+            memory.move(known[number], remembered[number], base[number])
             spans = division(height, width)[0]
             blocks = cdiv(height, ROWS)
             rows.append(_row(entry, len(of_check), len(of_refresh), offset, partial, arrived))
@@ -237,10 +238,7 @@ class Group:
         self.statistics = [(e.stored.absmax, e.stored.code) for e in entries if isinstance(e.stored, FourBit)]
         options = stored_arguments(stored, self.base)[-1]
         self.options = {**options, **constants(stored, len(entries[0].lora_A))}
-        processors = 2
-        if device.type == "cuda":
-            processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self.programs = min(self.blocks, _PROGRAMS_PER_PROCESSOR * processors)
+        self.programs = min(self.blocks, _PROGRAMS)
 
     def check(self, stream: int, capturing: bool) -> tuple[Tensor, ...]:
         """A new v [out], fp32 and floored, of each entry in their order, computed if its A, B or W0 hold something new.
@@ -296,11 +294,12 @@ def _row(entry: Entry, check: int, refresh: int, offset: int, partial: int, arri
     weight, absmax, code, (w_row, w_column, blocksize), _ = stored_arguments(stored, bits_W)
     # as in `checked_norm`
     statistics, stride = absmax.numel(), max(1, absmax.numel() // SAMPLE)
-    scaling = torch.tensor(entry.scaling, dtype=torch.float32).view(torch.int32).item()
+    # the bits of an fp32
+    (scaling,) = struct.unpack("<i", struct.pack("<f", entry.scaling))
     row = [
         check, entry.lora_A.data_ptr(), entry.lora_B.data_ptr(), weight.data_ptr(), absmax.data_ptr(),
         entry.lora_A.numel(), entry.lora_B.numel(), *sample_of(bits_W), min(SAMPLE, statistics), stride,
-        refresh, height, offset, *division(height, width), width, len(entry.lora_A), int(scaling), w_row, w_column,
+        refresh, height, offset, *division(height, width), width, len(entry.lora_A), scaling, w_row, w_column,
         blocksize, code.data_ptr(), partial, arrived,
     ]  # fmt: skip
     return row + [0] * (_FIELDS.value - len(row))

@@ -109,6 +109,11 @@ def row_norms(stored: Tensor | FourBit, base_squared: Tensor, lora_A: Tensor, lo
     return out
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class Memory:
     """What a device remembers of one v between forward passes. Written by the check alone, and saved by no graph.
 
@@ -134,7 +139,7 @@ class Memory:
 
     def note_capture(self) -> None:
         """Keep the present tensors alive if a CUDA graph is being captured."""
-        if not self._captured and self.known.is_cuda and torch.cuda.is_current_stream_capturing():
+        if not self._captured and capturing(self.known.device):
             self._captured.append((self.known, self.remembered, self.base))
 
 

@@ -107,6 +107,18 @@ def test_what_changes_one_layer_refreshes_that_layer_alone(dtype, change):
     assert all(map(torch.equal, again, kept))
 
 
+@pytest.mark.parametrize("programs", [1, 3])
+def test_fewer_programs_than_blocks(programs, monkeypatch):
+    monkeypatch.setattr(subject, "_PROGRAMS", programs)
+    entries = [entry((130, 1040, 16), seed=10 * i) for i in range(2)]
+    group, first = primed(entries)
+    assert group.blocks > programs
+    assert all(map(torch.equal, parts(group), first))
+    entries[1].lora_A.neg_()
+    assert error(parts(group)[1], entries[1]) <= 1e-6
+    assert counts(entries) == [1, 2]
+
+
 def test_what_a_layer_computes_by_itself_the_group_knows():
     entries = [entry((65, 144, 16), seed=10 * i) for i in range(3)]
     group, _ = primed(entries)
