@@ -175,6 +175,11 @@ def groupable(stored: Tensor | FourBit, lora_A: Tensor, lora_B: Tensor) -> bool:
     """Whether the kernels of this file can read these: as they are stored, without a copy."""
     if not (lora_A.is_contiguous() and lora_B.is_contiguous() and lora_A.dtype is lora_B.dtype):
         return False
+    # a shard has another shape
+    if lora_A.dim() != 2 or lora_B.dim() != 2:
+        return False
+    if tuple(stored.shape) != (len(lora_B), lora_A.shape[1]) or len(lora_A) != lora_B.shape[1]:
+        return False
     if lora_A.data_ptr() % 16:
         return False
     dense = isinstance(stored, FourBit) or stored.is_contiguous() or stored.T.is_contiguous()
