@@ -52,9 +52,10 @@ class GroupedLayer(AdaptedLayer, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """v of one layer [out], and what it was computed from."""
+    """v of one layer [out], on which stream it was computed (see `_place`), and from what."""
 
     value: Tensor
+    place: tuple[int, bool]
     device: DeviceNorm
     key_A: _Key
     key_B: _Key
@@ -77,10 +78,12 @@ class _Member:
     group: int = -1
     place: int = -1
 
-    def value(self, values: Tensor) -> _Value | None:
-        """v of the layer, None if its factors have gone since the table was made."""
+    def known(self, value: Tensor, place: tuple[int, bool]) -> _Value | None:
+        """v as the layer may take it, None if its factors have gone since the table was made."""
         lora_A, lora_B = self.lora_A(), self.lora_B()
-        return None if lora_A is None or lora_B is None else _Value(values, self.device, _key(lora_A), _key(lora_B))
+        if lora_A is None or lora_B is None:
+            return None
+        return _Value(value, place, self.device, _key(lora_A), _key(lora_B))
 
 
 class _Plan:
@@ -122,20 +125,21 @@ class _Plan:
     def check(self) -> dict[int, _Value]:
         """v of every member, by its record's identity."""
         self.uses += 1
-        values = [group.check(*_place(group.device)) for group in self.groups]
-        return {
-            id(member.norm): value
-            for member in self.members
-            if (value := member.value(values[member.group][member.place])) is not None
-        }
+        places = [_place(group.device) for group in self.groups]
+        values = [group.check(*place) for group, place in zip(self.groups, places, strict=True)]
+        found = {}
+        for member in self.members:
+            known = member.known(values[member.group][member.place], places[member.group])
+            if known is not None:
+                found[id(member.norm)] = known
+        return found
 
 
 class _Pass:
     """What was gathered for one forward pass of one model in one thread."""
 
-    def __init__(self, model: nn.Module, values: dict[int, _Value], device: torch.device) -> None:
-        self.model, self.values, self.device = weakref.ref(model), values, device
-        self.place = _place(device)
+    def __init__(self, model: nn.Module, values: dict[int, _Value]) -> None:
+        self.model, self.values = weakref.ref(model), values
 
 
 class _Here(threading.local):
@@ -193,7 +197,7 @@ class _Model:
             return None
         if capturing and plan not in self.captured:
             self.captured.append(plan)
-        return _Pass(model, plan.check(), first.device)
+        return _Pass(model, plan.check())
 
     def _watched(self, model: nn.Module) -> bool:
         """Whether others' hooks run between ours and a layer's own check."""
@@ -263,10 +267,9 @@ def take(norm: Norm, lora_A: Tensor, lora_B: Tensor, scaling: float, stored: Sto
     """
     if not _here.passes:
         return None
-    current = _here.passes[-1]
     # once: a layer's second call may come after anything
-    found = current.values.pop(id(norm), None)
-    if found is None or found.device is not norm.device or current.place != _place(current.device):
+    found = _here.passes[-1].values.pop(id(norm), None)
+    if found is None or found.device is not norm.device or found.place != _place(found.value.device):
         return None
     device = found.device
     if device.scaling != scaling or device.weight() is not stored or not isinstance(stored, Tensor):

@@ -180,7 +180,8 @@ def groupable(stored: Tensor | FourBit, lora_A: Tensor, lora_B: Tensor) -> bool:
         return False
     if tuple(stored.shape) != (len(lora_B), lora_A.shape[1]) or len(lora_A) != lora_B.shape[1]:
         return False
-    if lora_A.data_ptr() % 16:
+    held = stored.packed if isinstance(stored, FourBit) else stored
+    if lora_A.data_ptr() % 16 or not held.device == lora_A.device == lora_B.device:
         return False
     dense = isinstance(stored, FourBit) or stored.is_contiguous() or stored.T.is_contiguous()
     return dense and min(lora_A.numel(), lora_B.numel()) > 0
