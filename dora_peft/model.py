@@ -14,6 +14,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, save_
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from . import norms
 from .adapters import combine, hotswap, initial, mixed_batch, targets
 from .adapters.checkpoint import from_checkpoint, to_checkpoint
 from .adapters.merge import check_merge, merge_layers, remember_token_tables, unmerge_layers
@@ -82,6 +83,7 @@ class DoraModel(BaseTuner):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
                 targets.check_found(model, adapter_name, self.peft_config[adapter_name])
                 self._introduce_layers(model)
+                norms.gather(model)
         except ValueError as error:
             clearer = targets.with_names(error, model)
             if clearer is None:
@@ -238,6 +240,7 @@ class DoraModel(BaseTuner):
         if not merge:
             with restored_on_failure(self):
                 super()._unload_and_optionally_merge(False, progressbar)
+                norms.scatter(self.model)
             return self.model
         self._check_merge_allowed()
         check_merge(self.model, adapter_names, for_good=True)
@@ -247,6 +250,7 @@ class DoraModel(BaseTuner):
             # PEFT goes through the layers again, to unload them.
             warnings.filterwarnings("ignore", message="All adapters are already merged")
             super()._unload_and_optionally_merge(True, progressbar, safe_merge, adapter_names)
+            norms.scatter(self.model)
         return self.model
 
     def add_weighted_adapter(

@@ -9,6 +9,7 @@ optimizers, averaging helpers and trainers write through `.data`, raw pointers a
     state.py        v of an adapter, the check, and the refresh
     lifecycle.py    what becomes of the records when a layer is moved, copied or loaded
     device.py       the same on a device with kernels
+    grouped.py      the same for all layers of a model at once, at the start of its forward pass
     evaluation.py   what evaluation keeps beside v: c and the folded B
     operators.py    the same check for torch.compile, as an operator without side effects
     ties.py         which rows have a magnitude that follows their norm
@@ -18,6 +19,7 @@ A v that was handed out is never written to: a graph may hold it, at another sca
 
 from .adapted import AdaptedLayer
 from .evaluation import folded
+from .grouped import gather, scatter
 from .lifecycle import drop, is_settled, leave_evaluation, let_go, replicate, settle_as
 from .operators import register, traced
 from .records import BaseNorm, Folded, Norm, Snapshot, Stored
@@ -48,6 +50,7 @@ __all__ = [
     "drop",
     "folded",
     "fresh",
+    "gather",
     "initial",
     "is_checking",
     "is_settled",
@@ -57,6 +60,7 @@ __all__ = [
     "refreshed",
     "register",
     "replicate",
+    "scatter",
     "settle",
     "settle_as",
     "traced",

@@ -3,7 +3,8 @@
 What only the host knows (another s, another version of the base weight) it passes on as "due"; whether A, B or a sample
 of W0 hold something new is decided by sums that the device makes and compares (kernels/norm.py). Of another tensor as
 base weight, as sharding and offloading bring one, all is summed: identity alone refreshes nothing. Every forward pass
-gets its own v, and what the device remembers is written by the check alone.
+gets its own v, and what the device remembers is written by the check alone. What was checked for all layers of the
+model at the start of its forward pass is taken from there, see grouped.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from ..bases import BaseWeight
 from ..ops import choice
 from ..ops.content import version
+from . import grouped
 from .adapted import AdaptedLayer
 from .records import DeviceNorm, Norm, Stored
 
@@ -37,6 +39,9 @@ def check(
         stored: W0 as stored in the layer, or the tensor in its place.
         seam: Gives the `BaseWeight` of `stored`.
     """
+    gathered = grouped.take(norm, lora_A, lora_B, scaling, stored)
+    if gathered is not None:
+        return gathered
     known, kernels = norm.device, choice.norm_kernels()
     address = stored.data_ptr() if isinstance(stored, Tensor) else 0
     count = version(stored) if isinstance(stored, Tensor) else None
@@ -52,9 +57,8 @@ def check(
         due = due or not fits
         known = DeviceNorm(memory, readable, weakref.ref(stored), count, address, scaling)
     norm.device = known
-    A, B = (factor.detach().to(torch.float32) for factor in layer.as_matrices(lora_A, lora_B))
-    factors = (lora_A, lora_B)
-    return kernels.checked_norm(known.memory, known.stored, A, B, float(scaling), factors, due=due, another=another)
+    A, B = (factor.detach() for factor in layer.as_matrices(lora_A, lora_B))
+    return kernels.checked_norm(known.memory, known.stored, A, B, float(scaling), due=due, another=another)
 
 
 def follow(magnitude: Tensor, tied: Tensor, value: Tensor) -> None:

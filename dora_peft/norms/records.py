@@ -13,6 +13,7 @@ from ..ops.content import Bits, Fingerprint
 from ..ops.content import Weight as Stored
 
 if TYPE_CHECKING:
+    from ..bases import FourBit
     from ..ops.kernels.norm import Memory
 
 
@@ -73,7 +74,7 @@ class DeviceNorm:
     """
 
     memory: Memory
-    stored: object
+    stored: Tensor | FourBit
     weight: weakref.ref[Stored]
     version: int | None
     address: int

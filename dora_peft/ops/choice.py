@@ -218,6 +218,13 @@ def norm_kernels() -> ModuleType:
     return norm
 
 
+def grouped_norm_kernels() -> ModuleType:
+    """The module whose kernels compute v of many layers at once."""
+    from .kernels import grouped_norm
+
+    return grouped_norm
+
+
 @torch.compiler.assume_constant_result
 def load_operators() -> None:
     """Register torch.ops.dora_peft.linear."""

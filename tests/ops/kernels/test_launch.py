@@ -19,7 +19,7 @@ import triton
 
 import dora_peft
 from dora_peft.ops import kernels
-from dora_peft.ops.kernels import fused, launch, norm
+from dora_peft.ops.kernels import fused, grouped_norm, launch, norm
 from dora_peft.ops.kernels.launch import Kernel
 from dora_peft.ops.kernels.options import KernelOptions
 
@@ -115,7 +115,8 @@ def run_everything(device):
     fused.compose_folded(y, empty(40, 80), empty(96, 80), c, bias, in_place=True)
     norm.row_norms(weight, c, A, B, S)
     memory = norm.Memory(96, torch.device(device))
-    norm.checked_norm(memory, weight, A, B, S, (A, B), due=False, another=True)
+    norm.checked_norm(memory, weight, A, B, S, due=False, another=True)
+    grouped_norm.Group([grouped_norm.Entry(memory, weight, A, B, S)]).check(0, False)
 
 
 def run_twice(device):

@@ -95,7 +95,7 @@ def test_four_bits(dtype, quant_type, nested):
 
 def checked(memory, weight, A, B, due=False, another=False, scaling=S):
     """v as the kernels give it, and how often they computed it."""
-    found = subject.checked_norm(memory, weight, A.float(), B.float(), scaling, (A, B), due=due, another=another)
+    found = subject.checked_norm(memory, weight, A, B, scaling, due=due, another=another)
     return found, int(memory.known[4])
 
 

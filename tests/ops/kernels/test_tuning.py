@@ -40,7 +40,10 @@ def test_many_lengths_compile_each_kernel_once_a_configuration(counts, p):
 
 @pytest.mark.parametrize(
     ("p", "new"),
-    [("0.0", ["_scaled_sum_of_few_ranks", "_scale_and_sum"]), ("0.1", ["_dropped_product", "_add_low_rank", "_dropped_gradient"])],
+    [
+        ("0.0", ["_scaled_sum_of_few_ranks", "_scale_and_sum"]),
+        ("0.1", ["_dropped_product", "_add_low_rank", "_dropped_gradient"]),
+    ],
 )
 def test_a_kernel_is_tuned_once_a_power_of_two_of_tokens(counts, p, new):
     assert counts["buckets"] == 9
