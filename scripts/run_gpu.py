@@ -64,8 +64,7 @@ def choose(stages: Sequence[Stage], words: Sequence[str]) -> list[Stage]:
         if word not in names:
             print(f"error: no stage '{word}'; there are: {' '.join(names)}", file=sys.stderr)
             raise SystemExit(2)
-    # versions say what the others' figures belong to
-    return [stage for stage in stages if not words or stage.name in words or stage.name == "versions"]
+    return [stage for stage in stages if not words or stage.name in words]
 
 
 def report(outcomes: dict[str, Outcome]) -> int:
@@ -138,7 +137,8 @@ def main() -> int:
         return 0
     if options.dry_run:
         return rehearse(options.stages)
-    stages = choose(build_stages(places), options.stages)
+    # versions say what the others' figures belong to
+    stages = choose(build_stages(places), options.stages and [*options.stages, "versions"])
     again = [stage.name for stage in stages] if options.again else []
     runner = Runner(places, output_folder(), options.limit, again=again)
     runner.resume(options.resume_from)
