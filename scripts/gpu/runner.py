@@ -238,10 +238,11 @@ class Runner:
             several = stage.parallel or self.side_by_side > 1
             try:
                 assert process.stdout is not None
-                for line in process.stdout:
-                    kept.write(line)
-                    kept.flush()
-                    print(f"{name}: {line}" if several else line, end="", flush=True)
+                with process.stdout:
+                    for line in process.stdout:
+                        kept.write(line)
+                        kept.flush()
+                        print(f"{name}: {line}" if several else line, end="", flush=True)
                 status = process.wait()
             except BaseException:
                 stop(process)
