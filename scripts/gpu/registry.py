@@ -91,8 +91,8 @@ class Figures:
     def add(self, label: str, error: float, allowed: float) -> None:
         """Remember a figure; of several with one label the worst."""
         before = self.found.get(label)
-        # NaN is the worst
-        if before is None or not error <= before[0]:
+        # NaN is the worst, and nothing is larger than it
+        if before is None or math.isnan(error) or error > before[0]:
             self.found[label] = (error, allowed)
 
     def require(self, label: str, holds: bool) -> None:
