@@ -42,6 +42,7 @@ from benchmarks.options import (
     result_path,
     stored_options,
 )
+from benchmarks.partial import Partial
 from benchmarks.report import draw_ratios, format_result
 from benchmarks.suites import SUITES
 from common.files import write_json
@@ -86,12 +87,20 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.shapes is None:
         options.shapes = SHAPES[options.model].linears()
-    report: dict[str, Any] = {**machine, "options": stored, "skipped": {}, "results": []}
+    partial = Partial(path, stored, machine, options.resume)
+    options.known = partial.results
+    report: dict[str, Any] = {**machine, "options": stored, "skipped": partial.skipped, "results": []}
     for result in SUITES[options.suite](options, report["skipped"]):
         report["results"].append(result)
+        partial.add(result)
         print(f"\n{options.suite}, {options.model}: {format_result(result)}", flush=True)
     write_json(path, report)
-    draw_ratios(report, path.with_suffix(".png"))
+    partial.end()
+    try:
+        draw_ratios(report, path.with_suffix(".png"))
+    # the figures are stored; a bare machine may have no matplotlib
+    except ModuleNotFoundError as error:
+        print(f"note: no bars are drawn: {error}", flush=True)
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     state = f"{machine['commit'] or 'unknown'}{', modified' if machine['modified'] else ''}"
     print(f"\n{machine['device']} ({machine['processor']}), threads {machine['threads']}; {versions}; commit {state}")

@@ -30,6 +30,7 @@ from benchmarks.measure import (
     summarize,
     train,
 )
+from benchmarks.partial import known_results
 from common.memory import MIB, PeakMemory, saved_bytes
 
 PEAK_STEPS = 3
@@ -50,6 +51,10 @@ def run_memory(options: Namespace, skipped: Skipped) -> Iterator[Result]:
                 "adapter_dtype": adapter_dtype,
                 "checkpointing": checkpointing,
             }
+            peak = options.peak and not (options.device.type == "cpu" and dtype != "fp32")
+            if known := list(known_results(options, setting, "saved_mib", *["peak_mib"] * peak)):
+                yield from known
+                continue
             contenders = build_contenders(base, options, skipped, rank, dropout, adapter_dtype)
             optimizers = {name: prepare_training(c, checkpointing) for name, c in contenders.items()}
             checked = check_contenders(contenders, lambda c: observe_gradients(c, batches[0]), dtype, skipped)
@@ -59,7 +64,7 @@ def run_memory(options: Namespace, skipped: Skipped) -> Iterator[Result]:
                     saved[name] = [saved_bytes(lambda c=contender: compute_loss(c, batches[0])) / MIB]
                 contender.module.zero_grad()
             yield summarize("saved_mib", setting, saved, checked)
-            if not options.peak or (options.device.type == "cpu" and dtype != "fp32"):
+            if not peak:
                 continue
             peaks: dict[str, list[float]] = {name: [] for name in contenders if not name.endswith("_compiled")}
             for _ in tqdm(range(options.repeats), desc=f"peak, {checkpointing}", unit="repeat", disable=None):

@@ -129,7 +129,9 @@ def skip(skipped: Skipped, name: str, reason: str) -> None:
 def check_contenders(
     contenders: dict[str, Contender], observe: Callable[[Contender], Results], dtype: str, skipped: Skipped
 ) -> dict[str, dict[str, Any]]:
-    """Compare what `observe` sees of each contender, without dropout; a model that does not compile is left out.
+    """Compare what `observe` sees of each contender, without dropout.
+
+    A model that does not compile is left out, and so is one of another package that does not fit into a GPU's memory.
 
     Raises:
         RuntimeError: naming contender and tensor, if contenders that should be equal are not.
@@ -140,8 +142,10 @@ def check_contenders(
             with without_dropout(contender.module), contender.context():
                 results[name] = observe(contender)
         except Exception as error:
-            if not name.endswith("_compiled"):
+            too_large = isinstance(error, torch.OutOfMemoryError) and name not in ("lora", "dora")
+            if not name.endswith("_compiled") and not too_large:
                 raise
+            contender.module.zero_grad()
             skip(skipped, name, f"{type(error).__name__}: {error}")
             del contenders[name]
     if "frozen" in contenders:

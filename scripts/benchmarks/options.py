@@ -27,7 +27,7 @@ CPU_VOCABULARY = 2048
 
 
 # What a stored result is not distinguished by.
-NOT_OPTIONS = ("json", "results", "resume", "worker", "force")
+NOT_OPTIONS = ("json", "results", "resume", "worker", "force", "known")
 
 
 def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -95,7 +95,7 @@ def read_options(argv: Sequence[str], description: str | None = None) -> argpars
     parser.add_argument("--json", type=Path, help="where to write instead")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to")
     parser.add_argument("--force", action="store_true", help="`all`: repeat runs whose result is there already")
-    parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--resume", action="store_true", help="keep what a run of these files and options has measured")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.adapter_dtype == "bf16" and options.dtype != "bf16":

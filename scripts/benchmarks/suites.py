@@ -31,6 +31,7 @@ from benchmarks.measure import (
     summarize,
     train,
 )
+from benchmarks.partial import known_results
 
 
 def run_step(options: Namespace, skipped: Skipped) -> Iterator[Result]:
@@ -43,6 +44,18 @@ def run_step(options: Namespace, skipped: Skipped) -> Iterator[Result]:
 def time_steps(
     base: Any, options: Namespace, skipped: Skipped, rank: int, dropout: float, checkpointing: str
 ) -> Result:
+    setting = {
+        "rank": rank,
+        "dropout": dropout,
+        "batch": options.batch,
+        "seq_len": options.seq_len,
+        "accumulation": options.accumulation,
+        "dtype": options.dtype,
+        "adapter_dtype": options.adapter_dtype,
+        "checkpointing": checkpointing,
+    }
+    if known := list(known_results(options, setting, "time_ms")):
+        return known[0]
     batches = random_tokens(options, options.accumulation, options.seq_len)
     contenders = build_contenders(base, options, skipped, rank, dropout, options.adapter_dtype)
     optimizers = {name: prepare_training(c, checkpointing) for name, c in contenders.items()}
@@ -63,16 +76,6 @@ def time_steps(
     # the others saw the same batches, so they have to have learned the same
     if dropout == 0:
         check_equal(losses, options.dtype)
-    setting = {
-        "rank": rank,
-        "dropout": dropout,
-        "batch": options.batch,
-        "seq_len": options.seq_len,
-        "accumulation": options.accumulation,
-        "dtype": options.dtype,
-        "adapter_dtype": options.adapter_dtype,
-        "checkpointing": checkpointing,
-    }
     return summarize("time_ms", setting, times["step"], checked)
 
 
@@ -135,7 +138,6 @@ def run_eval(options: Namespace, skipped: Skipped) -> Iterator[Result]:
             return {"eval": clock(options.device) - start}, {"logits": logits}
 
     for rank in options.rank:
-        contenders = build_contenders(base, options, skipped, rank, 0.0, options.adapter_dtype)
         setting = {
             "rank": rank,
             "batch": options.batch,
@@ -143,6 +145,10 @@ def run_eval(options: Namespace, skipped: Skipped) -> Iterator[Result]:
             "dtype": options.dtype,
             "adapter_dtype": options.adapter_dtype,
         }
+        if known := list(known_results(options, setting, "time_ms")):
+            yield from known
+            continue
+        contenders = build_contenders(base, options, skipped, rank, 0.0, options.adapter_dtype)
         yield time_inference("eval", forward, contenders, options, skipped, setting)
 
 
@@ -165,7 +171,6 @@ def run_decode(options: Namespace, skipped: Skipped) -> Iterator[Result]:
             return {"decode": (clock(options.device) - start) / len(following)}, {"logits": output.logits}
 
     for rank in options.rank:
-        contenders = build_contenders(base, options, skipped, rank, 0.0, options.adapter_dtype)
         setting = {
             "rank": rank,
             "batch": options.batch,
@@ -174,6 +179,10 @@ def run_decode(options: Namespace, skipped: Skipped) -> Iterator[Result]:
             "dtype": options.dtype,
             "adapter_dtype": options.adapter_dtype,
         }
+        if known := list(known_results(options, setting, "time_ms")):
+            yield from known
+            continue
+        contenders = build_contenders(base, options, skipped, rank, 0.0, options.adapter_dtype)
         yield time_inference("decode", decode, contenders, options, skipped, setting)
 
 

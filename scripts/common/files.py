@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -38,3 +39,15 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path`, which never holds half of it."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def digest(*paths: Path) -> str:
+    """Hexadecimal digits that differ if the content of these files does."""
+    whole = hashlib.sha256()
+    for path in paths:
+        of_file = hashlib.sha256()
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                of_file.update(block)
+        whole.update(of_file.digest())
+    return whole.hexdigest()[:16]

@@ -30,13 +30,14 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.bases import share_weights
+from common.files import digest
 from finetune.config import FinetuneConfig
 from finetune.data import IGNORE, AnswerCollator, load_records, tokenize_records
 from finetune.model import adapter_config, load_base_model, load_tokenizer
 from finetune.trainer import AnswerTrainer, training_arguments
 from reproduction import commonsense as reproduce_commonsense
 from reproduction import memory as reproduce_memory
-from reproduction.common import Options, Plan, Runs, at_edge, difference, digest, draw_detach, draw_ranks, lowest
+from reproduction.common import Options, Plan, Runs, at_edge, difference, draw_detach, draw_ranks, lowest
 
 # Files of prompt/completion records, and the command that writes them.
 TASKS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
@@ -71,18 +70,6 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         names = ("steps", "batch", "num_train", "num_validation", "num_test")
         return {name: getattr(self, name) for name in names} | {"model": "SmolLM2-135M-Instruct"}
-
-
-def digest(*paths: Path) -> str:
-    """Hexadecimal digits that differ if the content of these files does."""
-    whole = hashlib.sha256()
-    for path in paths:
-        of_file = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                of_file.update(block)
-        whole.update(of_file.digest())
-    return whole.hexdigest()[:16]
 
 
 class Runs:

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from reproduction.common import Options, Plan, Runs, difference, digest, draw_detach, draw_ranks
+from common.files import digest
+from reproduction.common import Options, Plan, Runs, difference, draw_detach, draw_ranks
 
 SCRIPTS = Path(__file__).parents[1]
 CONFIGS = SCRIPTS.parent / "configs"

@@ -30,9 +30,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, get_linear_schedule_with_warmup
 
 from benchmarks.bases import share_weights
-from common.files import replacing
+from common.files import digest, replacing
 from dora_peft import DoraConfig, param_groups
-from reproduction.common import Options, Runs, at_edge, digest, lowest
+from reproduction.common import Options, Runs, at_edge, lowest
 from reproduction.vl_bart_figure import METHODS, difference, draw, print_summary
 from reproduction.vl_bart_settings import CONFIGS, Settings, load_settings, toy
 from vl_bart.data import IGNORE, Part, Record, load_part, make_batch, question_only, word_tokenizer

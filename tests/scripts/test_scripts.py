@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import zipfile
@@ -254,29 +253,3 @@ def test_demo_refuses_wrong_arguments_before_it_installs_anything(arguments):
     result = subprocess.run(["bash", SCRIPTS / "demo.sh", *arguments], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
-
-
-STAGES = 14
-
-
-def test_gpu_stages_are_listed():
-    listed = subprocess.run(["bash", SCRIPTS / "gpu.sh", "--list"], capture_output=True, text=True, check=True)
-    with_model = (SCRIPTS.parent / "data" / "smollm2").is_dir()
-    assert len(listed.stdout.split()) == STAGES + with_model
-
-
-def test_gpu_refuses_a_stage_that_it_does_not_know(tmp_path):
-    environment = {**os.environ, "RESULTS": str(tmp_path), "PYTHON": sys.executable}
-    result = subprocess.run(["bash", SCRIPTS / "gpu.sh", "unknown"], capture_output=True, text=True, env=environment)
-    assert result.returncode == 1
-    assert "no stage 'unknown'; there are: tests kernels" in result.stderr
-
-
-@pytest.mark.parametrize("stages", [["kernels"], pytest.param([], marks=pytest.mark.slow)], ids=["one", "all"])
-def test_gpu_dry_run(stages):
-    environment = {**os.environ, "PYTHON": sys.executable}
-    command = ["bash", SCRIPTS / "gpu.sh", "--dry-run", *stages]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count(" s left ===") == (len(stages) or STAGES)
-    assert result.stdout.splitlines()[-1] == "all stages are done"
