@@ -15,6 +15,7 @@ from ..bases import BaseWeight
 from ..ops import merging
 from .kind import Kind
 
+
 class MergingLayer(Protocol):
     """What merging uses of a `DoraLayer`."""
 
@@ -89,9 +90,7 @@ def unmerge(layer: MergingLayer) -> None:
     layer.merged_adapters.clear()
 
 
-def _parts(
-    layer: MergingLayer, adapters: list[str], weight: BaseWeight
-) -> list[tuple[Tensor, Tensor, float, Tensor]]:
+def _parts(layer: MergingLayer, adapters: list[str], weight: BaseWeight) -> list[tuple[Tensor, Tensor, float, Tensor]]:
     """What `merging.merged_rows` composes: A, B, s and c of each adapter, in the device and dtype of W0's rows."""
     parts = []
     for adapter in adapters:
