@@ -100,7 +100,7 @@ def test_a_buffer_made_in_inference_mode_serves_outside_of_it():
 
 
 class Temporaries(TorchDispatchMode):
-    """The storages of at least so many bytes that operators make inside the mode."""
+    """The storages of at least so many bytes that operators make in memory inside the mode."""
 
     def __init__(self, least):
         super().__init__()
@@ -111,7 +111,7 @@ class Temporaries(TorchDispatchMode):
             self._note(tensor, self.existing)
         out = func(*args, **(kwargs or {}))
         for tensor in filter(torch.is_tensor, tree_leaves(out)):
-            if tensor.untyped_storage().nbytes() >= self.least:
+            if not tensor.is_meta and tensor.untyped_storage().nbytes() >= self.least:
                 self._note(tensor, self.found)
         return out
 
@@ -154,9 +154,9 @@ def stack(kind):
     return layers.requires_grad_(False)
 
 
-def adapted(kind):
+def adapted(base):
     config = DoraConfig(r=4, lora_alpha=4 * SCALING, target_modules=[str(i) for i in range(LAYERS)])
-    return get_peft_model(stack(kind), config)
+    return get_peft_model(base, config)
 
 
 def layers_of(model):
@@ -164,7 +164,7 @@ def layers_of(model):
 
 
 def trained(kind):
-    model, generator = adapted(kind), torch.Generator().manual_seed(1)
+    model, generator = adapted(stack(kind)), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in layers_of(model):
             for factor in layer.factor_parameters("default"):
@@ -179,9 +179,10 @@ def temporaries(kind):
 
 
 def created(kind, folder):
+    base = stack(kind)
     with temporaries(kind) as seen:
-        adapted(kind)
-    return seen
+        model = adapted(base)
+    return seen.gone(), model
 
 
 def loaded(kind, folder):
@@ -189,59 +190,58 @@ def loaded(kind, folder):
     base = stack(kind)
     with temporaries(kind) as seen:
         model = PeftModel.from_pretrained(base, folder)
-    with temporaries(kind) as again:
+    return seen.gone(), model
+
+
+def loaded_beside(kind, folder):
+    model = trained(kind)
+    model.save_pretrained(folder)
+    with temporaries(kind) as seen:
         model.load_adapter(folder, "second")
-    assert again.gone() <= 1
-    return seen
+    return seen.gone(), model
 
 
 def merged(kind, folder, **options):
     model = trained(kind)
     with temporaries(kind) as seen:
-        # the originals are to be freed after it is counted
         model.merge_adapter(**options)
-    return seen
+    return seen.gone(), model
 
 
 def merged_safely(kind, folder):
     return merged(kind, folder, safe_merge=True)
 
 
-OPERATIONS = [created, loaded, merged, merged_safely]
+OPERATIONS = [created, loaded, loaded_beside, merged, merged_safely]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_operation_makes_one_large_temporary(kind, operation, tmp_path):
-    assert operation(kind, tmp_path).gone() == 1
+def test_an_operation_makes_one_large_temporary_at_most(kind, operation, tmp_path):
+    gone, _ = operation(kind, tmp_path)
+    assert gone <= 1
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_temporaries_are_seen(operation, tmp_path, monkeypatch):
     monkeypatch.setattr(undo.scratch, "kept", nullcontext)
-    assert operation("linear-bf16", tmp_path).gone() >= LAYERS
+    gone, _ = operation("linear-bf16", tmp_path)
+    assert gone >= LAYERS
+
+
+class Widened(nn.Module):
+    """Gives each layer an input of its own width."""
+
+    def forward(self, x):
+        return nn.functional.pad(x, (0, 320 - x.shape[-1]))
 
 
 def test_a_forward_pass_after_a_step_makes_one_large_temporary():
-    model, x = trained("linear-bf16"), torch.ones(1, 320, dtype=torch.bfloat16)
-    model.base_model.model = nn.Sequential(*layers_of(model)[:1], *(lambda_of(layer) for layer in layers_of(model)[1:]))
+    model = trained("linear-bf16")
+    model.base_model.model = nn.Sequential(*(m for layer in layers_of(model) for m in (Widened(), layer)))
     with temporaries("linear-bf16") as seen:
-        model(x)
+        model(torch.ones(1, 320, dtype=torch.bfloat16))
     assert seen.gone() == 1
-
-
-def lambda_of(layer):
-    class Beside(nn.Module):
-        """Calls the layer on an input of its own width."""
-
-        def __init__(self):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, y):
-            return self.layer(torch.nn.functional.pad(y, (0, 64)))
-
-    return Beside()
 
 
 @pytest.mark.parametrize("kind", KINDS)
