@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -181,8 +181,11 @@ class DoraModel(BaseTuner):
         """Hand `adapter_names`, one per sample, to the layers (inference only), and one buffer for their refreshes."""
         adapter_names = cast("list[str] | None", kwargs.pop("adapter_names", None))
         if adapter_names is None:
-            # a compiler has no use for it, and could not follow
-            with nullcontext() if torch.compiler.is_compiling() else scratch.kept():
+            # a compiler has no use for the buffer, and could not follow
+            if torch.compiler.is_compiling():
+                yield
+                return
+            with scratch.kept():
                 yield
             return
         beams = cast("int | None", kwargs.get("num_beams")) or 1

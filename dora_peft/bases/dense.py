@@ -21,8 +21,10 @@ class Dense(BaseWeight):
         self.weight, self.view = weight.detach(), view
         acc_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.gathers = weight.dim() > 2 and not weight.is_contiguous()
-        shape = (weight.shape[0], math.prod(weight.shape[1:])) if self.gathers else self.matrix.shape
-        super().__init__(*shape, acc_dtype, weight.device)
+        out_features, in_features = (
+            (weight.shape[0], math.prod(weight.shape[1:])) if self.gathers else self.matrix.shape
+        )
+        super().__init__(out_features, in_features, acc_dtype, weight.device)
         self.has_blocks = self.gathers or self.matrix.is_contiguous()
         casts = weight.dtype != acc_dtype
         # another class of tensors may not be copied from as it is cast

@@ -55,7 +55,7 @@ def measure_resident(options: Namespace) -> dict[str, float]:
     """The other side of `run_resident`: the MiB that each operation adds."""
     base = build_at_once(SHAPES[options.model], options.layers, options.vocab, DTYPES[options.dtype], options.seed)
     (tokens,) = random_tokens(options, 1, options.seq_len)
-    rank, added = options.rank[0], {}
+    rank, added = options.rank[0], dict[str, float]()
     settings: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear"}
     before = anonymous_mib()
 
