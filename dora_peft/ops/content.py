@@ -199,6 +199,10 @@ def _sample(weight: Weight) -> Tensor | None:
 
 def _elements(weight: Tensor) -> Tensor:
     step = _step(weight)
+    if step > 1 and not weight.is_contiguous():
+        # `reshape` would copy all of a kernel in channels_last
+        index = torch.arange(_start(step), weight.numel(), step, device=weight.device)[:SAMPLE]
+        return weight.detach()[torch.unravel_index(index, weight.shape)]
     return weight.detach().reshape(-1)[_start(step) :: step][: SAMPLE if step > 1 else WHOLE]
 
 
@@ -217,6 +221,9 @@ def digest(tensor: Tensor) -> int:
     Each word of 64 bits is mixed before it is weighted: with plain or odd-weighted sums alone two changes of the
     highest bit would cancel modulo 2^64. The shift is an arithmetic one: a flipped sign reaches every lower bit.
     """
+    if not tensor.is_contiguous():
+        with scratch.lent(tensor.numel(), tensor.dtype, tensor.device) as memory:
+            return digest(memory.view(tensor.shape).copy_(tensor.detach()))
     with torch.no_grad():
         words = _words(tensor.detach())
         weights, parts = _weights(tensor.device), []
