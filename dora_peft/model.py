@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, replicate_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, save_and_load
@@ -20,6 +21,7 @@ from .adapters.checkpoint import from_checkpoint, to_checkpoint
 from .adapters.merge import check_merge, merge_layers, remember_token_tables, unmerge_layers
 from .adapters.names import exactly
 from .adapters.undo import restored_on_failure, switched
+from .bases import scratch
 from .bases.peft_names import all_linear
 from .config import DoraConfig
 from .layers import DoraLayer, merge_checks
@@ -178,12 +180,18 @@ class DoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: object, **kwargs: object) -> Iterator[None]:
-        """Hand `adapter_names`, one per sample, to the layers (inference only)."""
+        """Hand `adapter_names`, one per sample, to the layers (inference only), and one buffer for their refreshes."""
         adapter_names = cast("list[str] | None", kwargs.pop("adapter_names", None))
         if adapter_names is None:
-            yield
+            # a compiler has no use for the buffer, and could not follow
+            if torch.compiler.is_compiling():
+                yield
+                return
+            with scratch.kept():
+                yield
             return
-        with mixed_batch.named(self, adapter_names, beams=cast("int | None", kwargs.get("num_beams")) or 1):
+        beams = cast("int | None", kwargs.get("num_beams")) or 1
+        with scratch.kept(), mixed_batch.named(self, adapter_names, beams=beams):
             yield
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:

@@ -9,7 +9,9 @@ On a laptop without GPU, in seconds:
 
 Suites: `step` (whole training step), `layer` (forward, backward and both of one linear layer), `eval`, `decode`
 (single tokens behind a KV cache), `refresh` (the norm alone, its error, how often it is computed), `memory` (bytes
-kept for backward; peak of the allocator on a GPU, of the resident set in a process per contender on a CPU).
+kept for backward; peak of the allocator on a GPU, of the resident set in a process per contender on a CPU), `idle`
+(training step with 40 adapters beside the active one), `resident` (what creating, loading and merging an adapter add
+to the resident memory of a process on a CPU).
 
 Contenders: `lora`, `peft_dora` (LoraConfig(use_dora=True)), `dora` and `dora:IMPLEMENTATION` (this package), `frozen`
 (the base model alone, dx included), `lora_floor` (base and low-rank products, nothing else), in inference also
@@ -44,6 +46,7 @@ from benchmarks.options import (
 )
 from benchmarks.partial import Partial
 from benchmarks.report import draw_ratios, format_result
+from benchmarks.resident import measure_resident
 from benchmarks.suites import SUITES
 from common.files import write_json
 from common.machine import describe_machine
@@ -63,6 +66,8 @@ PLAN = (
     f"decode --model llama-512 {MAIN},peft_dora_cached",
     f"decode --model llama-1024 --layers 2 {MAIN},peft_dora_cached",
     f"memory --model llama-512 --batch 2 {MAIN}",
+    "idle --model llama-512",
+    "resident --model llama-3.2-1b --dtype bf16 --batch 1 --seq-len 64",
     "refresh --model llama-1024 --layers 2",
     "refresh --model llama-1024 --layers 2 --dtype bf16 --tag bf16",
 )
@@ -119,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif options.worker is not None:
         if options.threads is not None:
             torch.set_num_threads(options.threads)
-        write_json(options.json, measure_worker(options))
+        measured = measure_resident(options) if options.suite == "resident" else measure_worker(options)
+        write_json(options.json, measured)
     else:
         run(options)
 

@@ -1,10 +1,12 @@
 """Adapters are added, switched, used together, disabled and deleted."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from model_fixtures import (
+    IDS,
     NAMES,
     X,
     adapter_parameters,
@@ -144,3 +146,31 @@ def test_several_active_adapters_refuse_the_papers_dropout_by_name():
     model = two_adapters(dropout_mode="paper", lora_dropout=0.5)
     with pytest.raises(ValueError, match=r"Adapter 'default' uses dropout_mode='paper'.*dropout_mode='branch'"):
         model.base_model.set_adapter(["default", "second"])
+
+
+def calls_of_a_training_step(model):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    calls = []
+
+    def step():
+        optimizer.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+
+    # what is done once
+    for _ in range(2):
+        step()
+    before = sys.getprofile()
+    sys.setprofile(lambda frame, event, argument: calls.append(event) if event in ("call", "c_call") else None)
+    try:
+        step()
+    finally:
+        sys.setprofile(before)
+    return len(calls)
+
+
+def test_a_training_step_does_not_look_at_idle_adapters():
+    alone, among_others = (get_peft_model(llama(), config(target_modules="all-linear")).train() for _ in range(2))
+    for number in range(5):
+        among_others.add_adapter(f"idle{number}", config(target_modules="all-linear"))
+    assert 1000 < calls_of_a_training_step(alone) == calls_of_a_training_step(among_others)

@@ -1,7 +1,8 @@
 """Taking back an operation that an error or Ctrl-C ended half-way.
 
 Creating, loading, merging or deleting an adapter goes through the layers one by one. Every such operation runs inside
-`restored_on_failure`, so that the model is as it was before unless the operation has succeeded.
+`restored_on_failure`, so that the model is as it was before unless the operation has succeeded. For as long the layers
+share one buffer for the blocks of W0 that they read, see bases/scratch.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..bases import scratch
 from ..layers import DoraLayer
 
 _CONTAINERS = (dict, OrderedDict, list, set)
@@ -109,7 +111,8 @@ def restored_on_failure(
     undo, outer = Undo(model, adapter_name, modules), _open.get()
     token = _open.set(undo)
     try:
-        yield
+        with scratch.kept():
+            yield
     except BaseException:
         if concerned():
             undo()

@@ -5,6 +5,7 @@
     whole.py         HQQ and torchao, dequantised as a whole
     opaque.py        layers that can only be called, such as GPTQ's and AWQ's
     offloaded.py     any of these while accelerate keeps it elsewhere
+    scratch.py       memory for the blocks that are read of them
 
 base.py says what a new kind has to provide. Beside the weight itself: inspection.py finds out how to call a layer whose
 weight cannot be read, input_gradient.py gives dL/dx to layers that have none, offload.py knows accelerate's hooks,

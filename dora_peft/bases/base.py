@@ -19,14 +19,17 @@ dimensions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from . import scratch
+
 # One dense block in the accumulation dtype. Four may be alive together (rows, product, sum, square): below 64 MiB in
 # all.
-BLOCK_BYTES = 12 * 2**20
+BLOCK_BYTES = scratch.CAPACITY
 
 
 class FourBit(NamedTuple):
@@ -55,6 +58,7 @@ class BaseWeight:
         device: Where the weight is, or is brought when it is read.
         dense_rows: How many rows in `dtype` fit into BLOCK_BYTES, for copies and products of them.
         block_rows: How many rows `blocks` reads at a time: as many, or more if a block is a view.
+        copies: Whether `block` makes its rows anew, and into `memory` if it gets some.
         has_rows: Whether `block`, `rows` and `dense` are available.
         has_blocks: Whether rows that `block` gives lie next to each other in memory, at little cost.
         mergeable: Whether `replacement` can write a new weight.
@@ -62,26 +66,41 @@ class BaseWeight:
 
     has_rows = True
     has_blocks = False
+    copies = False
     mergeable = True
 
     def __init__(self, out_features: int, in_features: int, acc_dtype: torch.dtype, device: torch.device) -> None:
         self.out_features, self.in_features = out_features, in_features
+        # of a block, where that is not all of a row
+        self.row_elements = in_features
         self.dtype, self.device = acc_dtype, device
         self.dense_rows = self.block_rows = max(1, BLOCK_BYTES // (in_features * acc_dtype.itemsize))
 
-    def block(self, start: int, stop: int) -> Tensor:
-        """Rows start:stop, [stop - start, in], in the accumulation dtype; may alias the weight, so read only."""
+    def block(self, start: int, stop: int, memory: Tensor | None = None) -> Tensor:
+        """Rows start:stop, [stop - start, in], in the accumulation dtype; may alias the weight, so read only.
+
+        Args:
+            start, stop: The rows.
+            memory: Where to make them if the weight `copies`, see `lend`.
+        """
         raise NotImplementedError
+
+    def lend(self, rows: int) -> AbstractContextManager[Tensor | None]:
+        """Memory for blocks of up to so many rows, None if they need none, see scratch.py."""
+        if not self.copies:
+            return nullcontext()
+        return scratch.lent(min(rows, self.out_features) * self.row_elements, self.dtype, self.device)
 
     def stored(self) -> Tensor | FourBit | None:
         """What a kernel reads W0 from: a matrix [out, in] of any strides, its 4-bit form, or None if it cannot."""
         return None
 
     def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
-        """All of W0 as (start, stop, rows start:stop)."""
-        for start in range(0, self.out_features, self.block_rows):
-            stop = min(start + self.block_rows, self.out_features)
-            yield start, stop, self.block(start, stop)
+        """All of W0 as (start, stop, rows start:stop), which are gone when the next ones are asked for."""
+        with self.lend(self.block_rows) as memory:
+            for start in range(0, self.out_features, self.block_rows):
+                stop = min(start + self.block_rows, self.out_features)
+                yield start, stop, self.block(start, stop, memory)
 
     def rows(self, index: Tensor) -> Tensor:
         """The rows of `index` [k], densely: [k, in]."""
@@ -92,7 +111,10 @@ class BaseWeight:
 
     def dense(self) -> Tensor:
         """W0 itself, [out, in]; for the reference implementation and recordings only."""
-        return torch.cat([rows for _, _, rows in self.blocks()])
+        out = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=self.device)
+        for start, stop, rows in self.blocks():
+            out[start:stop] = rows
+        return out
 
     def row_norms_squared(self) -> Tensor:
         """||W0||^2 per output row, [out]."""
@@ -104,7 +126,8 @@ class BaseWeight:
     def times(self, lora_A: Tensor) -> Tensor:
         """W0 A^T, [out, r], for A [r, in]."""
         if self.block_rows >= self.out_features:
-            return self.block(0, self.out_features) @ lora_A.T
+            with self.lend(self.out_features) as memory:
+                return self.block(0, self.out_features, memory) @ lora_A.T
         out = torch.empty(self.out_features, lora_A.shape[0], dtype=self.dtype, device=self.device)
         for start, stop, rows in self.blocks():
             torch.mm(rows, lora_A.T, out=out[start:stop])
@@ -118,7 +141,10 @@ class BaseWeight:
         return out
 
     def replacement(self, rows: Callable[[Tensor, int, int], Tensor]) -> nn.Parameter:
-        """A new weight parameter whose rows start:stop are `rows(block, start, stop)`, of the base's own kind."""
+        """A new weight parameter whose rows start:stop are `rows(block, start, stop)`, of the base's own kind.
+
+        The block is a copy of those of W0, which `rows` may write to and return.
+        """
         raise NotImplementedError
 
     def keep_original(self, layer: nn.Module, offload: bool) -> nn.Parameter:

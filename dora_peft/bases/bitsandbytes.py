@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 class Bnb8bit(BaseWeight):
     """bitsandbytes int8: a row is CB[row] * SCB[row] / 127."""
 
+    copies = True
+
     def __init__(self, layer: Linear8bitLt, weight: Int8Params) -> None:
         self.layer, self.weight, self.data = layer, weight, weight.data
         # the first forward moves SCB from the parameter to the layer's state
@@ -31,8 +33,10 @@ class Bnb8bit(BaseWeight):
         out_features, in_features = weight.shape
         super().__init__(out_features, in_features, torch.float32, weight.device)
 
-    def block(self, start: int, stop: int) -> Tensor:
-        return self.data[start:stop].to(self.dtype) * self.row_scale[start:stop, None].to(self.device)
+    def block(self, start: int, stop: int, memory: Tensor | None = None) -> Tensor:
+        shape = stop - start, self.in_features
+        out = torch.empty(shape, dtype=self.dtype, device=self.device) if memory is None else memory[: math.prod(shape)]
+        return out.view(shape).copy_(self.data[start:stop]).mul_(self.row_scale[start:stop, None].to(self.device))
 
     def replacement(self, rows: Callable[[Tensor, int, int], Tensor]) -> nn.Parameter:
         dense = torch.cat([rows(block, start, stop).half().cpu() for start, stop, block in self.blocks()])
@@ -69,7 +73,8 @@ class Bnb4bit(BaseWeight):
         self.block_rows = max(self.align, self.block_rows // self.align * self.align)
         self._absmax: Tensor | None = None
 
-    def block(self, start: int, stop: int) -> Tensor:
+    def block(self, start: int, stop: int, memory: Tensor | None = None) -> Tensor:
+        # bitsandbytes allocates what it gives
         first = start // self.align * self.align
         last = min(-(-stop // self.align) * self.align, self.out_features)
         return self._dequantize(first, last)[start - first : stop - first]

@@ -2,46 +2,79 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from . import scratch
 from .base import BaseWeight
 
 
 class Dense(BaseWeight):
-    """A float tensor seen through `view`, which gives its [out, in] matrix without copying."""
+    """A float tensor seen through `view`, which gives its [out, in] matrix without copying, but for a kernel in
+    channels_last: its rows are gathered block by block."""
 
     def __init__(self, weight: Tensor, view: Callable[[Tensor], Tensor]) -> None:
         self.weight, self.view = weight.detach(), view
-        self.matrix = view(self.weight)
         acc_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        out_features, in_features = self.matrix.shape
+        self.gathers = weight.dim() > 2 and not weight.is_contiguous()
+        out_features, in_features = (
+            (weight.shape[0], math.prod(weight.shape[1:])) if self.gathers else self.matrix.shape
+        )
         super().__init__(out_features, in_features, acc_dtype, weight.device)
-        self.has_blocks = self.matrix.is_contiguous()
-        if weight.dtype == acc_dtype:
+        self.has_blocks = self.gathers or self.matrix.is_contiguous()
+        casts = weight.dtype != acc_dtype
+        # another class of tensors may not be copied from as it is cast
+        self.copies = (casts or self.gathers) and type(self.weight) is Tensor
+        if not casts and not self.gathers:
             self.block_rows = max(1, self.out_features)
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """W0 [out, in] as stored; a copy if the weight `gathers`."""
+        return self.view(self.weight)
 
     def stored(self) -> Tensor | None:
         return self.matrix
 
-    def block(self, start: int, stop: int) -> Tensor:
-        return self.matrix[start:stop].to(self.dtype)
+    def block(self, start: int, stop: int, memory: Tensor | None = None) -> Tensor:
+        part = self.weight[start:stop] if self.gathers else self.matrix[start:stop]
+        if memory is None or not self.copies:
+            return part.flatten(1).to(self.dtype)
+        if self.gathers:
+            return self._contiguous(start, stop, memory)
+        out = scratch.like(part, memory)
+        out.copy_(part)
+        return out
+
+    def _contiguous(self, start: int, stop: int, memory: Tensor) -> Tensor:
+        """Rows start:stop at the start of `memory`, next to each other whatever the weight's strides."""
+        out = memory[: (stop - start) * self.row_elements].view(stop - start, self.row_elements)
+        if self.gathers:
+            part = self.weight[start:stop]
+            out.view(part.shape).copy_(part)
+        else:
+            out.copy_(self.matrix[start:stop])
+        return out
 
     def rows(self, index: Tensor) -> Tensor:
-        return self.matrix[index].to(self.dtype)
+        return (self.weight[index].flatten(1) if self.gathers else self.matrix[index]).to(self.dtype)
 
     def replacement(self, rows: Callable[[Tensor, int, int], Tensor]) -> nn.Parameter:
         new = torch.empty_like(self.weight)
-        for start in range(0, self.out_features, self.dense_rows):
-            stop = min(start + self.dense_rows, self.out_features)
-            part = rows(self.block(start, stop), start, stop).to(new.dtype)
-            # flattening a channels_last kernel would copy it
-            if new.dim() > 2:
-                new[start:stop] = part.view(new[start:stop].shape)
-            else:
-                self.view(new)[start:stop] = part
+        size = min(self.dense_rows, self.out_features) * self.row_elements
+        with scratch.lent(size, self.dtype, self.device) as memory:
+            for start in range(0, self.out_features, self.dense_rows):
+                stop = min(start + self.dense_rows, self.out_features)
+                part = rows(self._contiguous(start, stop, memory), start, stop)
+                # flattening a channels_last kernel would copy it
+                if new.dim() > 2:
+                    new[start:stop] = part.view(new[start:stop].shape)
+                else:
+                    self.view(new)[start:stop] = part
         return nn.Parameter(new, requires_grad=False)
 
     def keep_original(self, layer: nn.Module, offload: bool) -> nn.Parameter:

@@ -32,9 +32,9 @@ class Offloaded(BaseWeight):
         super().__init__(seen.out_features, seen.in_features, seen.dtype, execution_device(layer))
         self.has_rows, self.mergeable, self.dense_rows = seen.has_rows, seen.mergeable, seen.dense_rows
 
-    def block(self, start: int, stop: int) -> Tensor:
+    def block(self, start: int, stop: int, memory: Tensor | None = None) -> Tensor:
         with at_hand(self.layer):
-            return self.look().block(start, stop)
+            return self.look().block(start, stop, memory)
 
     def blocks(self) -> Iterator[tuple[int, int, Tensor]]:
         with at_hand(self.layer):

@@ -6,7 +6,6 @@ model uses a weight is found out in merge_checks.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -15,9 +14,6 @@ from torch import Tensor, nn
 from ..bases import BaseWeight
 from ..ops import merging
 from .kind import Kind
-
-# rows start:stop of W0, start and stop -> the same rows of W'
-Rows = Callable[[Tensor, int, int], Tensor]
 
 
 class MergingLayer(Protocol):
@@ -54,19 +50,20 @@ def merge(layer: MergingLayer, adapters: list[str], safe_merge: bool, offload_or
         return
     check_mergeable(layer, brought_in=True)
     weight, base = layer.base_weight(), layer.get_base_layer()
-    rows = merged_rows(layer, layer.merged_adapters + adapters, weight)
+    parts = _parts(layer, layer.merged_adapters + adapters, weight)
     finite = True
 
-    def checked_rows(block: Tensor, start: int, stop: int) -> Tensor:
+    def rows(block: Tensor, start: int, stop: int) -> Tensor:
         nonlocal finite
-        merged = rows(block, start, stop)
+        merged = merging.merged_rows(block, start, stop, parts, out=block)
         # before it is quantised, which may hide a NaN
-        finite = finite and bool(torch.isfinite(merged).all())
+        finite = finite and (not safe_merge or merging.is_finite(merged))
         return merged
 
     with torch.no_grad():
-        replacement = weight.replacement(checked_rows if safe_merge else rows)
-    if safe_merge and not (finite and (replacement.dtype == torch.int8 or torch.isfinite(replacement).all())):
+        replacement = weight.replacement(rows)
+    # quantised, it may hold no floats
+    if safe_merge and not (finite and (not replacement.is_floating_point() or merging.is_finite(replacement))):
         raise ValueError(
             f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken "
             f"(module '{layer.name}')."
@@ -93,20 +90,14 @@ def unmerge(layer: MergingLayer) -> None:
     layer.merged_adapters.clear()
 
 
-def merged_rows(layer: MergingLayer, adapters: list[str], weight: BaseWeight) -> Rows:
-    """What gives rows of W' from the same rows of W0, for adapters composed in order.
-
-    Args:
-        layer: A layer that holds all of them.
-        adapters: Their names.
-        weight: W0, whose device and dtype the rows will have.
-    """
+def _parts(layer: MergingLayer, adapters: list[str], weight: BaseWeight) -> list[tuple[Tensor, Tensor, float, Tensor]]:
+    """What `merging.merged_rows` composes: A, B, s and c of each adapter, in the device and dtype of W0's rows."""
     parts = []
     for adapter in adapters:
         lora_A, lora_B = (t.detach().to(weight.device, weight.dtype) for t in layer.factors(adapter))
         c = layer.scale(adapter).detach().to(weight.device, weight.dtype)
         parts.append((lora_A, lora_B, float(layer.scaling[adapter]), c))
-    return lambda rows, start, stop: merging.merged_rows(rows, start, stop, parts)
+    return parts
 
 
 def delta_weight(layer: MergingLayer, adapter: str) -> Tensor:
@@ -121,8 +112,10 @@ def delta_weight(layer: MergingLayer, adapter: str) -> Tensor:
     if obstacle is not None:
         raise NotImplementedError(f"W' - W0 is not available for module '{layer.name}': {obstacle}")
     with torch.no_grad():
-        merged = merged_rows(layer, [adapter], weight)
-        delta = torch.cat([merged(rows, start, stop) - rows for start, stop, rows in weight.blocks()])
+        parts = _parts(layer, [adapter], weight)
+        delta = torch.empty(weight.out_features, weight.in_features, dtype=weight.dtype, device=weight.device)
+        for start, stop, rows in weight.blocks():
+            merging.merged_rows(rows, start, stop, parts, out=delta[start:stop]).sub_(rows)
     return layer.kind.in_layout(base, delta).to(layer.factor_parameters(adapter)[1].dtype)
 
 

@@ -17,6 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from ..bases import scratch
+
 # Elements of a frozen weight that are compared at every forward pass, evenly spaced from a fixed odd place on; a weight
 # of at most WHOLE elements is compared in full.
 SAMPLE, WHOLE = 64, 4096
@@ -197,6 +199,10 @@ def _sample(weight: Weight) -> Tensor | None:
 
 def _elements(weight: Tensor) -> Tensor:
     step = _step(weight)
+    if step > 1 and not weight.is_contiguous():
+        # `reshape` would copy all of a kernel in channels_last
+        index = torch.arange(_start(step), weight.numel(), step, device=weight.device)[:SAMPLE]
+        return weight.detach()[torch.unravel_index(index, weight.shape)]
     return weight.detach().reshape(-1)[_start(step) :: step][: SAMPLE if step > 1 else WHOLE]
 
 
@@ -215,24 +221,33 @@ def digest(tensor: Tensor) -> int:
     Each word of 64 bits is mixed before it is weighted: with plain or odd-weighted sums alone two changes of the
     highest bit would cancel modulo 2^64. The shift is an arithmetic one: a flipped sign reaches every lower bit.
     """
+    if not tensor.is_contiguous():
+        with scratch.lent(tensor.numel(), tensor.dtype, tensor.device) as memory:
+            return digest(memory.view(tensor.shape).copy_(tensor.detach()))
     with torch.no_grad():
         words = _words(tensor.detach())
         weights, parts = _weights(tensor.device), []
-        for start in range(0, words.numel(), _BLOCK):
-            block = words[start : start + _BLOCK]
-            mixed = (block >> 32).bitwise_xor_(block).mul_(-7046029254386353131)
-            mixed.bitwise_xor_(mixed >> 29)
-            whole = len(mixed) // _ROW * _ROW
-            if whole:
-                parts.append(mixed[:whole].view(-1, _ROW).mul_(weights).sum(1))
-            if whole < len(mixed):
-                parts.append(mixed[whole:].mul_(weights[: len(mixed) - whole]).sum(0, keepdim=True))
+        with scratch.lent(2 * min(_BLOCK, words.numel()), torch.int64, tensor.device) as memory:
+            for start in range(0, words.numel(), _BLOCK):
+                parts += _sums(words[start : start + _BLOCK], weights, memory)
         total = words.numel()
         # read at once: a device is waited for only here
         for part in torch.cat(parts).tolist() if parts else []:
             total = ((total ^ part) * 0x9E3779B97F4A7C15 + 1) & _MASK
             total ^= total >> 31
     return total
+
+
+def _sums(block: Tensor, weights: Tensor, memory: Tensor) -> list[Tensor]:
+    """The weighted sums of some mixed words [n], for memory of twice as many."""
+    mixed = torch.bitwise_right_shift(block, 32, out=memory[: len(block)])
+    mixed.bitwise_xor_(block).mul_(-7046029254386353131)
+    mixed.bitwise_xor_(torch.bitwise_right_shift(mixed, 29, out=memory[len(block) : 2 * len(block)]))
+    whole = len(mixed) // _ROW * _ROW
+    sums = [mixed[:whole].view(-1, _ROW).mul_(weights).sum(1)] if whole else []
+    if whole < len(mixed):
+        sums.append(mixed[whole:].mul_(weights[: len(mixed) - whole]).sum(0, keepdim=True))
+    return sums
 
 
 def _words(tensor: Tensor) -> Tensor:

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 
-def merged_rows(rows: Tensor, start: int, stop: int, adapters: list[tuple[Tensor, Tensor, float, Tensor]]) -> Tensor:
-    """Rows start:stop of W' = c_n (... c_1 (W0 + s_1 B_1 A_1) ... + s_n B_n A_n) for adapters (A, B, s, c)."""
+def merged_rows(
+    rows: Tensor,
+    start: int,
+    stop: int,
+    adapters: list[tuple[Tensor, Tensor, float, Tensor]],
+    out: Tensor | None = None,
+) -> Tensor:
+    """Rows start:stop of W' = c_n (... c_1 (W0 + s_1 B_1 A_1) ... + s_n B_n A_n) for adapters (A, B, s, c).
+
+    Args:
+        out: Where to write them, which may be `rows`; for at least one adapter.
+    """
     for lora_A, lora_B, scaling, c in adapters:
-        rows = torch.addmm(rows, lora_B[start:stop], lora_A, alpha=scaling) * c[start:stop, None]
+        rows = out = torch.addmm(rows, lora_B[start:stop], lora_A, alpha=scaling, out=out).mul_(c[start:stop, None])
     return rows
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of floats holds neither NaN nor infinity; without one of its size beside it."""
+    return not tensor.numel() or math.isfinite(torch.linalg.vector_norm(tensor, torch.inf).item())
 
 
 def weighted_sum(

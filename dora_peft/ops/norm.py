@@ -40,11 +40,13 @@ def row_norms(weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_B: 
         return factored_norm_squared(weight, base_squared, lora_A, lora_B, scaling).clamp_(min=0).sqrt_()
     step = max(1, min(weight.dense_rows, NORM_BLOCK_BYTES // (weight.in_features * weight.dtype.itemsize)))
     out = torch.empty_like(base_squared)
-    buffer = workspace("composed", (min(step, weight.out_features), weight.in_features), base_squared)
+    memory = workspace("composed", (min(step, weight.out_features) * weight.in_features,), base_squared)
     for start in range(0, weight.out_features, step):
         stop = min(start + step, weight.out_features)
-        rows = weight.block(start, stop)
-        composed = compose_weight(rows, lora_A, lora_B[start:stop], scaling, out=buffer[: stop - start])
+        rows = weight.block(start, stop, memory)
+        # rows that are a copy already are composed where they are
+        into = rows if weight.copies else memory[: rows.numel()].view(rows.shape)
+        composed = compose_weight(rows, lora_A, lora_B[start:stop], scaling, out=into)
         torch.linalg.vector_norm(composed, dim=1, out=out[start:stop])
     return out
 

@@ -50,6 +50,35 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def build_base(shape: Shape, layers: int, vocab: int, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
     """A frozen causal language model of this shape with random weights."""
+    config, model_class = _described(shape, layers, vocab)
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = model_class(config)
+    return model.to(dtype).requires_grad_(False)
+
+
+def build_at_once(shape: Shape, layers: int, vocab: int, dtype: torch.dtype, seed: int) -> Any:
+    """The same on the CPU with each weight made once, in its dtype: the heap is as after loading, without holes."""
+    config, model_class = _described(shape, layers, vocab)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        model: Any = model_class(config)
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in made:
+                    weight = torch.empty(parameter.shape, dtype=dtype)
+                    weight = weight.fill_(1) if weight.dim() < 2 else weight.uniform_(-0.03, 0.03, generator=generator)
+                    made[parameter] = nn.Parameter(weight, requires_grad=False)
+                module._parameters[name] = made[parameter]
+    # its buffers are computed when it is made
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model
+
+
+def _described(shape: Shape, layers: int, vocab: int) -> tuple[Any, Any]:
+    """The configuration and the class of a model."""
     config_class, model_class = (Qwen3Config, Qwen3ForCausalLM) if shape.qwen3 else (LlamaConfig, LlamaForCausalLM)
     config = config_class(
         vocab_size=vocab,
@@ -65,10 +94,7 @@ def build_base(shape: Shape, layers: int, vocab: int, dtype: torch.dtype, device
         bos_token_id=None,
         eos_token_id=None,
     )
-    torch.manual_seed(seed)
-    with torch.device(device):
-        model = model_class(config)
-    return model.to(dtype).requires_grad_(False)
+    return config, model_class
 
 
 class OneLinear(nn.Module):

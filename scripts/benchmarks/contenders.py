@@ -7,6 +7,7 @@ the same as its floor, and every DoRA the same as every other; `check_equal` mak
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import shutil
 import zlib
@@ -33,6 +34,8 @@ CONTENDERS: dict[str, tuple[str, list[str]]] = {
     "dora:torch": ("dora", ["peft_dora", "dora"]),
     "dora:reference": ("dora", ["peft_dora", "dora"]),
     "dora:triton": ("dora", ["peft_dora", "dora"]),
+    "lora_idle": ("lora", ["lora"]),
+    "dora_idle": ("dora", ["dora"]),
     "frozen": ("frozen", ["base"]),
     "lora_floor": ("floor", ["lora"]),
     "lora_compiled": ("lora", ["lora"]),
@@ -42,6 +45,8 @@ CONTENDERS: dict[str, tuple[str, list[str]]] = {
 # 1e-7 and 6e-7 in fp32, 1e-5 and 2e-2 in bf16, where PEFT rounds its norm to 8 bits; depth and width add to that.
 TOLERANCE = {"fp32": (1e-5, 1e-4), "bf16": (2e-3, 1e-1)}
 Results = dict[str, Tensor]
+# Adapters beside the active one of an "_idle" contender.
+IDLE = 40
 
 
 class _Floor(torch.autograd.Function):
@@ -179,6 +184,8 @@ def build_contender(
         )
         # PEFT's default puts the adapter into fp32 over a bf16 base; False leaves it in the base's dtype.
         model = get_peft_model(model, config, autocast_adapter_dtype=adapter_dtype == torch.float32)
+        for number in range(IDLE if name.endswith("_idle") else 0):
+            model.add_adapter(f"idle{number}", copy.deepcopy(config))
         fill_adapter(model, rank, seed)
     model.train()
     if name.startswith("dora:"):

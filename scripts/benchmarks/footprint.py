@@ -90,15 +90,20 @@ def peak_mib(contender: Contender, optimizer: torch.optim.Optimizer | None, opti
 
 def peak_of_process(name: str, options: Namespace, setting: Mapping[str, Any]) -> float:
     """`peak_mib` in a separate process: the resident set of this one contains all contenders and their past."""
+    return in_process("memory", name, options, setting)
+
+
+def in_process(suite: str, name: str, options: Namespace, setting: Mapping[str, Any]) -> Any:
+    """What a suite's worker measures for one contender in a separate process."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "peak.json"
+        path = Path(folder) / "found.json"
         values = {key: getattr(options, key) for key in ("model", "layers", "vocab", "seed", "threads", "device")}
         values |= {key: value for key, value in setting.items() if value is not None}
         arguments = [f"--{key.replace('_', '-')}={value}" for key, value in values.items() if value is not None]
         script = Path(__file__).parents[1] / "benchmark.py"
         # of transformers about PEFT
         python = [sys.executable, "-W", "ignore::FutureWarning"]
-        command = [*python, str(script), "memory", *arguments, f"--worker={name}", f"--json={path}"]
+        command = [*python, str(script), suite, *arguments, f"--worker={name}", f"--json={path}"]
         status = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
         if status != 0:
             raise RuntimeError(f"{name}: the benchmark's process ended with status {status}; its message stands above.")

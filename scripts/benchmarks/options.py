@@ -22,6 +22,7 @@ ALWAYS = ["lora", "peft_dora"]
 
 
 DEFAULT = [*ALWAYS, "dora", "dora:torch", "dora:reference", "dora:triton", "frozen", "lora_floor"]
+OF_SUITE = {"refresh": ["dora"], "resident": ["dora"], "idle": ["lora_idle", "dora", "dora_idle"]}
 # the output layer, which no adapter touches, would outweigh a few cut layers on a CPU
 CPU_VOCABULARY = 2048
 
@@ -86,7 +87,7 @@ def read_options(argv: Sequence[str], description: str | None = None) -> argpars
     parser.add_argument("--new-tokens", type=positive, default=16, help="suite decode: tokens behind the prompt (16)")
     parser.add_argument("--rounds", type=positive, default=9, help="timed rounds (9)")
     parser.add_argument("--warmup", type=positive, default=2, help="rounds before them (2)")
-    parser.add_argument("--repeats", type=positive, default=5, help="suite memory: processes per contender (5)")
+    parser.add_argument("--repeats", type=positive, default=5, help="memory, resident: processes per contender (5)")
     parser.add_argument("--no-peak", dest="peak", action="store_false", help="suite memory: without peak memory")
     parser.add_argument("--threads", type=positive, help="of torch on the CPU (torch's choice)")
     parser.add_argument("--seed", type=int, default=0)
@@ -107,7 +108,8 @@ def read_options(argv: Sequence[str], description: str | None = None) -> argpars
     if options.layers is None:
         options.layers = shape.layers
     if options.vocab is None:
-        options.vocab = min(shape.vocab, CPU_VOCABULARY) if options.device.type == "cpu" else shape.vocab
+        cut = options.device.type == "cpu" and options.suite != "resident"
+        options.vocab = min(shape.vocab, CPU_VOCABULARY) if cut else shape.vocab
     if options.batch is None:
         options.batch = 1 if decode else 4
     if options.seq_len is None:
@@ -115,7 +117,7 @@ def read_options(argv: Sequence[str], description: str | None = None) -> argpars
     if options.checkpointing is None:
         options.checkpointing = ["none", "non-reentrant"] if options.suite == "memory" else ["none"]
     if options.contenders is None:
-        options.contenders = ["dora"] if options.suite == "refresh" else list(DEFAULT)
+        options.contenders = list(OF_SUITE.get(options.suite, DEFAULT))
         options.contenders += ["peft_dora_cached"] if options.suite in ("eval", "decode") else []
     options.contenders += ["lora_compiled", "dora_compiled"] if options.compile else []
     options.contenders = [name for name in CONTENDERS if name in {*ALWAYS, *options.contenders}]

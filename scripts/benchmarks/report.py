@@ -15,6 +15,7 @@ QUANTITIES = {
     "time_ms": "time, ms",
     "saved_mib": "kept for backward, MiB",
     "peak_mib": "peak over the loaded model, MiB",
+    "resident_mib": "resident memory added, MiB",
     "refresh_ms": "one norm, ms",
     "norm_error": "largest relative error of a norm",
     "norms_per_step": "norms per layer and optimizer step",

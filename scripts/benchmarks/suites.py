@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dora_peft
 from benchmarks.bases import DTYPES, build_layer
-from benchmarks.contenders import Contender, Results, build_contender, check_equal
+from benchmarks.contenders import IDLE, Contender, Results, build_contender, check_equal
 from benchmarks.footprint import run_memory
 from benchmarks.measure import (
     Result,
@@ -32,6 +32,7 @@ from benchmarks.measure import (
     train,
 )
 from benchmarks.partial import known_results
+from benchmarks.resident import run_resident
 
 
 def run_step(options: Namespace, skipped: Skipped) -> Iterator[Result]:
@@ -77,6 +78,15 @@ def time_steps(
     if dropout == 0:
         check_equal(losses, options.dtype)
     return summarize("time_ms", setting, times["step"], checked)
+
+
+def run_idle(options: Namespace, skipped: Skipped) -> Iterator[Result]:
+    """Training steps with many adapters beside the active one, against those with none."""
+    for result in run_step(options, skipped):
+        times = {name: found["values"] for name, found in result["contenders"].items()}
+        for kind in ("lora", "dora"):
+            both = {name: times[name] for name in (kind, f"{kind}_idle")}
+            yield summarize("time_ms", result["setting"] | {"idle": IDLE}, both, result["checked"], reference=kind)
 
 
 def run_layer(options: Namespace, skipped: Skipped) -> Iterator[Result]:
@@ -329,5 +339,7 @@ SUITES: dict[str, Callable[[Namespace, Skipped], Iterator[Result]]] = {
     "eval": run_eval,
     "decode": run_decode,
     "refresh": run_refresh,
+    "idle": run_idle,
     "memory": run_memory,
+    "resident": run_resident,
 }
