@@ -129,16 +129,17 @@ def adapt_linear(
     product = None if base_out is None else BaseProduct(layer, bias, args, kwargs)
     magnitude = layer.magnitude(adapter)
     options = options_for(x, lora_A, lora_B, magnitude, scaling, weight, base_out, product, p, layer._outputs)
-    composed = product = None
+    composed = z = None
     if known is None:
         sharing = None if weight is None else Sharing(flattened(x), options.products, p > 0)
-        known, composed, product = norms.refreshed(
+        known, composed, z = norms.refreshed(
             layer, adapter, lora_A, lora_B, scaling, stored, by_kernels, sharing=sharing
         )
-    c, norm = magnitude, known.value
-    if not layer.detach_norm[adapter] or not divides_inside(magnitude, known):
-        c, norm = scale_of(layer, adapter, differentiable=True, how=how, known=known), None
-    y = apply(x, base_out, bias, lora_A, lora_B, c, weight, composed, options, product=product, norm=norm)
+    # m beside v, or c alone
+    scale, norm = magnitude, known.value if layer.detach_norm[adapter] and divides_inside(magnitude, known) else None
+    if norm is None:
+        scale = scale_of(layer, adapter, differentiable=True, how=how, known=known)
+    y = apply(x, base_out, bias, lora_A, lora_B, scale, weight, composed, options, product=z, norm=norm)
     return y, None if weight is None else shortcut_for(layer, holder, x, adapter, weight, options)
 
 

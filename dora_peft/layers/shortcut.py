@@ -138,12 +138,11 @@ class Shortcut:
             )
         if options.scaling != scaling:
             options = self.options = replace(options, scaling=scaling)
-        c, norm = magnitude, known.value
-        if not divides_inside(magnitude, known):
-            c, norm = scale(magnitude.view(-1), known.value, known.tied), None
-        return apply(
-            x, None, self.bias, lora_A, lora_B, c, self.weight, composed, options, product=product, norm=norm
-        )
+        c: Tensor = magnitude
+        norm = known.value if divides_inside(magnitude, known) else None
+        if norm is None:
+            c = scale(magnitude.view(-1), known.value, known.tied)
+        return apply(x, None, self.bias, lora_A, lora_B, c, self.weight, composed, options, product=product, norm=norm)
 
 
 def divides_inside(magnitude: Tensor, known: norms.Snapshot) -> bool:

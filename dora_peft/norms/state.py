@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import cast
 
 import torch
@@ -194,11 +194,9 @@ class _undisturbed:
     """
 
     def __init__(self, device_type: str) -> None:
-        self.contexts = ExitStack()
+        self.contexts, self.entered = ExitStack(), list[AbstractContextManager[object]]()
         if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device_type):
-            self.entered = (torch.inference_mode(False), torch.autocast(device_type, enabled=False))
-        else:
-            self.entered = ()
+            self.entered = [torch.inference_mode(False), torch.autocast(device_type, enabled=False)]
 
     def __enter__(self) -> None:
         self.grad = torch.is_grad_enabled()

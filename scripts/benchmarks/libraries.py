@@ -1,8 +1,8 @@
 """Which library multiplies: contenders are compared under the same one as well.
 
-    default   as each of them is: torch's products for LoRA, ours wherever ops/products.py chooses otherwise
-    torch     torch.backends.mkldnn off: all products of both by the library that torch's F.linear takes (MKL on x86)
-    same      all products of both by what ops/products.py chooses: `F.linear` itself is routed through it
+default   as each of them is: torch's products for LoRA, ours wherever ops/products.py chooses otherwise
+torch     torch.backends.mkldnn off: all products of both by the library that torch's F.linear takes (MKL on x86)
+same      all products of both by what ops/products.py chooses: `F.linear` itself is routed through it
 """
 
 from __future__ import annotations
