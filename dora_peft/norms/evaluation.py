@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..ops import choice
 from ..ops.content import Bits
-from ..ops.linear_autograd import fold
 from ..ops.norm import scale
+from ..ops.scaled_sum import fold
 from .adapted import AdaptedLayer
 from .records import Folded, Snapshot
 from .state import is_checking

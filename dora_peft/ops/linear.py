@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import choice
-from .linear_autograd import apply, flattened, scaled_sum
+from .linear_autograd import apply, flattened
 from .options import Options, ProductOfRows, options_for
 from .overwritten import Outputs
 from .products import multiply_many
+from .scaled_sum import scaled_sum
 
 
 def linear(

@@ -22,17 +22,17 @@ def composes(x, weight):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [FP64, FP32])
-# around the number from which the weight is composed: 1.5 * 33 * 29 / 62
-@pytest.mark.parametrize("n", [15, 16, 200])
+# around the number from which the weight is composed: 2.5 * 33 * 29 / 62
+@pytest.mark.parametrize("n", [15, 38, 39, 200])
 @pytest.mark.implementation("torch")
 def test_composed_weights(n, dtype, transposed):
     for given, bias in product([False, True], repeat=2):
         problem = Problem(n, width=33, out=29, dtype=dtype, bias=bias, transposed=transposed, seed=1)
         x, A, B, c, b = problem.parts()
-        assert composes(x, problem.weight) == (n >= 24)
+        assert composes(x, problem.weight) == (n >= 39)
         composed = products.compose_weight(problem.weight, A.detach(), B.detach(), S) if given else None
         before = problem.weight.clone()
-        y = linear.linear(x, A, B, c, S, weight=problem.weight, bias=b, composed=composed if n >= 24 else None)
+        y = linear.linear(x, A, B, c, S, weight=problem.weight, bias=b, composed=composed if n >= 39 else None)
         check(problem, y=y)
         assert torch.equal(problem.weight, before)
         # what the caller computed is what would have been computed
