@@ -79,8 +79,7 @@ def kept() -> Iterator[None]:
 
     Inside of another one nothing happens: the outer one's buffers serve.
     """
-    outer = _open.get()
-    if outer is not None and outer.thread == threading.get_ident():
+    if is_kept():
         yield
         return
     token = _open.set(_Kept())
@@ -88,6 +87,12 @@ def kept() -> Iterator[None]:
         yield
     finally:
         _open.reset(token)
+
+
+def is_kept() -> bool:
+    """Whether an operation is under way in this thread whose layers share a buffer."""
+    held = _open.get()
+    return held is not None and held.thread == threading.get_ident()
 
 
 @contextmanager

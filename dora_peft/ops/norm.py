@@ -8,6 +8,7 @@ The equations and symbols are those of reference.py. When v is computed is decid
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..bases import BaseWeight
+from ..bases import BaseWeight, scratch
 from . import choice
 from .constants import CANCELLATION
 from .products import Products, compose_weight, multiply_many
@@ -40,14 +41,17 @@ def row_norms(weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_B: 
         return factored_norm_squared(weight, base_squared, lora_A, lora_B, scaling).clamp_(min=0).sqrt_()
     step = max(1, min(weight.dense_rows, NORM_BLOCK_BYTES // (weight.in_features * weight.dtype.itemsize)))
     out = torch.empty_like(base_squared)
-    memory = workspace("composed", (min(step, weight.out_features) * weight.in_features,), base_squared)
-    for start in range(0, weight.out_features, step):
-        stop = min(start + step, weight.out_features)
-        rows = weight.block(start, stop, memory)
-        # rows that are a copy already are composed where they are
-        into = rows if weight.copies else memory[: rows.numel()].view(rows.shape)
-        composed = compose_weight(rows, lora_A, lora_B[start:stop], scaling, out=into)
-        torch.linalg.vector_norm(composed, dim=1, out=out[start:stop])
+    size = min(step, weight.out_features) * weight.in_features
+    # without an operation that frees its buffer at its end: that of the thread
+    lent = scratch.lent(size, weight.dtype, weight.device) if scratch.is_kept() else None
+    with nullcontext(workspace("composed", (size,), out)) if lent is None else lent as memory:
+        for start in range(0, weight.out_features, step):
+            stop = min(start + step, weight.out_features)
+            rows = weight.block(start, stop, memory)
+            # rows that are a copy already are composed where they are
+            into = rows if weight.copies else memory[: rows.numel()].view(rows.shape)
+            composed = compose_weight(rows, lora_A, lora_B[start:stop], scaling, out=into)
+            torch.linalg.vector_norm(composed, dim=1, out=out[start:stop])
     return out
 
 
