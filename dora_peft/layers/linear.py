@@ -131,10 +131,8 @@ def adapt_linear(
     options = options_for(x, lora_A, lora_B, magnitude, scaling, weight, base_out, product, p, layer._outputs)
     composed = z = None
     if known is None:
-        sharing = None if weight is None else Sharing(flattened(x), options.products, p > 0)
-        known, composed, z = norms.refreshed(
-            layer, adapter, lora_A, lora_B, scaling, stored, by_kernels, sharing=sharing
-        )
+        sharing = None if weight is None else Sharing(weight, flattened(x), options.products, p > 0)
+        known, composed, z = norms.refreshed_amid(layer, adapter, lora_A, lora_B, scaling, stored, by_kernels, sharing)
     # m beside v, or c alone
     scale, norm = magnitude, known.value if layer.detach_norm[adapter] and divides_inside(magnitude, known) else None
     if norm is None:

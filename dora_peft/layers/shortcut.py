@@ -132,9 +132,9 @@ class Shortcut:
             )
         composed = product = None
         if known is None:
-            sharing = Sharing(flattened(x), options.products, options.dropout_p > 0)
-            known, composed, product = norms.refreshed(
-                layer, adapter, lora_A, lora_B, scaling, stored, by_kernels, sharing=sharing
+            sharing = Sharing(self.weight, flattened(x), options.products, options.dropout_p > 0)
+            known, composed, product = norms.refreshed_amid(
+                layer, adapter, lora_A, lora_B, scaling, stored, by_kernels, sharing
             )
         if options.scaling != scaling:
             options = self.options = replace(options, scaling=scaling)

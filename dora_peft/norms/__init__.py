@@ -7,6 +7,7 @@ optimizers, averaging helpers and trainers write through `.data`, raw pointers a
     adapted.py      what this folder needs of a layer
     records.py      what it writes into a layer
     state.py        v of an adapter, the check, and the refresh
+    shared.py       the refresh amid a training pass
     lifecycle.py    what becomes of the records when a layer is moved, copied or loaded
     device.py       the same on a device with kernels
     grouped.py      the same for all layers of a model at once, at the start of its forward pass
@@ -23,6 +24,7 @@ from .grouped import gather, scatter
 from .lifecycle import drop, is_settled, leave_evaluation, let_go, replicate, settle_as
 from .operators import register, traced
 from .records import BaseNorm, Folded, Norm, Snapshot, Stored
+from .shared import refreshed_amid
 from .state import (
     base_squared,
     checking,
@@ -58,6 +60,7 @@ __all__ = [
     "let_go",
     "refresh",
     "refreshed",
+    "refreshed_amid",
     "register",
     "replicate",
     "scatter",

@@ -124,5 +124,10 @@ class Norm:
     folded: Folded | None = None
     device: DeviceNorm | None = None
 
+    def renew(self, known: Snapshot) -> Snapshot:
+        """Take a v that has just been computed; what evaluation folded by the last one goes with it."""
+        self.known, self.folded = known, None
+        return known
+
     def __getstate__(self) -> dict[str, object]:
         return {"tied": self.tied, "settled": self.settled, "known": None, "folded": None, "device": None}

@@ -142,15 +142,13 @@ def _refresh(
     if sharing is None or not trained:
         value = _compute(layer, adapter, base.squared, lora_A, lora_B, scaling, weight)
     else:
-        seam = layer.base_weight(weight)
-        A, B = (factor.detach().to(seam.dtype) for factor in layer.as_matrices(lora_A, lora_B))
-        value, composed, product = sharing.norm(seam, base.squared, A, B, scaling)
+        A, B = (factor.detach().to(base.squared.dtype) for factor in layer.as_matrices(lora_A, lora_B))
+        value, composed, product = sharing.norm(lambda: layer.base_weight(weight), base.squared, A, B, scaling)
     if norm.tied is not None:
         norm.tied = norm.tied.to(value.device)
         _follow(layer.magnitude(adapter), norm.tied, value)
     value = torch.maximum(value, base.floor)
-    norm.known = known = Snapshot(value, norm.tied, copy_A, copy_B, scaling, base, by_kernels)
-    norm.folded = None
+    known = norm.renew(Snapshot(value, norm.tied, copy_A, copy_B, scaling, base, by_kernels))
     return known, composed, product
 
 

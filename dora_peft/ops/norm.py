@@ -60,32 +60,39 @@ class Sharing:
     """A pass of x through a layer, in training on a CPU, with which a new norm shares what it reads or makes of W0.
 
     Attributes:
+        matrix: W0 [out, in], dense.
         rows: x [N, in], in the dtype of W0 where `products` has any of the ways.
         products: How the layer multiplies.
         drops: Whether the low-rank branch sees another x, so that W0 + s B A is of no use to the pass.
     """
 
+    matrix: Tensor
     rows: Tensor
     products: Products
     drops: bool
 
     def norm(
-        self, weight: BaseWeight, base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
+        self, seam: Callable[[], BaseWeight], base_squared: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """v [out], not floored; W0 + s B A [out, in], if it was made; x W0^T [N, out], if it was made."""
-        count, products = len(self.rows), self.products
+        count, products, matrix = len(self.rows), self.products, self.matrix
         # at B = 0 v has to have the bits of m at creation, so that c is 1
-        if count < products.beside and (matrix := weight.stored()) is not None and bool(lora_B.any()):
-            assert isinstance(matrix, Tensor)
+        if count < products.beside and bool(lora_B.any()):
             multiply = multiply_many if count + len(lora_A) >= products.wide else F.linear
             value, product = norm_beside_product(
-                weight, matrix, base_squared, lora_A, lora_B, scaling, self.rows, multiply
+                seam(), matrix, base_squared, lora_A, lora_B, scaling, self.rows, multiply
             )
             return value, None, product
-        if not self.drops and count >= products.composed and weight.has_blocks:
-            composed = compose_weight(weight.block(0, weight.out_features), lora_A, lora_B, scaling)
-            return torch.linalg.vector_norm(composed, dim=1), composed, None
-        return row_norms(weight, base_squared, lora_A, lora_B, scaling), None, None
+        if matrix.dtype is not lora_A.dtype or not matrix.is_contiguous():
+            return row_norms(seam(), base_squared, lora_A, lora_B, scaling), None, None
+        step = len(matrix) if matrix.nbytes <= NORM_BLOCK_BYTES else NORM_BLOCK_BYTES // (matrix.nbytes // len(matrix))
+        reused = not self.drops and count >= products.composed
+        if reused or step >= len(matrix):
+            composed = compose_weight(matrix, lora_A, lora_B, scaling)
+            return torch.linalg.vector_norm(composed, dim=1), composed if reused else None, None
+        parts = zip(matrix.split(max(1, step)), lora_B.split(max(1, step)), strict=True)
+        norms = [torch.linalg.vector_norm(compose_weight(w, lora_A, B, scaling), dim=1) for w, B in parts]
+        return torch.cat(norms), None, None
 
 
 def norm_beside_product(

@@ -277,7 +277,7 @@ def measure_refresh(options: Namespace, shape: tuple[int, int], rank: int) -> It
         }
     for function in (refresh_all, refresh_after_edit):
         before = count_norms(ours)
-        with counting(dora_peft.norms.state, "_refresh") as computed:
+        with counting(dora_peft.norms.Norm, "renew") as computed:
             timed(function)
         found = len(computed) + count_norms(ours) - before
         if found != 1:
@@ -316,7 +316,7 @@ def count_refreshes(options: Namespace, skipped: Skipped) -> Result:
         train(contender, optimizer, batches)
         before = count_norms(contender.module)
         with (
-            counting(dora_peft.norms.state, "_refresh") as ours,
+            counting(dora_peft.norms.Norm, "renew") as ours,
             counting(DoraLinearLayer, "get_weight_norm") as pefts,
         ):
             train(contender, optimizer, batches)

@@ -6,7 +6,7 @@ from norm_fixtures import TwoLayers
 from peft import get_peft_model
 
 from dora_peft import DoraConfig
-from dora_peft.norms import state
+from dora_peft.norms import Norm
 
 
 @pytest.fixture
@@ -19,6 +19,6 @@ def model():
 @pytest.fixture
 def counted(monkeypatch):
     """A list that grows with every refresh of a norm."""
-    calls, original = [], state._refresh
-    monkeypatch.setattr(state, "_refresh", lambda *args: (calls.append(args), original(*args))[1])
+    calls, original = [], Norm.renew
+    monkeypatch.setattr(Norm, "renew", lambda *args: (calls.append(args), original(*args))[1])
     return calls

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dora_peft
 from dora_peft.bases import base as base_weight_module
-from dora_peft.norms import state
+from dora_peft.norms import shared
 
 
 def checkpointed(model, kind):
@@ -145,8 +145,8 @@ def test_a_step_on_magnitudes_alone_refreshes_nothing(model, counted):
 def test_long_inputs_refresh_from_the_composed_weight(model, monkeypatch):
     """If the forward pass computes W0 + s B A anyway, v is its norm."""
     found = []
-    original = state._refresh
-    monkeypatch.setattr(state, "_refresh", lambda *args: found.append(original(*args)) or found[-1])
+    original = shared._refresh
+    monkeypatch.setattr(shared, "_refresh", lambda *args: found.append(original(*args)) or found[-1])
     train_step(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
     found.clear()
     model(torch.randn(100, 6))

@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 import dora_peft
 from dora_peft import norms
 from dora_peft.layers.shortcut import Shortcut
-from dora_peft.norms import state
 from dora_peft.plugin import use_dora
 
 LAYERS = {
@@ -147,8 +146,8 @@ def test_trains_as_peft_does(taken):
 @pytest.mark.cached_norms
 def test_refreshes_once_a_step(monkeypatch):
     model, x, calls = peft_model(), example("linear"), []
-    original = state._refresh
-    monkeypatch.setattr(state, "_refresh", lambda *a: (calls.append(1), original(*a))[1])
+    original = norms.Norm.renew
+    monkeypatch.setattr(norms.Norm, "renew", lambda *a: (calls.append(1), original(*a))[1])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     with dora_peft.accelerate_use_dora():
         for _ in range(3):

@@ -82,11 +82,11 @@ def test_goals_are_those_of_the_settings() -> None:
 def test_the_timed_step_refreshes_and_the_timed_checks_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     refreshed: list[str] = []
     timed: list[tuple[str, int]] = []
-    refresh, seconds = norms.state._refresh, benchmark_check.seconds
+    renew, seconds = norms.Norm.renew, benchmark_check.seconds
 
     def counting(*args: Any) -> Any:
         refreshed.append("norm")
-        return refresh(*args)
+        return renew(*args)
 
     def recording(call: Callable[[], Any]) -> float:
         before = len(refreshed)
@@ -94,7 +94,7 @@ def test_the_timed_step_refreshes_and_the_timed_checks_do_not(monkeypatch: pytes
         timed.append((call.__name__, len(refreshed) - before))
         return found
 
-    monkeypatch.setattr(norms.state, "_refresh", counting)
+    monkeypatch.setattr(norms.Norm, "renew", counting)
     monkeypatch.setattr(benchmark_check, "seconds", recording)
     setting = benchmark_check.Setting("training step", "tiny", SHAPES["tiny"], 4, 1.0, batch=2, seq_len=4)
     options = Namespace(seed=0, rounds=1, checks=2)
