@@ -323,8 +323,8 @@ def magnitude_gradient(
         sample = (flattened(y)[::step] - bias).to(c.dtype) if change is None else change[::step]
         # [out], at most 0 if b drowns half of the sample or more
         most = torch.sub(sample.abs(), bias.abs(), alpha=DROWNED[y.dtype]).sign_().sum(0)
-    # two numbers are read faster than a comparison is made
-    certain = not len(c) or float(torch.linalg.vector_norm(c, -torch.inf)) >= tiny
+    # two numbers are read faster than a comparison is made; c is seldom negative
+    certain = not len(c) or float(c.min()) >= tiny or float(c.abs().min()) >= tiny
     if certain and (most is None or float(most.min()) > 0):
         return sums / c
     lost = c.abs() < tiny

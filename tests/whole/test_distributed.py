@@ -13,8 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dora_peft import DoraConfig
-from dora_peft.norms import state as norm_state
+from dora_peft import DoraConfig, norms
 
 WORLD, STEPS, MICRO_BATCHES = 2, 3, 2
 
@@ -42,8 +41,10 @@ def train_sharded(rank: int, folder: Path) -> None:
     fully_shard(model)
     torch.manual_seed(1)
     ids = torch.randint(0, 100, (MICRO_BATCHES, 2 * WORLD, 8))
-    refreshed, refresh = [], norm_state._refresh
-    norm_state._refresh = lambda *args: (refreshed.append(args[0].name), refresh(*args))[1]
+    refreshed = []
+    for module in (norms.state, norms.shared):
+        refresh = module._refresh
+        module._refresh = lambda *args, refresh=refresh: (refreshed.append(args[0].name), refresh(*args))[1]
     optimizer, reference = optimizer_of(model), optimizer_of(whole)
     found = {"sharded": [], "whole": [], "refreshes": []}
     for _ in range(STEPS):
