@@ -75,11 +75,15 @@ def test_few_tokens_give_the_bits_of_the_base_layer():
     assert torch.equal(y, F.linear(x, weight))
 
 
-@pytest.mark.parametrize(("name", "found"), [("AMD EPYC 9B14", True), ("Intel(R) Xeon(R) Platinum 8481C", False)])
-def test_another_library_than_torchs_choice_is_for_amd(name, found, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "avx512", "found"),
+    [("AMD EPYC 9B14", True, True), ("AMD EPYC 7B13", False, False), ("Intel(R) Xeon(R) Platinum 8481C", True, False)],
+)
+def test_another_library_than_torchs_choice_is_for_amd_with_avx512(name, avx512, found, monkeypatch):
     for backend in (torch.backends.mkl, torch.backends.mkldnn):
         monkeypatch.setattr(backend, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
+    capabilities = {"cpu_name": name, "avx512_f": avx512}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert (products._find_onednn() is not None) == found
     # an older torch
     monkeypatch.delattr(torch.cpu, "get_capabilities")
