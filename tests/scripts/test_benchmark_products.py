@@ -3,10 +3,10 @@
 import json
 import sys
 
-import benchmark_products
 import pytest
 import torch
 
+import benchmark_products
 from dora_peft.ops.torch_names import onednn_linear
 
 
