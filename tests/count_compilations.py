@@ -5,8 +5,8 @@
 Triton compiles for an H100, and a driver that does nothing stands for the GPU's: launches compute nothing, so that each
 check which is not skipped has to fail. Prints for the self-check, which a GPU's first process runs, and for each group
 of checks, which is one process on a GPU, the number of compilations that were not made before and their seconds, then
-their sum and that of each kernel. Every configuration of a kernel is tried, as tuning does. With TRITON_CACHE_DIR naming an empty folder it
-also fills that as a GPU would.
+their sum and that of each kernel. Every configuration of a kernel is tried, as tuning does. With TRITON_CACHE_DIR
+naming an empty folder it also fills that as a GPU would.
 """
 
 import collections
