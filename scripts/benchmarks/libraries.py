@@ -56,8 +56,13 @@ def routed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 def library(name: str) -> Iterator[None]:
     """Let this library multiply."""
     if name == "torch":
-        with torch.backends.mkldnn.flags(enabled=False):
+        # not by `flags`, which sets what else it knows of as well
+        before = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = False
+        try:
             yield
+        finally:
+            torch.backends.mkldnn.enabled = before
     elif name == "same":
         F.linear = torch.nn.functional.linear = routed_linear
         try:

@@ -1,8 +1,8 @@
 """One archive with everything that a call on a borrowed GPU has to bring home: results, logs, compiled kernels.
 
 results/, reproduce/   files of the folders of results that the stages wrote
-triton/                Triton's cache, machine code and launchers alone: no sources, no intermediate code
-memory/                what the package remembers of this GPU, such as that its kernels passed their self-check
+triton/                Triton's cache, machine code and launchers alone, no sources, no intermediate code; in it, which
+                       configurations were the fastest, and in dora_peft/ that the kernels passed their self-check
 logs/, state.json      the stages' outputs, shortened, and what is done
 manifest.json          device, versions, commit, sizes
 """
@@ -33,6 +33,19 @@ def cache_files(cache: Path) -> Iterator[Path]:
         files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in CACHED]
         if not any(path.name.removeprefix("__grp__").startswith(FOREIGN) for path in files):
             yield from files
+
+
+def tuning_files(cache: Path) -> set[Path]:
+    """The files in which dora_peft/ops/kernels/tuning.py has written down a fastest configuration."""
+    found: set[Path] = set()
+    for path in cache.glob("*/*.json"):
+        try:
+            if json.loads(path.read_bytes()).keys() == {"config", "key"}:
+                found.add(path)
+        # one that another process has just replaced, or no text at all
+        except (FileNotFoundError, ValueError, AttributeError):
+            continue
+    return found
 
 
 def portable(path: Path) -> bytes:
@@ -74,7 +87,7 @@ def write_archive(
 
     Args:
         results: Files by the folder that they get in the archive, "results" or "reproduce".
-        work: Folder of memory/, logs/ and state.json.
+        work: Folder of logs/ and state.json.
         cache: Triton's.
 
     Returns:
@@ -84,10 +97,6 @@ def write_archive(
     for folder, files in results.items():
         entries |= {f"{folder}/{file.name}": file.read_bytes() for file in files}
     entries |= {f"triton/{file.parent.name}/{file.name}": portable(file) for file in cache_files(cache)}
-    memory = work / "memory"
-    entries |= {
-        f"memory/{p.relative_to(memory).as_posix()}": p.read_bytes() for p in sorted(memory.rglob("*")) if p.is_file()
-    }
     entries |= {f"logs/{log.name}": shortened(log) for log in sorted((work / "logs").glob("*"))}
     entries |= {file.name: file.read_bytes() for file in sorted(work.glob("*.json*")) if file.is_file()}
     sizes: dict[str, int] = {}

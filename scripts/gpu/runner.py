@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import digest, write_json
-from gpu.archive import NAME, read_archive, write_archive
+from gpu.archive import NAME, read_archive, tuning_files, write_archive
 from gpu.machine import gpu_names, versions
 from gpu.stages import ALWAYS, ROOT, Part, Places, Stage
 
@@ -100,21 +100,22 @@ class Runner:
     def left(self) -> float:
         return self.limit - (time.monotonic() - self.start)
 
-    def environment(self) -> dict[str, str]:
+    def environment(self, stage: Stage | None = None) -> dict[str, str]:
         work = self.places.work
         added = {
+            # the package remembers there as well that its kernels have passed, see dora_peft/ops/passed.py
             "TRITON_CACHE_DIR": str(self.cache),
             "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
-            "DORA_PEFT_CACHE": str(work / "memory"),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "PYTHONUNBUFFERED": "1",
             "HF_HUB_OFFLINE": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "TOKENIZERS_PARALLELISM": "false",
-            # without it cuBLAS refuses to be deterministic, which the tests of kernels ask for
-            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
             "DORA_PEFT_COMMIT": os.environ.get("DORA_PEFT_COMMIT") or describe_files(),
         }
+        if stage is not None and stage.deterministic:
+            # without it cuBLAS refuses to be deterministic; with it, it takes other memory and maybe other kernels
+            added["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         if self.places.toy:
             added |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         return {**os.environ, **added}
@@ -173,7 +174,7 @@ class Runner:
         print(f"\n=== {stage.name}: about {stage.seconds} s, at most {budget:.0f} ===", flush=True)
         parts = [part for part in stage.parts if stage.always or not self.passed(stage, part)]
         before = self.progress(stage)
-        tuned = set(self.cache.rglob("*.autotune.json"))
+        tuned = tuning_files(self.cache)
 
         def run_part(part: Part) -> int | None:
             status = self.run_part(stage, part, begin + budget - time.monotonic())
@@ -185,7 +186,7 @@ class Runner:
             with ThreadPoolExecutor(self.jobs) as pool:
                 statuses = list(pool.map(run_part, parts))
             # what was timed while others ran is tuned again
-            for path in set(self.cache.rglob("*.autotune.json")) - tuned:
+            for path in tuning_files(self.cache) - tuned:
                 path.unlink()
         else:
             statuses = [run_part(part) for part in parts]
@@ -220,7 +221,7 @@ class Runner:
         log = self.places.work / "logs" / f"{name}.txt"
         with log.open("w", encoding="utf-8", errors="replace") as kept:
             process = subprocess.Popen(
-                [sys.executable, *part.words], cwd=ROOT, env=self.environment(), text=True, errors="replace",
+                [sys.executable, *part.words], cwd=ROOT, env=self.environment(stage), text=True, errors="replace",
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             ended, over = threading.Event(), threading.Event()

@@ -58,6 +58,7 @@ class Stage:
             stage without any is done if its parts have run with these files, versions and GPU.
         needs: Packages without which it is skipped.
         always: Whether every call runs it.
+        deterministic: Whether torch's deterministic algorithms are turned on in it, which asks for a setting of cuBLAS.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Stage:
     needs: tuple[str, ...] = ()
     parallel: bool = False
     always: bool = False
+    deterministic: bool = False
 
 
 def benchmark(places: Places, suite: str, model: str, tag: str, options: str) -> tuple[str, ...]:
@@ -143,7 +145,7 @@ def test_stage(places: Places) -> Stage:
     ours = "filterwarnings=default\nerror:::dora_peft"
     common = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", ours, "-m", "gpu or not gpu")
     parts = tuple(Part(path.stem, (*common, str(path))) for path in files)
-    return Stage("tests", 400, 480, parts, needs=("pytest",))
+    return Stage("tests", 400, 480, parts, needs=("pytest",), deterministic=True)
 
 
 def build_stages(places: Places) -> list[Stage]:

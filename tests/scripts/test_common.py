@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.bases import SHAPES, build_base
 from benchmarks.contenders import Contender, build_contender
+from common import machine
 from common.files import replacing
 from common.memory import record_saved_bytes, saved_bytes
 
@@ -81,3 +82,24 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert list(path.parent.iterdir()) == []
+
+
+def test_the_machine_names_its_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that choose the code of a product, and no others; of a system that says nothing, torch's level alone."""
+
+    def told(text: str) -> dict[str, Any]:
+        monkeypatch.setattr(Path, "read_text", lambda *_, **__: text)
+        return machine.describe_machine(CPU)["instruction_sets"]
+
+    level = torch.backends.cpu.get_cpu_capability()
+    x86 = "processor\t: 0\nflags\t\t: fpu avx avx2 sse4_2 amx_tile avx512_bf16 avx512f\nvmx flags\t: amx_bf16\n"
+    assert told(x86) == {"torch": level, "processor": ["avx2", "avx512f", "avx512_bf16", "amx_tile"]}
+    assert told("Features\t: fp asimd sve2\n") == {"torch": level, "processor": ["asimd", "sve2"]}
+    assert told("") == {"torch": level, "processor": []}
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="the system does not list what its processor has")
+def test_what_torch_uses_is_among_the_instruction_sets() -> None:
+    found = machine.instruction_sets()
+    wanted = {"AVX2": {"avx2"}, "AVX512": {"avx2", "avx512f"}}.get(found["torch"], set())
+    assert wanted <= set(found["processor"])

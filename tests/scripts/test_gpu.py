@@ -7,12 +7,13 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import run_gpu
 from gpu import stages
-from gpu.archive import NAME, cache_files, read_archive, write_archive
+from gpu.archive import NAME, cache_files, read_archive, tuning_files, write_archive
 from gpu.runner import Runner
 from gpu.stages import Part, Places, Stage, build_stages
 
@@ -175,9 +176,7 @@ def fill_cache(folder: Path) -> None:
 
 def test_the_archive_brings_all_to_another_place(tmp_path: Path) -> None:
     work, cache, home = tmp_path / "work", tmp_path / "cache", tmp_path / "home"
-    (work / "memory").mkdir(parents=True)
-    (work / "logs").mkdir()
-    (work / "memory" / "passed.json").write_text("[1]")
+    (work / "logs").mkdir(parents=True)
     (work / "logs" / "long.txt").write_text("begin" + "." * 10**6 + "end")
     (work / "state.json").write_text("{}")
     result = tmp_path / "kernels_cuda.json"
@@ -191,13 +190,82 @@ def test_the_archive_brings_all_to_another_place(tmp_path: Path) -> None:
     assert str(tmp_path) not in group
     read_archive(tmp_path / NAME, home / "results", home / "reproduce", home / "work", home / "cache")
     assert (home / "results" / "kernels_cuda.json").read_text() == "[2]"
-    assert (home / "work" / "memory" / "passed.json").read_text() == "[1]"
     log = (home / "work" / "logs" / "long.txt").read_text()
     assert log.startswith("begin.")
     assert log.endswith(".end")
     group = json.loads((home / "cache" / "HASH" / "__grp__k.json").read_text())["child_paths"]
     assert group == {name: str(home / "cache" / "HASH" / name) for name in ("k.cubin", "k.json")}
     assert (home / "cache" / "HASH" / "k.cubin").read_text() == "k.cubin"
+
+
+def tune(cache: Path, name: str) -> None:
+    """Write down a fastest configuration as dora_peft/ops/kernels/tuning.py does in a process with this cache."""
+    from dora_peft.ops.kernels.tuning import Choice, Tuner
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(cache))
+        choices = [Choice({"BLOCK": size}, num_warps=4, num_stages=1) for size in (16, 32)]
+        kernel = SimpleNamespace(__name__=name, fn=SimpleNamespace(cache_key=name))
+        Tuner(choices, [], [])._write(kernel, ("H100", 64), choices[1])  # type: ignore[arg-type]
+
+
+def test_what_the_package_remembers_travels_with_the_compiled_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its choice of configurations, and that its kernels have passed their self-check."""
+    pytest.importorskip("triton")
+    from dora_peft.ops import passed
+
+    (tmp_path / "work").mkdir()
+    wanted = {"gpu": "H100", "triton": "3.6"}
+    first, second = tmp_path / "first", tmp_path / "second"
+    fill_cache(first)
+    tune(first, "kernel")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(first))
+    passed.remember(wanted)
+    (tuning,) = tuning_files(first)
+    assert tuning.name == "kernel.json"
+    write_archive(tmp_path / NAME, {}, tmp_path / "work", first, {})
+    read_archive(tmp_path / NAME, *(tmp_path / folder for folder in "rpw"), second)
+    assert {path.relative_to(second) for path in tuning_files(second)} == {tuning.relative_to(first)}
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(second))
+    assert passed.holds(wanted)
+    assert not passed.holds(wanted | {"gpu": "A100"})
+
+
+def test_stages_share_the_cache_that_is_archived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what the package remembers in it; and cuBLAS is told its workspace only where a stage asks for that."""
+    from dora_peft.ops import passed
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    at = runner(tmp_path)
+    found = {stage.name: at.environment(stage) for stage in build_stages(at.places)}
+    assert [name for name, variables in found.items() if "CUBLAS_WORKSPACE_CONFIG" in variables] == ["tests"]
+    for variables in found.values():
+        monkeypatch.setenv("TRITON_CACHE_DIR", variables["TRITON_CACHE_DIR"])
+        passed.remember({"gpu": "H100"})
+        assert [path.parent.name for path in cache_files(at.cache)] == ["dora_peft"]
+
+
+def test_what_was_tuned_beside_others_is_tuned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only that: machine code and what was tuned alone stay."""
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    at = runner(tmp_path)
+    fill_cache(at.cache)
+    tune(at.cache, "alone")
+
+    def tuning_part(stage: Stage, part: Part, seconds: float) -> int:
+        tune(at.cache, part.name)
+        return 0
+
+    monkeypatch.setattr(at, "run_part", tuning_part)
+    parts = (Part("one", ()), Part("two", ()))
+    assert at.run([Stage("warm", 0, 60, parts, parallel=True)])["warm"].status == "done"
+    assert {path.name for path in tuning_files(at.cache)} == {"alone.json"}
+    assert (at.cache / "HASH" / "k.json").is_file()
+    assert at.run([Stage("kernels", 0, 60, parts)])["kernels"].status == "done"
+    assert {path.name for path in tuning_files(at.cache)} == {"alone.json", "one.json", "two.json"}
 
 
 @pytest.mark.parametrize("name", ["../outside", "/outside", "results/../../outside"])
