@@ -10,9 +10,10 @@ Beside what the compiled code takes, the table predicts how long a launch takes 
     max(bytes that must move / 3.0 TB/s, bytes asked for / 5.5 TB/s, products / rate, instructions issued / issue rate)
     * programs of the busiest of 132 processors / programs of the average one
 
-with 600 TFLOP/s for bf16 by the matrix units' own instructions, 400 by the older ones, half of that for fp32 as tf32,
-and 4 instructions a processor and cycle at 1.7 GHz. 3.0 TB/s is what a large copy reaches of the 3.35 on the data
-sheet. It is a prediction: no GPU was asked, and what it leaves out, such as latencies, makes a launch slower.
+with 600 TFLOP/s for bf16 by the matrix units' own instructions, 400 by the older ones, half of that for tf32, a sixth
+for fp32 as three products of tf32, and 4 instructions a processor and cycle at 1.7 GHz. 3.0 TB/s is what a large copy
+reaches of the 3.35 on the data sheet. It is a prediction: no GPU was asked, and what it leaves out, such as latencies,
+makes a launch slower.
 
 Expected result: the table in scripts/benchmarks/results/kernel_table.md, and all of it in kernel_table.json beside it.
 Compiled kernels are kept in TRITON_CACHE_DIR, so that a second run takes seconds.
@@ -85,9 +86,9 @@ def measure(entry: Entry) -> Usage:
     return usage(compile_for(entry.capability, launch, launch.configs()[entry.number]))
 
 
-def predicted_seconds(done: Work, programs: int, warps: int, found: Usage, dtype: torch.dtype) -> float:
-    """By the formula at the top of this file."""
-    rate = RATES.get(found.units, 0) / (2 if dtype is FP32 else 1)
+def predicted_seconds(done: Work, programs: int, warps: int, found: Usage, precision: object) -> float:
+    """By the formula at the top of this file; `precision` of fp32's products as in ops/kernels/options.py."""
+    rate = RATES.get(found.units, 0) / {"tf32": 2, "tf32x3": 6}.get(precision, 1)
     issued = programs * warps * (found.instructions + found.loop * (done.iterations - 1))
     parts = [done.ideal / MEMORY, done.asked / CACHE, issued / (PROCESSORS * ISSUED * CLOCK)]
     if rate:
@@ -104,7 +105,8 @@ def predictions(entry: Entry, found: Usage) -> list[dict[str, object]]:
             config = launch.configs()[entry.number]
             done, programs = work(launch, config), launch.programs(config)
             if done is not None:
-                seconds = predicted_seconds(done, programs, config.num_warps, found, entry.case.dtype)
+                precision = launch.arguments.get("PRECISION")
+                seconds = predicted_seconds(done, programs, config.num_warps, found, precision)
                 rows.append(
                     {"layer": layer, "tokens": tokens, "programs": programs, "ideal_bytes": done.ideal,
                      "asked_bytes": done.asked, "predicted_us": round(seconds * 1e6, 2)}
@@ -175,7 +177,8 @@ thread, and KiB of shared memory a program; bytes of stack a thread where there 
 ranks up to 64. Configurations: sizes of blocks, warps, stages. Bytes asked for by all programs against those that must
 move, at {tokens:,} tokens; the rest comes from the L2 cache. Times are predictions for an H100 at 4096 x 4096, by the
 formula in scripts/kernel_table.py; all layers are in kernel_table.json. bf16 with factors in fp32 if nothing else is
-said. Triton {triton}.
+said. A check and a norm are those of a layer whose A and B have changed; in "of all", v of each layer is computed by
+the blocks of "check and norm". Triton {triton}.
 
 """
 

@@ -24,7 +24,7 @@ ONES = Case(tokens=1, out=1, features=1, rank=1)
 # of sizes that are no multiples of 16, so that nothing is known of them
 ODD = Case(tokens=2047, out=4097, features=1001, rank=33, with_bias=True, on_device=True)
 # each kernel in all its configurations, to be done in half a minute
-WIDE = ["compose", "magnitude", "dropped product", "add low rank", "dropped gradient", "check and norm"]
+WIDE = ["compose", "magnitude", "dropped product", "add low rank", "dropped gradient", "check and norm of all"]
 FEW = [
     (Case(), [example for example in EXAMPLES if example not in (*WIDE, "scale")]),
     (Case(rank=64, with_bias=True, four_bit=True, by_columns=True, on_device=True), WIDE),

@@ -46,9 +46,9 @@ def main() -> None:
     lengths = random.Random(0).sample(range(2, 5000), 300)
     configs = {
         kernel.__name__: len(kernel.configs)
-        for kernel in (linear._scaled_sum_of_few_ranks, linear._scale_and_sum, dropout._dropped_product, dropout._add_low_rank,
-                       dropout._dropped_gradient, linear._magnitude_gradient, sample._take_sample,
-                       sample._compare_sample)
+        for kernel in (linear._scaled_sum_of_few_ranks, linear._scale_and_sum, linear._magnitude_gradient,
+                       dropout._dropped_product, dropout._add_low_rank, dropout._dropped_gradient,
+                       sample._take_sample, sample._compare_sample)
     }  # fmt: skip
     result: dict[str, object] = {"configs": configs, "buckets": len({token_bucket(length) for length in lengths})}
     for p in (0.0, 0.1):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dora_peft.bases import FourBit
 from dora_peft.ops import kernels
-from dora_peft.ops.kernels import dropout, linear, norm, sample
+from dora_peft.ops.kernels import dropout, grouped_norm, linear, norm, sample
 from dora_peft.ops.kernels.tuning import fitting
 
 MODULES = tuple(
@@ -38,7 +38,7 @@ Note = tuple[object, object, dict[str, object]]
 class Case:
     """A layer of [out, features] with an adapter of a rank, and what its kernels depend on; tensors without memory.
 
-    `by_columns`: the gradient and x are transposed matrices. `on_device`: dropout's seed is a tensor.
+    `by_columns`: the gradient, x and W0 are transposed matrices. `on_device`: dropout's seed is a tensor.
     """
 
     tokens: int = 2048
@@ -101,7 +101,7 @@ class Case:
     def stored(self) -> Tensor | FourBit:
         """W0 as `BaseWeight.stored` gives it."""
         if not self.four_bit:
-            return self.tensor(self.out, self.features)
+            return self.tensor(self.out, self.features, by_columns=self.by_columns)
         count = self.out * self.features
         absmax, code = self.tensor(count // 64, dtype=FP32), self.tensor(16, dtype=FP32)
         packed = self.tensor(count // 2, dtype=torch.uint8)
@@ -111,13 +111,8 @@ class Case:
     def seed(self) -> int | Tensor:
         return self.tensor(1, dtype=torch.int64) if self.on_device else 2**62 - 1
 
-    @cached_property
-    def full_A(self) -> Tensor:
-        return self.A.to(FP32)
-
-    @cached_property
-    def full_B(self) -> Tensor:
-        return self.B.to(FP32)
+    def memory(self) -> norm.Memory:
+        return norm.Memory(self.out, torch.device("meta"))
 
 
 # By name, in the table's order: calls that launch every kernel at least once.
@@ -134,11 +129,12 @@ EXAMPLES: dict[str, Callable[[Case], object]] = {
     "add low rank": lambda t: dropout.add_low_rank(t.dx, t.u, t.A, t.seed, 0.05),
     "low rank": lambda t: dropout.add_low_rank(None, t.u, t.A, t.seed, 0.05),
     "dropped gradient": lambda t: dropout.dropped_gradient(t.u, t.x, t.seed, 0.05, t.factors),
-    "norm": lambda t: norm.row_norms(t.stored, t.c, t.full_A, t.full_B, 0.5),
-    "check and norm": lambda t: norm.checked_norm(
-        norm.Memory(t.out, torch.device("meta")), t.stored, t.full_A, t.full_B, 0.5, (t.A, t.B),
-        due=False, another=False,
-    ),
+    "norm": lambda t: norm.row_norms(t.stored, t.c, t.A, t.B, 0.5),
+    "check and norm": lambda t: norm.checked_norm(t.memory(), t.stored, t.A, t.B, 0.5, due=False, another=False),
+    # two layers, as a group of one is no other
+    "check and norm of all": lambda t: grouped_norm.Group(
+        [grouped_norm.Entry(t.memory(), t.stored, t.A, t.B, 0.5) for _ in range(2)]
+    ).check(0, False),
     "take sample": lambda t: sample.take_sample(t.z, 0, 1, 257, t.out, 512),
     "compare sample": lambda t: sample.compare_sample(t.z, t.tensor(t.out), t.tensor(512), 0, 1, 257),
 }  # fmt: skip
@@ -319,6 +315,19 @@ def _dropped_gradient(n: Numbers, size: Numbers) -> Work:
     return Work(x + du + out, asked, flops, triton.cdiv(n["stripe"], n["ROWS"]))
 
 
+def _norm(n: Numbers, size: Numbers) -> Work:
+    """Of a check, where v is due and W0 is the same."""
+    count, rows = n["height"] * n["width"], triton.cdiv(n["height"], n["ROWS"])
+    # half a byte an element and a statistic for each block of them
+    weight = count // 2 + count // n["blocksize"] * size["absmax"] if n["FOUR_BIT"] else count * size["weight"]
+    A, B = n["rank"] * n["width"] * size["lora_A"], n["height"] * n["rank"] * size["lora_B"]
+    # of a check also ||W0||^2 and what is remembered
+    out = n["height"] * (size["out"] + size.get("base", 0) + size.get("remembered", 0))
+    partial = 2 * n["spans"] * n["height"] * size["partial"] if n["spans"] > 1 else 0
+    asked = weight + rows * A + n["spans"] * B + out + partial
+    return Work(weight + A + B + out, asked, 2 * count * n["rank"], triton.cdiv(n["columns"], n["BLOCK"]))
+
+
 WORK: dict[str, Callable[[Numbers, Numbers], Work]] = {
     "_scaled_sum": _compose,
     "_scale_and_sum": _scale,
@@ -326,4 +335,6 @@ WORK: dict[str, Callable[[Numbers, Numbers], Work]] = {
     "_dropped_product": _dropped_product,
     "_add_low_rank": _add_low_rank,
     "_dropped_gradient": _dropped_gradient,
+    "_norm": _norm,
+    "_checked_norm": _norm,
 }

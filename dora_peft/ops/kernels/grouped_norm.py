@@ -55,18 +55,19 @@ def _check_all(
     count_A, count_B = tl.load(row + 5).to(tl.int32), tl.load(row + 6).to(tl.int32)
     blocks_A, blocks_B = tl.cdiv(count_A, SIZE), tl.cdiv(count_B, SIZE)
     programs = blocks_A + blocks_B + 1
+    # of another name for each type: the compiler joins the branches' variables
     if block < blocks_A:
-        content = tl.load(row + 1).to(tl.pointer_type(like_A.dtype.element_ty))
-        tl.atomic_add(sums + entry * 4, mixed_sum(content, block, count_A, 0, 1, SIZE))
+        factor = tl.load(row + 1).to(tl.pointer_type(like_A.dtype.element_ty))
+        tl.atomic_add(sums + entry * 4, mixed_sum(factor, block, count_A, 0, 1, SIZE))
     elif block < blocks_A + blocks_B:
-        content = tl.load(row + 2).to(tl.pointer_type(like_A.dtype.element_ty))
-        tl.atomic_add(sums + entry * 4 + 1, mixed_sum(content, block - blocks_A, count_B, 0, 1, SIZE))
+        factor = tl.load(row + 2).to(tl.pointer_type(like_A.dtype.element_ty))
+        tl.atomic_add(sums + entry * 4 + 1, mixed_sum(factor, block - blocks_A, count_B, 0, 1, SIZE))
     else:
-        content = tl.load(row + 3).to(tl.pointer_type(like_W.dtype.element_ty))
-        word = mixed_sum(content, 0, tl.load(row + 7), tl.load(row + 8), tl.load(row + 9), SAMPLE)
+        weight = tl.load(row + 3).to(tl.pointer_type(like_W.dtype.element_ty))
+        word = mixed_sum(weight, 0, tl.load(row + 7), tl.load(row + 8), tl.load(row + 9), SAMPLE)
         if FOUR_BIT:
-            content = tl.load(row + 4).to(tl.pointer_type(like_S.dtype.element_ty))
-            word += mixed_sum(content, 0, tl.load(row + 10), 0, tl.load(row + 11), SAMPLE)
+            statistics = tl.load(row + 4).to(tl.pointer_type(like_S.dtype.element_ty))
+            word += mixed_sum(statistics, 0, tl.load(row + 10), 0, tl.load(row + 11), SAMPLE)
         tl.atomic_add(sums + entry * 4 + 2, word)
     if tl.atomic_add(arrived + entry, 1) == programs - 1:
         tl.store(arrived + entry, 0)
@@ -228,9 +229,9 @@ class Group:
             of_refresh += [number] * (blocks * spans)
             offset, partial, arrived = offset + height, partial + spans * height, arrived + blocks
         self.blocks, self.count = len(of_refresh), len(entries)
-        self.table = torch.tensor(rows, dtype=torch.int64).to(device)
+        self.table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(device)
         self.of_check, self.of_refresh = (
-            torch.tensor(numbers, dtype=torch.int32).to(device) for numbers in (of_check, of_refresh)
+            torch.tensor(numbers, dtype=torch.int32, device="cpu").to(device) for numbers in (of_check, of_refresh)
         )
         self.sizes = (partial, arrived)
         self.scratch: dict[int, _Scratch] = {}

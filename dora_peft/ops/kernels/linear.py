@@ -24,7 +24,7 @@ from torch import Tensor
 from ...bases import FourBit
 from ..constants import DROWNED, TINY
 from .elements import dot, elements, narrow, stored_arguments
-from .launch import Constant, Kernel
+from .launch import Kernel
 from .options import precision
 from .tuning import cdiv, ranks_at_once, token_bucket, tuned
 
@@ -254,7 +254,7 @@ def scaled_sum(
         "ONCE": rank <= ranks,
     }  # fmt: skip
 
-    def grid(meta: Mapping[str, Constant]) -> tuple[int]:
+    def grid(meta: Mapping[str, int]) -> tuple[int]:
         return (cdiv(length, meta["ROWS"]) * cdiv(width, meta["COLUMNS"]),)
 
     # fp32 spills in large blocks

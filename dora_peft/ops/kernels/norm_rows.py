@@ -19,7 +19,7 @@ from .tuning import INTERPRETED, cdiv, ranks_at_once
 
 # Elements of W0 that every check sums.
 SAMPLE = 1024
-# Rows and columns of a block. The matrix units of Hopper take 64 rows at least.
+# Rows and the most columns of a block. The matrix units of Hopper take 64 rows at least.
 ROWS, BLOCK = 64, 64
 # Programs that a layer is split into if it is large enough, twice the processors of an H100, and the fewest columns
 # that one takes.
@@ -215,13 +215,13 @@ def division(height: int, width: int) -> tuple[int, int]:
 
 def constants(stored: Tensor | FourBit, rank: int) -> dict[str, object]:
     """The constants of the kernels of this file that depend on W0's layout and on the rank, and how they run."""
-    ranks = ranks_at_once(rank)
+    # above 32 ranks blocks of half the columns, and above 64 products of 32 ranks: larger ones spill on sm_80
+    ranks, block = (ranks_at_once(rank) if rank <= 64 else 32), (BLOCK if rank <= 32 else BLOCK // 2)
     precision = "ieee" if torch.version.hip else "tf32x3"
-    # a stage holds a block of A, of 16 KiB at 64 ranks; where several follow one another two are enough
-    stages = 4 if ranks <= 32 else 3 if rank <= ranks else 2
+    stages = 4 if rank <= 32 else 3
     return {
         "READS": reads(stored), "PRECISION": precision, "RANKS": ranks, "WHOLE": rank <= ranks, "ROWS": ROWS,
-        "BLOCK": BLOCK, "num_warps": 4, "num_stages": 2 if INTERPRETED else stages,
+        "BLOCK": block, "num_warps": 4, "num_stages": 2 if INTERPRETED else stages,
     }  # fmt: skip
 
 

@@ -8,13 +8,14 @@ is made of. A test fails for a kernel without one, and for one whose check does 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...bases import FourBit
-from . import dropout, linear, norm, sample
-from .checking import TOKENS, WIDTH, Problem, Result, checks, exact, run
+from . import dropout, grouped_norm, linear, norm, sample
+from .checking import RANK, TOKENS, WIDTH, Problem, Result, checks, exact, run
 
 __all__ = ["run"]
 
@@ -23,7 +24,7 @@ S, P, SEED = 0.5, 0.3, 2**40 + 1
 _NORM_TOLERANCE = 2.0**-13
 
 
-@checks(linear._scaled_sum)
+@checks(linear._scaled_sum_of_few_ranks)
 def scaled_sum(p: Problem) -> Iterator[Result]:
     z, u, B, c, bias = map(exact, (p.z, p.u, p.B, p.c, p.bias))
     in_place = p.place(p.z)
@@ -32,6 +33,16 @@ def scaled_sum(p: Problem) -> Iterator[Result]:
     folded = p.place(p.B.to(p.dtype))
     y = linear.scaled_sum(p.z, p.u, folded, p.c, None, None, out=torch.empty_like(p.z))
     yield Result("y of evaluation", y, c * z + u @ exact(folded).T)
+
+
+@checks(linear._scaled_sum_of_many_ranks)
+def scaled_sum_of_many_ranks(p: Problem) -> Iterator[Result]:
+    # of fp32 the kernel of few ranks takes these as well
+    rank = linear.MANY_RANKS + RANK
+    many, factor = p.random(TOKENS, rank), p.random(WIDTH, rank, scale=rank**-0.5, dtype=torch.float32)
+    z, u, B, c, bias = map(exact, (p.z, many, factor, p.c, p.bias))
+    y = linear.scaled_sum(p.z, many, factor, p.c, p.bias, S, out=torch.empty_like(p.z))
+    yield Result("y", y, c * (z - bias) + u @ (S * c[:, None] * B).T + bias)
 
 
 @checks(linear._scale_and_sum)
@@ -98,42 +109,85 @@ def dropped_gradient(p: Problem) -> Iterator[Result]:
     yield Result("du^T (mask * x)", dropout.dropped_gradient(p.du, p.x, SEED, P, p.A.dtype), expected)
 
 
-def _weights(p: Problem) -> Iterator[tuple[str, Tensor | FourBit, Tensor]]:
-    """W0 of each kind, and the same in fp64."""
+class _Layer(NamedTuple):
+    """What v is computed from: W0 of some kind, the same in fp64, A and B."""
+
+    name: str
+    stored: Tensor | FourBit
+    weight: Tensor
+    A: Tensor
+    B: Tensor
+
+
+def _layers(p: Problem) -> Iterator[_Layer]:
     # a row that cancels s B A but for a hundredth
     p.weight[7] = (0.01 * p.weight[7].float() - S * p.B[7] @ p.A).to(p.dtype)
-    yield "W0", p.weight, exact(p.weight)
-    yield "4-bit W0", *p.four_bit()
+    yield _Layer("W0", p.weight, exact(p.weight), p.A, p.B)
+    yield _Layer("4-bit W0", *p.four_bit(), p.A, p.B)
+    # so wide that several programs share its rows, of which the last adds up
+    height, width = 5, 1040
+    wide, A = (
+        p.random(n, width, scale=width**-0.5, dtype=dtype) for n, dtype in ((height, p.dtype), (RANK, p.A.dtype))
+    )
+    yield _Layer("a wide W0", wide, exact(wide), A, p.random(height, RANK, scale=RANK**-0.5, dtype=p.B.dtype))
 
 
-def _relative(name: str, found: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> Result:
+def _relative(name: str, found: Tensor, layer: _Layer) -> Result:
     """v of each row as a part of what it should be: those that cancel are small."""
-    expected = torch.linalg.vector_norm(weight + S * exact(B) @ exact(A), dim=1)
-    return Result(name, exact(found) / expected, torch.ones_like(expected), _NORM_TOLERANCE)
+    expected = torch.linalg.vector_norm(layer.weight + S * exact(layer.B) @ exact(layer.A), dim=1)
+    return Result(f"{name} over {layer.name}", exact(found) / expected, torch.ones_like(expected), _NORM_TOLERANCE)
 
 
 @checks(norm._norm)
 def row_norms(p: Problem) -> Iterator[Result]:
-    for name, stored, weight in _weights(p):
-        squared = p.place(weight.square().sum(1).float())
-        yield _relative(f"v over {name}", norm.row_norms(stored, squared, p.A, p.B, S), p.A, p.B, weight)
+    for layer in _layers(p):
+        squared = p.place(layer.weight.square().sum(1).float())
+        yield _relative("v", norm.row_norms(layer.stored, squared, layer.A, layer.B, S), layer)
+
+
+def _numbers(layer: _Layer) -> Tensor:
+    """Other than v: what is remembered shows in what is handed out."""
+    return torch.arange(1, len(layer.B) + 1, device="cpu").double()
 
 
 @checks(norm._checked_norm, norm._digest)
 def checked_norm(p: Problem) -> Iterator[Result]:
-    for name, stored, weight in _weights(p):
-        memory, A = norm.Memory(WIDTH, p.device), p.place(p.A)
-        remembered = torch.arange(1, WIDTH + 1, device="cpu").double()
+    for layer in _layers(p):
+        memory, remembered = norm.Memory(len(layer.B), p.device), _numbers(layer)
 
         def checked(due: bool, another: bool) -> Tensor:
-            return norm.checked_norm(memory, stored, A, p.B, S, (A, p.B), due=due, another=another)  # noqa: B023
+            return norm.checked_norm(memory, layer.stored, layer.A, layer.B, S, due=due, another=another)  # noqa: B023
 
-        yield _relative(f"the first v over {name}", checked(True, True), A, p.B, weight)
+        yield _relative("the first v", checked(True, True), layer)
         memory.remembered.copy_(remembered)
-        yield Result(f"what is remembered over {name}", checked(False, False), remembered)
-        A[3, 5] += 1
-        yield _relative(f"v over {name} after a change of A", checked(False, False), A, p.B, weight)
-        yield _relative(f"v over {name} kept after it", checked(False, True), A, p.B, weight)
+        yield Result(f"what is remembered over {layer.name}", checked(False, False), remembered)
+        layer.A[3, 5] += 1
+        yield _relative("v after a change of A", checked(False, False), layer)
+        yield _relative("v kept after it", checked(False, True), layer)
+
+
+@checks(grouped_norm._check_all, grouped_norm._refresh_all)
+def grouped_norms(p: Problem) -> Iterator[Result]:
+    for layer in _layers(p):
+        # two layers over the same W0
+        layers = [layer._replace(A=p.place(layer.A)) for _ in range(2)]
+        memories = [norm.Memory(len(layer.B), p.device) for _ in layers]
+        group = grouped_norm.Group(
+            [grouped_norm.Entry(m, one.stored, one.A, one.B, S) for m, one in zip(memories, layers, strict=True)]
+        )
+        for one, found in zip(layers, group.check(0, False), strict=True):
+            yield _relative("the first v", found, one)
+        remembered = _numbers(layer)
+        for memory in memories:
+            memory.remembered.copy_(remembered)
+        for found in group.check(0, False):
+            yield Result(f"what is remembered over {layer.name}", found, remembered)
+        layers[1].A[3, 5] += 1
+        first, second = group.check(0, False)
+        yield Result(f"what is remembered beside a change over {layer.name}", first, remembered)
+        yield _relative("v after a change of A", second, layers[1])
+        memories[1].remembered.copy_(remembered)
+        yield Result(f"what is remembered after it over {layer.name}", group.check(0, False)[1], remembered)
 
 
 @checks(sample._take_sample, sample._compare_sample)

@@ -19,8 +19,6 @@ from benchmarks.kernel_examples import Case, kernels_of, launches, work
 from dora_peft.ops.kernels import linear
 
 TESTS = Path(__file__).parents[2]
-# these spill nothing; norm.py's kernels have other bounds
-MEASURED = ("linear.", "dropout.")
 STACK_LIMIT = 64
 
 
@@ -43,14 +41,16 @@ def test_kernels_compile_and_fit(words, tmp_path):
     assert {variant["kernel"] for variant in variants} == set(kernels_of())
     for variant in variants:
         assert variant["shared"] <= SHARED_LIMIT[variant["capability"]], variant
-    measured = [variant for variant in variants if variant["kernel"].startswith(MEASURED) and variant["rank"] <= 64]
-    assert measured
+    measured = [variant for variant in variants if variant["rank"] <= 64]
+    assert {variant["kernel"] for variant in measured} == set(kernels_of()) - {"linear._scaled_sum_of_many_ranks"}
     for variant in measured:
         assert variant["stack"] <= STACK_LIMIT, variant
-        # fp32's products take three times the registers
-        assert variant["spills"] == 0 or variant["dtype"] == "torch.float32", variant
-        # a gradient by columns has strides that a number of columns multiplies to more than 2^31
-        assert variant["narrow"] == [], variant
+        # fp32's products take three times the registers, in a norm's kernels whatever W0's dtype is
+        takes_more = variant["dtype"] == "torch.float32" or "norm" in variant["kernel"]
+        assert variant["spills"] == 0 or takes_more, variant
+        # a gradient by columns has strides that a number of columns multiplies to more than 2^31; a norm's kernels
+        # address A alone so, of rank x in elements
+        assert len(variant["narrow"]) <= ("norm" in variant["kernel"]), variant
 
 
 def test_every_kernel_has_an_example():

@@ -16,7 +16,7 @@ if platform.system() != "Linux":
 import triton
 
 from dora_peft.ops.kernels import tuning
-from dora_peft.ops.kernels.tuning import Tuner, cdiv, power_of_two, token_bucket
+from dora_peft.ops.kernels.tuning import Choice, Tuner, cdiv, power_of_two, token_bucket
 
 KEYS, CONFIGS = ["bucket"], [triton.Config({"ROWS": rows}) for rows in (16, 32, 64)]
 
@@ -41,7 +41,7 @@ def test_many_lengths_compile_each_kernel_once_a_configuration(counts, p):
 @pytest.mark.parametrize(
     ("p", "new"),
     [
-        ("0.0", ["_scaled_sum_of_few_ranks", "_scale_and_sum"]),
+        ("0.0", ["_scaled_sum", "_scale_and_sum"]),
         ("0.1", ["_dropped_product", "_add_low_rank", "_dropped_gradient"]),
     ],
 )
@@ -79,6 +79,7 @@ def tuner(monkeypatch):
     monkeypatch.setattr(tuner, "_write", lambda kernel, key, config: disk.update({key: config}))
     monkeypatch.setattr(tuning, "gpu", lambda index: "one")
     monkeypatch.setattr(tuning, "capturing", lambda: False)
+    monkeypatch.setattr(tuning, "shared_memory_kib", lambda: 99)
     monkeypatch.setattr(tuning, "median_ms", lambda run: abs(run() - 32))
     return tuner
 
@@ -125,6 +126,16 @@ def test_a_configuration_that_does_not_fit_is_left_out(tuner, monkeypatch):
     tuner.configs = CONFIGS[:2]
     with pytest.raises(triton.runtime.errors.OutOfResources):
         tuner.choose(Launched(), 0, (1,), (x, x, 32), {})
+
+
+def test_what_needs_more_shared_memory_than_there_is_is_not_tried(tuner, monkeypatch):
+    tuner.configs = [
+        Choice({"ROWS": rows}, num_warps=4, num_stages=2, shared_kib=kib) for rows, kib in ((64, 99), (32, 192))
+    ]
+    x = torch.zeros(4, 8)
+    assert tuner.choose(Launched(), 0, (1,), (x, x, 16), {})[0] is tuner.configs[0]
+    monkeypatch.setattr(tuning, "shared_memory_kib", lambda: 227)
+    assert tuner.choose(Launched(), 0, (1,), (x, x, 32), {})[0] is tuner.configs[1]
 
 
 @pytest.mark.parametrize("number", [1, 2, 15, 16, 17, 1000, 2**20, 2**20 + 1])
