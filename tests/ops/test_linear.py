@@ -31,8 +31,8 @@ from linear_fixtures import (
 from torch import nn
 
 from dora_peft.ops import linear as subject
-from dora_peft.ops import linear_autograd as parts
 from dora_peft.ops.chunks import CHUNK
+from dora_peft.ops.scaled_sum import fold
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -55,7 +55,7 @@ def test_evaluation_takes_what_was_folded_for_another_road(alpha):
     problem = Problem(5, dtype=FP32)
     with torch.no_grad():
         x, A, B, c, b = problem.parts()
-        folded = parts.fold(B, c, S / alpha)
+        folded = fold(B, c, S / alpha)
         y = subject.linear_eval(x, A, folded, c, weight=problem.weight, bias=b, alpha=alpha)
     assert distance(y, problem.y("weight")) <= FLOOR[FP32]
 
@@ -261,7 +261,7 @@ def test_evaluation_equals_training(dtypes, form, bias, n):
                 # the order of the factors of which training makes the same bits
                 amp_dtype = BF16 if amp and dtype is not FP64 else dtype
                 alpha = 1.0 if by_kernels(amp_dtype) else S
-                y = subject.linear_eval(x, A, parts.fold(B, c, S / alpha), c, bias=b, alpha=alpha, **base)
+                y = subject.linear_eval(x, A, fold(B, c, S / alpha), c, bias=b, alpha=alpha, **base)
         assert y.grad_fn is None
         assert y.dtype == expected.dtype
         # training composes the weight, evaluation does not
@@ -287,8 +287,8 @@ def test_an_adapter_that_changes_nothing_gives_the_base_output_bit_for_bit(dtype
     with torch.no_grad():
         c.fill_(1)
         B.zero_()
-        assert torch.equal(subject.linear_eval(x, A, parts.fold(B, c, S), c, bias=b, **base), base_out)
-        assert not torch.equal(subject.linear_eval(x, A, parts.fold(B, 2 * c, S), 2 * c, bias=b, **base), base_out)
+        assert torch.equal(subject.linear_eval(x, A, fold(B, c, S), c, bias=b, **base), base_out)
+        assert not torch.equal(subject.linear_eval(x, A, fold(B, 2 * c, S), 2 * c, bias=b, **base), base_out)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -302,7 +302,7 @@ def test_evaluation_of_layouts(layout):
             base = {"weight": problem.weight}
             if form == "base_out":
                 base = {"base_out": F.linear(x, problem.weight, b)}
-            y = subject.linear_eval(x, A, parts.fold(B, c, S), c, bias=b, **base)
+            y = subject.linear_eval(x, A, fold(B, c, S), c, bias=b, **base)
         assert y.shape == expected.shape
         assert distance(y, expected) <= FLOOR[dtype]
 
