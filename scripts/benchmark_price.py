@@ -1,6 +1,6 @@
 """What a training step with this package costs beside PEFT's LoRA, whichever library multiplies.
 
-    python scripts/benchmark_price.py                               # all settings; about an hour on 2 cores
+    python scripts/benchmark_price.py                               # all settings; more than an hour on 2 cores
     python scripts/benchmark_price.py --resume                      # those that this commit has not measured yet
     python scripts/benchmark_price.py --settings llama-512,short    # these alone; the others' results stay
 

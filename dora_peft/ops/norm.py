@@ -112,7 +112,7 @@ def norm_beside_product(
         rows: x [N, in].
         multiply: Gives rows W0^T.
     """
-    together = workspace("beside", (len(rows) + len(lora_A), rows.shape[1]), lora_A)
+    together = workspace("beside", (len(rows) + len(lora_A), rows.shape[1]), rows)
     both = multiply(torch.cat([rows, lora_A], out=together), matrix)
     cross = both[len(rows) :].T
     squared = factored_norm_squared(weight, base_squared, lora_A, lora_B, scaling, cross)

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from benchmark_fixtures import loss_of, make, tiny
+from torch import nn
 
-from benchmarks.bases import SHAPES, build_base
-from benchmarks.contenders import Contender, build_contender
 from common import machine
 from common.files import replacing
 from common.memory import record_saved_bytes, saved_bytes
@@ -17,20 +16,6 @@ CPU = torch.device("cpu")
 
 
 FLOAT = 4
-
-
-def make(name: str, base: nn.Module, dropout: float = 0.0, **options: Any) -> Contender:
-    options = {"adapter_dtype": torch.float32, "seed": 0, "rank": 4, **options}
-    return build_contender(name, base, dropout=dropout, **options)
-
-
-def tiny(dtype: torch.dtype = torch.float32) -> Any:
-    return build_base(SHAPES["tiny"], 2, 128, dtype, CPU, 0)
-
-
-def loss_of(contender: Contender) -> Tensor:
-    ids = torch.arange(32).view(2, 16)
-    return contender.call(input_ids=ids, labels=ids, use_cache=False).loss
 
 
 def test_saved_bytes_of_a_sequence() -> None:
