@@ -3,18 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from . import torch_names
 from .workspace import workspace
 
 # Tokens that the element-wise passes take at once on a CPU: their temporaries stay in the cache, and a fresh
 # [N, out] allocation, whose page faults cost more than its arithmetic, is not made for every layer. With fewer the
 # products suffer: by 2 % at 512, 10 % at 256.
 CHUNK = 1024
+# Elements up to which sums alone are faster by `in_one_pass`, which keeps nothing in the cache.
+ONE_PASS = 2**20
 # Elements that a sum over tokens runs in side by side: half of a core's cache.
 LANES = 2**18
+
+
+def in_one_pass(g: Tensor, c: Tensor, y: Tensor, bias: Tensor | None, *, scale: bool) -> tuple[Tensor | None, Tensor]:
+    """g' = c * g [N, out] if `scale`, and sum_n g (y - b) [out], both in one pass over g and y [N, out].
+
+    They are the gradients of batch normalisation in evaluation, for a variance of 1 and y as its input: one operation
+    of torch's, which reads g once. It adds up token after token, so that it is for no more than CHUNK of them.
+    """
+    zeros, ones = _mean_and_variance(len(c), c.dtype)
+    mean, wanted = zeros if bias is None else bias, [scale, True, False]
+    scaled, sums, _ = torch_names.batch_norm_backward(g, y, c, mean, ones, None, None, False, 0.0, wanted)
+    return scaled if scale else None, sums
+
+
+@lru_cache(maxsize=64)
+def _mean_and_variance(width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """0 and 1 [width] on the CPU."""
+    with torch.inference_mode(False):
+        return torch.zeros(width, dtype=dtype, device="cpu"), torch.ones(width, dtype=dtype, device="cpu")
+
+
+def does_one_pass(g: Tensor, c: Tensor, y: Tensor, bias: Tensor | None, *, scale: bool) -> bool:
+    """Whether `in_one_pass` takes these, and is the faster way."""
+    if not g.is_cpu or not 0 < len(g) <= CHUNK or not g.dtype is y.dtype is c.dtype:
+        return False
+    if bias is not None and bias.dtype is not c.dtype:
+        return False
+    return scale or g.numel() <= ONE_PASS
 
 
 def in_chunks(

@@ -30,18 +30,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunks import in_chunks
+from .chunks import does_one_pass, in_chunks, in_one_pass
 from .constants import DROWNED, TINY
 from .content import version
 from .dropout import dropout_mask
 from .kept_output import KeptOutput
 from .options import Options
-from .products import compose_weight, multiply_many
+from .products import compose_weight, multiply_many, times_transposed
 from .scaled_sum import scaled_sum
 from .torch_names import unsafe_view
-
-# Up to so many tokens everything is made as a whole: each operation takes longer to start than to run.
-FEW = 64
+from .workspace import workspace
 
 
 def apply(
@@ -159,18 +157,16 @@ def _by_torch(ctx, grad):
     y = _kept_output(ctx, kept, grad)[0] if need_c else None
     sums = d_bias = d_A = d_B = d_c = None
     through = weight if need_x and not composes else None
-    dx, scaled, sums, change = scale_and_sum(g, c, y, bias, through, multiply, keep_scaled=need_base)
+    dx, scaled, sums = scale_and_sum(g, c, y, bias, through, multiply, keep_scaled=need_base)
     if need_c:
         z_at = partial(_z_at, ctx, x, u, lora_B, c)
-        d_c = magnitude_gradient(sums, g, y, c, bias, z_at, change)
+        d_c = magnitude_gradient(sums, g, y, c, bias, z_at)
     # g' in low precision has lost digits that B and A need
     exact = scaled if dtype is c.dtype else None
-    # g^T u is faster than u^T g on CPUs, whose libraries split the long side of a result
-    if need_B and exact is None:
+    if need_B:
         # [out, r], in c's dtype
-        d_B = (g.T @ u) * (k * c)[:, None]
-    elif need_B:
-        d_B = torch.addmm(_in(lora_B, dtype), exact.T, u, beta=0, alpha=k)
+        factor = (k * c)[:, None] if exact is None else k
+        d_B = times_transposed(u, g if exact is None else exact).T * factor
     if (need_A or need_x) and (exact is None or count >= products.thin_out):
         # [N, r]
         multiply_out = multiply_many if count >= products.thin_out else F.linear
@@ -179,11 +175,13 @@ def _by_torch(ctx, grad):
         du = torch.addmm(u, exact, _in(lora_B, dtype), beta=0, alpha=k)
     if need_A:
         # [r, in]
-        d_A = ((rows if mask is None else rows * mask).T @ du).T
+        d_A = times_transposed(du, rows if mask is None else rows * mask)
     if need_x:
+        # du A costs fewer multiplications than B A if there are fewer tokens than rows of B
+        apart = not composes or mask is not None or count < len(weight)
         if composes:
-            dx = multiply(g, _composed(weight, lora_A, lora_B, c, k, mask).T)
-        if not composes or mask is not None:
+            dx = multiply(g, _composed(weight, lora_A, lora_B, c, k, apart).T)
+        if apart:
             dx = _add_low_rank(dx, du, _in(lora_A, dtype), mask)
         dx = dx if x.dim() == 2 else dx.view(x.shape)
     if need_bias:
@@ -193,10 +191,11 @@ def _by_torch(ctx, grad):
     return dx, scaled.view(grad.shape) if need_base else None, d_bias, d_A, d_B, d_c
 
 
-def _composed(weight: Tensor, lora_A: Tensor, lora_B: Tensor, c: Tensor, k: float, mask: Tensor | None) -> Tensor:
-    """c (W0 + s B A) [out, in], under dropout without B A, whose mask is another for each token."""
-    if mask is not None:
-        return weight * c[:, None]
+def _composed(weight: Tensor, lora_A: Tensor, lora_B: Tensor, c: Tensor, k: float, apart: bool) -> Tensor:
+    """c (W0 + s B A) [out, in], for this thread until the next call; c W0 if B A is multiplied by `apart` from it, as
+    under dropout, whose mask is another for each token."""
+    if apart:
+        return torch.mul(weight, c[:, None], out=workspace("composed", tuple(weight.shape), c))
     return compose_weight(weight, lora_A, lora_B, k).mul_(c[:, None])
 
 
@@ -280,19 +279,19 @@ def scale_and_sum(
     multiply: Callable[[Tensor, Tensor], Tensor],
     *,
     keep_scaled: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """One pass over g [N, out], a few tokens at a time: g' = c * g, its product with W0, and sum_n g (y - b).
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """One pass over g [N, out], of many tokens a few at a time: g' = c * g, its product with W0, and sum_n g (y - b).
 
     Returns:
-        g' W0 [N, in] if `weight` is given, g' [N, out] if `keep_scaled` or if it was made as a whole without loss, the
-        sums [out] if y [..., out] is given, and y - b [N, out] if that was made as a whole.
+        g' W0 [N, in] if `weight` is given, g' [N, out] if `keep_scaled` or if it was made as a whole without loss, and
+        the sums [out] if y [..., out] is given.
     """
     y = None if y is None else flattened(y)
-    if 0 < len(g) <= FEW and g.dtype is c.dtype:
-        whole, change = g * c, y if y is None or bias is None else y - bias
-        product = None if weight is None else multiply(whole, weight.T)
-        return product, whole, None if change is None else (g * change).sum(0), change
-    return *in_chunks(g, c, y, bias, weight, multiply, keep_scaled), None
+    scales = keep_scaled or weight is not None
+    if y is not None and does_one_pass(g, c, y, bias, scale=scales):
+        scaled, sums = in_one_pass(g, c, y, bias, scale=scales)
+        return None if scaled is None or weight is None else multiply(scaled, weight.T), scaled, sums
+    return in_chunks(g, c, y, bias, weight, multiply, keep_scaled)
 
 
 def magnitude_gradient(
@@ -302,7 +301,6 @@ def magnitude_gradient(
     c: Tensor,
     bias: Tensor | None,
     z_at: Callable[[Tensor | None], Tensor],
-    change: Tensor | None = None,
 ) -> Tensor:
     """dc_j = sum_n g_nj z_nj [out], with z = (y - b) / c if y still determines z and from `z_at(columns)` otherwise.
 
@@ -310,7 +308,6 @@ def magnitude_gradient(
         sums: sum_n g (y - b), None if y is.
         y: The layer's output [..., out], None if it was changed since.
         z_at: Computes z [N, len(index)] at columns `index`, [N, out] if that is None.
-        change: y - b [N, out], if the caller has it.
     """
     if y is None or sums is None:
         return (g * z_at(None)).sum(0)
@@ -318,9 +315,7 @@ def magnitude_gradient(
     if bias is not None and y.numel():
         # the rounding of y = c z + b against the size of c z, on a sample of the tokens; that of most of them, since
         # the first token is often far larger than all others
-        change = flattened(y) - bias if change is None and len(g) <= FEW else change
-        step = max(1, len(g) // 64)
-        sample = (flattened(y)[::step] - bias).to(c.dtype) if change is None else change[::step]
+        sample = (flattened(y)[:: max(1, len(g) // 64)] - bias).to(c.dtype)
         # [out], at most 0 if b drowns half of the sample or more
         most = torch.sub(sample.abs(), bias.abs(), alpha=DROWNED[y.dtype]).sign_().sum(0)
     # two numbers are read faster than a comparison is made; c is seldom negative

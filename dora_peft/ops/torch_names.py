@@ -17,6 +17,8 @@ modes = torch._C._len_torch_dispatch_stack
 top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 # A reshaped tensor that is no view: the output of an autograd function could not be changed in place otherwise.
 unsafe_view: Callable[[Tensor, list[int]], Tensor] = torch.ops.aten._unsafe_view
+# Batch normalisation's gradients: in evaluation it is y = c * (z - mean) / sqrt(var + eps) + b, a layer's last step.
+batch_norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.aten.native_batch_norm_backward.default
 
 
 def is_exporting() -> bool:
