@@ -249,10 +249,9 @@ def _draw(
 def _parts(y: Tensor, first: int, start: int) -> tuple[Tensor, Tensor]:
     """Rows [k, out] from row `first` on, and a diagonal [d] from element `start` on, as views of a contiguous y."""
     _, width, count, step, elements = _layout(y.shape)
-    flat = y.detach().view(-1)
-    offset = flat.storage_offset()
-    rows = flat.as_strided((count, width), (width, 1), offset + first * width)
-    return rows, flat.as_strided((elements,), (step,), offset + start)
+    offset = y.storage_offset()
+    rows = y.as_strided((count, width), (width, 1), offset + first * width)
+    return rows, y.as_strided((elements,), (step,), offset + start)
 
 
 def _share_memory(y: Tensor, grad: Tensor) -> bool:
