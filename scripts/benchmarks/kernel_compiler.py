@@ -146,3 +146,14 @@ def narrow_products(compiled: triton.compiler.CompiledKernel) -> list[str]:
         # an index that was loaded, or chosen by a comparison, is no product of what it was loaded or chosen by
         used += [] if kind in ("load", "cmpi") else operands
     return narrow
+
+
+def copied_ahead(compiled: triton.compiler.CompiledKernel) -> list[str]:
+    """The blocks that are copied to shared memory while others are computed, such as "64x64xbf16"."""
+    pattern = r"async_copy_global_to_local .*tensor<([\dx]+x)!\w+\.ptr<(\w+)>"
+    return sorted({shape + dtype for shape, dtype in re.findall(pattern, compiled.asm["ttgir"])})
+
+
+def loads_of_16_bytes(compiled: triton.compiler.CompiledKernel) -> int:
+    """How many instructions load 16 bytes a thread to registers."""
+    return len(re.findall(r"\bld\.global\S*\.v4\.b32\b", compiled.asm["ptx"]))

@@ -86,8 +86,8 @@ def _refresh_all(
     table, entries, known, found, due, partial, arrived, finished, remembered, base, out, like_A, like_W,
     blocks, count, total,
     READS: tl.constexpr, FOUR_BIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr, PRECISION: tl.constexpr,
-    RANKS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EPSILON: tl.constexpr,
-    SIZE: tl.constexpr,
+    RANKS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    EPSILON: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """out = v of all layers, computed for those that are due.
 
@@ -138,7 +138,7 @@ def _refresh_all(
                     partial + tl.load(row + _REFRESH + 12), arrived + tl.load(row + _REFRESH + 13), base + offset,
                     block, span, spans, columns, height, width, rank, scaling, w_row, w_column,
                     tl.load(row + _REFRESH + 10), base_due, READS, FOUR_BIT, HALF, BRAIN, PRECISION, RANKS, WHOLE,
-                    ROWS, BLOCK, EPSILON,
+                    ROWS, BLOCK, STAGES, EPSILON,
                 )  # fmt: skip
                 if last:
                     tl.store(remembered + offset + rows, value, in_rows)
