@@ -29,8 +29,9 @@ from .tuning import cdiv
 _FIELDS, _REFRESH = tl.constexpr(32), tl.constexpr(12)
 # Elements that a program of the check sums.
 _SIZE = 2048
-# Programs of the refresh: each takes block after block. Four fit on a processor, of which an H100 has 132, a B200 148.
-_PROGRAMS = 4 * 148
+# Programs of the refresh for each processor, which holds so many at ranks up to 32: each takes block after block, and
+# more would begin when the first end.
+_PROGRAMS = 4
 
 
 @Kernel
@@ -245,7 +246,7 @@ class Group:
         self.statistics = [(e.stored.absmax, e.stored.code) for e in entries if isinstance(e.stored, FourBit)]
         options = stored_arguments(stored, self.base)[-1]
         self.options = {**options, **constants(stored, len(entries[0].lora_A))}
-        self.programs = min(self.blocks, _PROGRAMS)
+        self.programs = min(self.blocks, _PROGRAMS * _processors(device))
 
     def check(self, stream: int, capturing: bool) -> tuple[Tensor, ...]:
         """A new v [out], fp32 and floored, of each entry in their order, computed if its A, B or W0 hold something new.
@@ -270,6 +271,11 @@ class Group:
             self.total, **self.options, EPSILON=torch.finfo(torch.float32).eps, SIZE=1024,
         )  # fmt: skip
         return out.split(self.heights)
+
+
+def _processors(device: torch.device) -> int:
+    """Of a GPU; those of an H100 where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 class _Scratch:

@@ -99,4 +99,4 @@ def test_a_launch_moves_no_less_than_it_must(case):
                 assert 0 < done.ideal <= done.asked
                 assert launch.programs(config) >= 1
                 counted.add(launch.function.__name__)
-    assert counted == set(kernel_examples.WORK)
+    assert counted == {*kernel_examples.WORK, *kernel_examples.WORK_OF_ALL}
