@@ -61,13 +61,58 @@ def _packed(weight, absmax, rows, in_rows, start, width, blocksize, BLOCK: tl.co
 
 
 @triton.jit
+def _block(
+    weight, absmax, code, lora_A, factors_B, factor, byte, statistic, rows, in_rows, start, width, rank, scaling, w_row,
+    w_column, blocksize,
+    READS: tl.constexpr, FOUR_BIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr, PRECISION: tl.constexpr,
+    RANKS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sum (W0 + s B A)^2 over BLOCK columns from `start` on; `byte` and `statistic` by `_packed` if READS is 3."""
+    columns = start + tl.arange(0, BLOCK)
+    inside = in_rows[:, None] & (columns < width)[None, :]
+    if READS == 3:
+        pairs = tl.join(tl.load(code + (byte >> 4)), tl.load(code + (byte & 15)))
+        composed = tl.reshape(pairs, (ROWS, BLOCK)) * statistic[:, None]
+        if HALF:
+            composed = composed.to(tl.float16).to(tl.float32)
+        if BRAIN:
+            composed = narrow(composed, tl.bfloat16).to(tl.float32)
+    elif READS == 1:
+        places = weight + rows[:, None].to(tl.int64) * w_row + columns[None, :]
+        composed = tl.load(tl.multiple_of(places, [1, 16]), inside, other=0.0).to(tl.float32)
+    elif READS == 2:
+        places = weight + rows[:, None] + columns[None, :].to(tl.int64) * w_column
+        composed = tl.load(tl.multiple_of(places, [16, 1]), inside, other=0.0).to(tl.float32)
+    else:
+        composed = elements(
+            weight, absmax, code, rows, columns, inside, w_row, w_column, blocksize, FOUR_BIT, HALF, BRAIN
+        )
+    if WHOLE:
+        places = lora_A + tl.arange(0, RANKS)[:, None] * width + columns[None, :]
+        in_A = (tl.arange(0, RANKS) < rank)[:, None] & (columns < width)[None, :]
+        right = tl.load(places, in_A, other=0.0).to(tl.float32)
+        composed += tl.dot(factor, right, input_precision=PRECISION)
+    else:
+        for begin in range(0, rank, RANKS):
+            ranks = begin + tl.arange(0, RANKS)
+            left = tl.load(
+                factors_B + ranks[None, :], in_rows[:, None] & (ranks < rank)[None, :], other=0.0
+            ).to(tl.float32)  # fmt: skip
+            right = tl.load(
+                lora_A + ranks[:, None] * width + columns[None, :],
+                (ranks < rank)[:, None] & (columns < width)[None, :], other=0.0,
+            ).to(tl.float32)  # fmt: skip
+            composed = tl.dot(scaling * left, right, composed, input_precision=PRECISION)
+    return tl.sum(composed * composed, 1)
+
+
+@triton.jit
 def _span(
     weight, absmax, code, lora_A, lora_B, rows, in_rows, first, last, width, rank, scaling, w_row, w_column, blocksize,
     READS: tl.constexpr, FOUR_BIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr, PRECISION: tl.constexpr,
     RANKS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """sum (W0 + s B A)^2 over columns first to last of `rows` [ROWS]. WHOLE: RANKS are all ranks."""
-    lanes = tl.arange(0, BLOCK)
     factors_B = lora_B + rows[:, None].to(tl.int64) * rank
     factor = tl.zeros((ROWS, RANKS), tl.float32)
     if WHOLE:
@@ -75,53 +120,33 @@ def _span(
         in_factor = in_rows[:, None] & (all_ranks < rank)[None, :]
         factor = scaling * tl.load(factors_B + all_ranks[None, :], in_factor, other=0.0).to(tl.float32)
     squares = tl.zeros((ROWS,), tl.float32)
-    if READS == 3:
+    if READS == 1 or READS == 2:
+        # A range with stages of its own copies W0 ahead as well as A, which alone feeds a product: rows to shared
+        # memory, columns, which lie across what is asked for there, one block ahead to registers.
+        for start in tl.range(first, last, BLOCK, num_stages=STAGES if READS == 1 else 2):
+            squares += _block(
+                weight, absmax, code, lora_A, factors_B, factor, 0, 0, rows, in_rows, start, width, rank, scaling,
+                w_row, w_column, blocksize, READS, FOUR_BIT, HALF, BRAIN, PRECISION, RANKS, WHOLE, ROWS, BLOCK,
+            )  # fmt: skip
+    elif READS == 3:
+        # it would copy what the code's look-ups give, 4 bytes at a time: loaded ahead by hand. No stages are another
+        # loop's: Triton 3.2 does not take None for them
         byte, statistic = _packed(weight, absmax, rows, in_rows, first, width, blocksize, BLOCK)
-    # A range with stages of its own copies W0 ahead as well as A, which alone feeds a product: rows to shared memory,
-    # columns, which lie across what is asked for there, one block ahead to registers. Of 4-bit W0 it would copy what
-    # the code's look-ups give, 4 bytes at a time: that one is loaded ahead by hand.
-    for start in tl.range(first, last, BLOCK, num_stages=STAGES if READS == 1 else 2 if READS == 2 else None):
-        columns = start + lanes
-        inside = in_rows[:, None] & (columns < width)[None, :]
-        if READS == 3:
-            high, low, scales = byte >> 4, byte & 15, statistic
-            # those of the next block are under way while this one is computed
+        for start in range(first, last, BLOCK):
+            here, scales = byte, statistic
             byte, statistic = _packed(
                 weight, absmax, rows, in_rows & (start + BLOCK < last), start + BLOCK, width, blocksize, BLOCK
             )
-            pairs = tl.join(tl.load(code + high), tl.load(code + low))
-            composed = tl.reshape(pairs, (ROWS, BLOCK)) * scales[:, None]
-            if HALF:
-                composed = composed.to(tl.float16).to(tl.float32)
-            if BRAIN:
-                composed = narrow(composed, tl.bfloat16).to(tl.float32)
-        elif READS == 1:
-            places = weight + rows[:, None].to(tl.int64) * w_row + columns[None, :]
-            composed = tl.load(tl.multiple_of(places, [1, 16]), inside, other=0.0).to(tl.float32)
-        elif READS == 2:
-            places = weight + rows[:, None] + columns[None, :].to(tl.int64) * w_column
-            composed = tl.load(tl.multiple_of(places, [16, 1]), inside, other=0.0).to(tl.float32)
-        else:
-            composed = elements(
-                weight, absmax, code, rows, columns, inside, w_row, w_column, blocksize, FOUR_BIT, HALF, BRAIN
-            )
-        if WHOLE:
-            places = lora_A + tl.arange(0, RANKS)[:, None] * width + columns[None, :]
-            in_A = (tl.arange(0, RANKS) < rank)[:, None] & (columns < width)[None, :]
-            right = tl.load(places, in_A, other=0.0).to(tl.float32)
-            composed += tl.dot(factor, right, input_precision=PRECISION)
-        else:
-            for begin in range(0, rank, RANKS):
-                ranks = begin + tl.arange(0, RANKS)
-                left = tl.load(
-                    factors_B + ranks[None, :], in_rows[:, None] & (ranks < rank)[None, :], other=0.0
-                ).to(tl.float32)  # fmt: skip
-                right = tl.load(
-                    lora_A + ranks[:, None] * width + columns[None, :],
-                    (ranks < rank)[:, None] & (columns < width)[None, :], other=0.0,
-                ).to(tl.float32)  # fmt: skip
-                composed = tl.dot(scaling * left, right, composed, input_precision=PRECISION)
-        squares += tl.sum(composed * composed, 1)
+            squares += _block(
+                weight, absmax, code, lora_A, factors_B, factor, here, scales, rows, in_rows, start, width, rank,
+                scaling, w_row, w_column, blocksize, READS, FOUR_BIT, HALF, BRAIN, PRECISION, RANKS, WHOLE, ROWS, BLOCK,
+            )  # fmt: skip
+    else:
+        for start in range(first, last, BLOCK):
+            squares += _block(
+                weight, absmax, code, lora_A, factors_B, factor, 0, 0, rows, in_rows, start, width, rank, scaling,
+                w_row, w_column, blocksize, READS, FOUR_BIT, HALF, BRAIN, PRECISION, RANKS, WHOLE, ROWS, BLOCK,
+            )  # fmt: skip
     return squares
 
 
