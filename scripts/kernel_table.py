@@ -222,7 +222,9 @@ def main() -> None:
         kinds = list(dict.fromkeys(kind_of(row) for row in stored["kernels"] + rows))
         places = list(EXAMPLES)
         rows = sorted(kept + rows, key=lambda row: (kinds.index(kind_of(row)), places.index(row["example"])))
-        machine["kept"] = {"commit": stored["commit"], "examples": sorted({row["example"] for row in kept})}
+        # each row is of one of these
+        commits = [*stored.get("kept", {"commits": []})["commits"], stored["commit"]]
+        machine["kept"] = {"commits": commits, "examples": sorted({row["example"] for row in kept})}
     text = markdown(rows, options.capabilities)
     if options.markdown:
         print(text)
