@@ -1,15 +1,16 @@
-"""Write the README's tables from the stored result files.
+"""Write the README's tables, and the GPU's beside the results, from the stored result files.
 
-    python scripts/update_readme.py           # rewrites README.md
-    python scripts/update_readme.py --check   # exits with 1 if README.md is not what the results say
+    python scripts/update_readme.py           # rewrites README.md and scripts/benchmarks/results/gpu.md
+    python scripts/update_readme.py --check   # exits with 1 and names them if they are not what the results say
 
 Expected result: the text between `<!-- table: memory -->` and `<!-- end: memory -->` holds one table per file in
 `scripts/benchmarks/results/` that `scripts/benchmark_memory.py --json` wrote, and the text between
 `<!-- table: benchmark -->` and `<!-- end: benchmark -->` one line per result of `scripts/benchmark.py`, with device and
 versions. Between `<!-- table: check -->` and `<!-- end: check -->` stands what `scripts/benchmark_check.py` measured.
-Results that are not there are left out. Between `<!-- table: gpu -->` and `<!-- end: gpu -->` stands what
-`scripts/gpu.sh` measures, "not measured yet" if its result is not there, and between `<!-- table: reproduction -->`
-and `<!-- end: reproduction -->` the verdicts of `scripts/reproduce.py report`.
+Results that are not there are left out. What `scripts/gpu.sh` measures stands in `scripts/benchmarks/results/gpu.md`,
+"not measured yet" where its result is not there; between `<!-- table: gpu -->` and `<!-- end: gpu -->` is one line on
+how much of it there is. Between `<!-- table: reproduction -->` and `<!-- end: reproduction -->` are the verdicts of
+`scripts/reproduce.py report`.
 """
 
 from __future__ import annotations
@@ -218,6 +219,8 @@ def qdora(report: Mapping[str, Any]) -> str:
 
 
 UNMEASURED = "not measured yet"
+# Where the GPU's table stands, as README links to it.
+GPU_PAGE = "scripts/benchmarks/results/gpu.md"
 BF16, DEFAULT = {"dtype": "bf16", "adapter_dtype": "bf16"}, {"dtype": "bf16", "adapter_dtype": "fp32"}
 STEP = "step / PEFT LoRA, 2,048 tokens, r=16: "
 # What a line is about, its goal, the file of its result, and how to read it.
@@ -285,17 +288,40 @@ GPU_LINES: tuple[tuple[str, str, str, Callable[[Mapping[str, Any]], str]], ...] 
 )
 
 
+def gpu_places(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """The GPUs that results of `GPU_LINES` come from, with versions and commits; empty without results."""
+    places = []
+    for name in (name for _, _, name, _ in GPU_LINES if name in reports):
+        report = reports[name]
+        versions = ", ".join(f"{package} {number}" for package, number in report["versions"].items())
+        places.append(f"{report['device']} ({versions}, commit {(report['commit'] or 'unknown')[:9]})")
+    return "; ".join(dict.fromkeys(places))
+
+
 def gpu_table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """One Markdown table from the results of scripts/gpu.sh, by the names of their files."""
-    lines, places = [], []
-    for label, goal, name, read in GPU_LINES:
-        if name in reports:
-            report = reports[name]
-            versions = ", ".join(f"{package} {number}" for package, number in report["versions"].items())
-            places.append(f"{report['device']} ({versions}, commit {(report['commit'] or 'unknown')[:9]})")
-        lines.append(f"| {label} | {goal} | {read(reports[name]) if name in reports else UNMEASURED} |")
-    heading = [f"On {'; '.join(dict.fromkeys(places))}:", ""] if places else []
+    lines = [
+        f"| {label} | {goal} | {read(reports[name]) if name in reports else UNMEASURED} |"
+        for label, goal, name, read in GPU_LINES
+    ]
+    places = gpu_places(reports)
+    heading = [f"On {places}:", ""] if places else []
     return "\n".join([*heading, "| bf16 base on a GPU | goal | |", "|---|---:|---:|", *lines])
+
+
+def gpu_page(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page `GPU_PAGE`: the table, and where it comes from."""
+    return (
+        "# What a GPU takes\n\nMeasured by `bash scripts/gpu.sh`, written by `python scripts/update_readme.py`, and "
+        f"set against the goals.\n\n{gpu_table(reports)}\n"
+    )
+
+
+def gpu_line(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """What README says of `GPU_PAGE`, in one line."""
+    found = sum(name in reports for _, _, name, _ in GPU_LINES)
+    said = f"{found} of {len(GPU_LINES)} figures on {gpu_places(reports)}" if found else UNMEASURED
+    return f"GPU figures: {said} ([goals and figures]({GPU_PAGE}))."
 
 
 def insert(readme: str, name: str, text: str) -> str:
@@ -310,7 +336,7 @@ def insert(readme: str, name: str, text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing, fail if the README is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if one is out of date")
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
@@ -323,11 +349,17 @@ def main() -> int:
         benchmark_table([result for name, result in reports.items() if "options" in result and "_cuda" not in name]),
     )
     after = insert(after, "check", check_table(reports.get("check_cpu")))
-    after = insert(after, "gpu", gpu_table(reports))
+    after = insert(after, "gpu", gpu_line(reports))
     after = insert(after, "reproduction", "\n".join(verdicts(REPRODUCTION)))
+    page = RESULTS / Path(GPU_PAGE).name
+    pages = {readme: after, page: gpu_page(reports)}
     if arguments.check:
-        return int(after != before)
-    readme.write_text(after, encoding="utf-8")
+        stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+        for path in stale:
+            print(f"{path} is not what the results say: run python scripts/update_readme.py", file=sys.stderr)
+        return int(bool(stale))
+    for path, text in pages.items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -1,8 +1,9 @@
-"""Compile every Triton kernel to machine code, which needs no GPU: python tests/compile_kernels.py CAPABILITY... [all]
+"""Compile Triton kernels to machine code, which needs no GPU: python tests/compile_kernels.py CAPABILITY... [all|norms]
 
 Triton's interpreter takes what its compiler refuses, such as a variable that changes its type in a loop. Run by
 tests/ops/kernels/test_compiled.py in another process, since a process either interprets or compiles. The variants are
-those that launches ask for, in every configuration that is offered. Prints a JSON object a variant and a line.
+those that launches ask for, in every configuration that is offered; with `norms`, the norm's kernels for each way to
+read W0. Prints a JSON object a variant and a line.
 """
 
 import dataclasses
@@ -15,7 +16,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import torch  # noqa: E402
 
-from benchmarks.kernel_compiler import compile_for, narrow_products, offered, usage  # noqa: E402
+from benchmarks.kernel_compiler import (  # noqa: E402
+    compile_for,
+    copied_ahead,
+    loads_of_16_bytes,
+    narrow_products,
+    offered,
+    usage,
+)
 from benchmarks.kernel_examples import EXAMPLES, Case, launches  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -48,18 +56,33 @@ ALL = [
         ]
     ),
 ]
+NORMS = [
+    (case, ["norm", "check and norm", "check and norm of all"])
+    for case in [
+        Case(),
+        Case(rank=64),
+        Case(dtype=FP32),
+        Case(four_bit=True),
+        Case(by_columns=True),
+    ]
+]
 
 
 def main() -> None:
-    for capability in (int(word) for word in sys.argv[1:] if word != "all"):
-        for case, examples in ALL if "all" in sys.argv else FEW:
+    chosen = ALL if "all" in sys.argv else NORMS if "norms" in sys.argv else FEW
+    for capability in (int(word) for word in sys.argv[1:] if word.isdigit()):
+        for case, examples in chosen:
             for launch in launches(case, examples):
                 for config in offered(capability, launch):
                     compiled = compile_for(capability, launch, config)
-                    found = {**dataclasses.asdict(usage(compiled)), "narrow": narrow_products(compiled)}
+                    found = {
+                        **dataclasses.asdict(usage(compiled)), "narrow": narrow_products(compiled),
+                        "copied": copied_ahead(compiled), "wide": loads_of_16_bytes(compiled),
+                    }  # fmt: skip
                     variant = {
                         "capability": capability, "kernel": launch.name, "example": launch.example,
                         "config": str(config), "rank": case.rank, "dtype": str(case.dtype),
+                        "four_bit": case.four_bit, "by_columns": case.by_columns,
                     }  # fmt: skip
                     print(json.dumps({**variant, **found}))
 

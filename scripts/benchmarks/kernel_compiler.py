@@ -38,6 +38,7 @@ class Usage:
         shared: Bytes of shared memory.
         instructions: In the code, each counted once.
         loop: Those of the longest loop.
+        inner: Those of the longest loop that has no other in it.
         units: What multiplies matrices: "HGMMA" (Hopper's), "UTCHMMA" (Blackwell's), "HMMA", or "" for none.
     """
 
@@ -47,6 +48,7 @@ class Usage:
     shared: int
     instructions: int
     loop: int
+    inner: int
     units: str
 
 
@@ -115,14 +117,21 @@ def usage(compiled: triton.compiler.CompiledKernel) -> Usage:
     kinds = [kind for _, kind, _ in lines]
     units = next((kind for kind in ("UTCHMMA", "HGMMA", "HMMA") if kind in kinds), "")
     places = [int(place, 16) for place, _, _ in lines]
-    loops = [0]
+    loops = []
     for number, (_, kind, rest) in enumerate(lines):
         target = re.search(r"0x([0-9a-f]+)", rest) if kind == "BRA" else None
         # a jump to itself ends every kernel
         if target and int(target[1], 16) < places[number]:
-            loops.append(number - places.index(int(target[1], 16)) + 1)
+            loops.append((places.index(int(target[1], 16)), number))
+    inner = [one for one in loops if not any(one != other and _within(other, one) for other in loops)]
+    longest, innermost = (max((last - first + 1 for first, last in found), default=0) for found in (loops, inner))
     spills = kinds.count("LDL") + kinds.count("STL")
-    return Usage(int(resources[1]), int(resources[2]), spills, compiled.metadata.shared, len(lines), max(loops), units)
+    registers, stack = int(resources[1]), int(resources[2])
+    return Usage(registers, stack, spills, compiled.metadata.shared, len(lines), longest, innermost, units)
+
+
+def _within(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return other[0] <= one[0] and one[1] <= other[1]
 
 
 def narrow_products(compiled: triton.compiler.CompiledKernel) -> list[str]:
@@ -146,3 +155,14 @@ def narrow_products(compiled: triton.compiler.CompiledKernel) -> list[str]:
         # an index that was loaded, or chosen by a comparison, is no product of what it was loaded or chosen by
         used += [] if kind in ("load", "cmpi") else operands
     return narrow
+
+
+def copied_ahead(compiled: triton.compiler.CompiledKernel) -> list[str]:
+    """The blocks that are copied to shared memory while others are computed, such as "64x64xbf16"."""
+    pattern = r"async_copy_global_to_local .*tensor<([\dx]+x)!\w+\.ptr<(\w+)>"
+    return sorted({shape + dtype for shape, dtype in re.findall(pattern, compiled.asm["ttgir"])})
+
+
+def loads_of_16_bytes(compiled: triton.compiler.CompiledKernel) -> int:
+    """How many instructions load 16 bytes a thread to registers."""
+    return len(re.findall(r"\bld\.global\S*\.v4\.b32\b", compiled.asm["ptx"]))

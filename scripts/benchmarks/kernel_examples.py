@@ -8,6 +8,7 @@ with: the signatures, constants and grids of real launches, typed in nowhere. A 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -38,7 +39,8 @@ Note = tuple[object, object, dict[str, object]]
 class Case:
     """A layer of [out, features] with an adapter of a rank, and what its kernels depend on; tensors without memory.
 
-    `by_columns`: the gradient, x and W0 are transposed matrices. `on_device`: dropout's seed is a tensor.
+    `by_columns`: the gradient, x and W0 are transposed matrices. `on_device`: dropout's seed is a tensor. `group`: out
+    and features of the layers that are checked together, two like this one if there are none.
     """
 
     tokens: int = 2048
@@ -51,6 +53,12 @@ class Case:
     four_bit: bool = False
     by_columns: bool = False
     on_device: bool = False
+    group: tuple[tuple[int, int], ...] = ()
+
+    def layers(self) -> list[Case]:
+        """Those that are checked together; a group of one is no other."""
+        shapes = self.group or ((self.out, self.features),) * 2
+        return [dataclasses.replace(self, out=out, features=features, group=()) for out, features in shapes]
 
     def tensor(self, *shape: int, dtype: torch.dtype | None = None, by_columns: bool = False) -> Tensor:
         if by_columns:
@@ -115,6 +123,7 @@ class Case:
         return norm.Memory(self.out, torch.device("meta"))
 
 
+OF_ALL = "check and norm of all"
 # By name, in the table's order: calls that launch every kernel at least once.
 EXAMPLES: dict[str, Callable[[Case], object]] = {
     "compose": lambda t: linear.scaled_sum(t.z, t.u, t.B, t.c, t.bias, 0.5, out=t.z),
@@ -131,9 +140,8 @@ EXAMPLES: dict[str, Callable[[Case], object]] = {
     "dropped gradient": lambda t: dropout.dropped_gradient(t.u, t.x, t.seed, 0.05, t.factors),
     "norm": lambda t: norm.row_norms(t.stored, t.c, t.A, t.B, 0.5),
     "check and norm": lambda t: norm.checked_norm(t.memory(), t.stored, t.A, t.B, 0.5, due=False, another=False),
-    # two layers, as a group of one is no other
-    "check and norm of all": lambda t: grouped_norm.Group(
-        [grouped_norm.Entry(t.memory(), t.stored, t.A, t.B, 0.5) for _ in range(2)]
+    OF_ALL: lambda t: grouped_norm.Group(
+        [grouped_norm.Entry(layer.memory(), layer.stored, layer.A, layer.B, 0.5) for layer in t.layers()]
     ).check(0, False),
     "take sample": lambda t: sample.take_sample(t.z, 0, 1, 257, t.out, 512),
     "compare sample": lambda t: sample.compare_sample(t.z, t.tensor(t.out), t.tensor(512), 0, 1, 257),
@@ -147,6 +155,7 @@ class Launch:
     Attributes:
         example: Of EXAMPLES.
         name: The kernel's module and name.
+        case: The layer.
     """
 
     example: str
@@ -154,6 +163,7 @@ class Launch:
     kernel: object
     grid: object
     arguments: dict[str, object]
+    case: Case
 
     @property
     def function(self) -> object:
@@ -231,7 +241,7 @@ def launches(case: Case, examples: Iterable[str] | None = None) -> list[Launch]:
     for example in EXAMPLES if examples is None else examples:
         with _recorded() as notes:
             EXAMPLES[example](case)
-        last = {id(note[0]): Launch(example, names[id(note[0])], *note) for note in notes}
+        last = {id(note[0]): Launch(example, names[id(note[0])], *note, case) for note in notes}
         # what another example launches for this one is not what it is about
         found += list(last.values())[-1:] if example == "magnitude" else last.values()
     return found
@@ -246,22 +256,27 @@ class Work:
         asked: Bytes that its programs ask for; those of them that are asked for again mostly come from the L2 cache.
         flops: Of its matrix products.
         iterations: How often a program goes through its main loop.
+        blocks: What the programs take one after another, if they do: a loop around the main one.
+        branches: Of how many of equal length a program takes one.
     """
 
     ideal: int
     asked: int
     flops: int
     iterations: int
+    blocks: int = 0
+    branches: int = 1
 
 
 def work(launch: Launch, config: triton.Config) -> Work | None:
     """What a launch does; None if nobody counted it."""
-    count = WORK.get(launch.function.__name__)
-    if count is None:
+    count, together = (counts.get(launch.function.__name__) for counts in (WORK, WORK_OF_ALL))
+    if count is None and together is None:
         return None
     numbers = {name: value for name, value in launch.arguments.items() if isinstance(value, int)}
     sizes = {name: value.element_size() for name, value in launch.arguments.items() if isinstance(value, Tensor)}
-    return count({**numbers, **config.kwargs}, sizes)
+    numbers |= config.kwargs
+    return count(numbers, sizes) if count else together(launch.case.layers(), numbers, sizes)
 
 
 def _compose(n: Numbers, size: Numbers) -> Work:
@@ -337,4 +352,34 @@ WORK: dict[str, Callable[[Numbers, Numbers], Work]] = {
     "_dropped_gradient": _dropped_gradient,
     "_norm": _norm,
     "_checked_norm": _norm,
+}
+
+
+def _refresh_all(layers: list[Case], n: Numbers, size: Numbers) -> Work:
+    """Where v of all layers is due and W0 is the same."""
+    fp32 = dict.fromkeys(("absmax", "out", "base", "remembered", "partial"), 4)
+    size = {**size, **fp32, "weight": size["like_W"], "lora_A": size["like_A"], "lora_B": size["like_A"]}
+    total, iterations, blocks = [0, 0, 0], 0, 0
+    for layer in layers:
+        spans, columns = norm.division(layer.out, layer.features)
+        shape = {"height": layer.out, "width": layer.features, "rank": layer.rank, "spans": spans, "columns": columns}
+        done = _norm({**n, **shape, "blocksize": layer.stored.blocksize if layer.four_bit else 1}, size)
+        total = [a + b for a, b in zip(total, (done.ideal, done.asked, done.flops), strict=True)]
+        here = triton.cdiv(layer.out, n["ROWS"]) * spans
+        iterations, blocks = iterations + here * done.iterations, blocks + here
+    return Work(*total, triton.cdiv(iterations, blocks), blocks)
+
+
+def _check_all(layers: list[Case], n: Numbers, size: Numbers) -> Work:
+    """A and B whole, and the sample of W0, whose elements lie in 32 bytes of memory each, which are read with them."""
+    factors = sum((layer.A.numel() + layer.B.numel()) * size["like_A"] for layer in layers)
+    taken = len(layers) * n["SAMPLE"] * (2 if n["FOUR_BIT"] else 1)
+    smallest = min(size["like_W"], size["like_S"]) if n["FOUR_BIT"] else size["like_W"]
+    return Work(factors + taken * smallest, factors + taken * 32, 0, 1, branches=3)
+
+
+# Of kernels that take many layers.
+WORK_OF_ALL: dict[str, Callable[[list[Case], Numbers, Numbers], Work]] = {
+    "_refresh_all": _refresh_all,
+    "_check_all": _check_all,
 }

@@ -1,5 +1,6 @@
-"""The README's tables: of the benchmark, of the GPU, and how they are put in."""
+"""The README's tables and the GPU's page: of the benchmark, of the GPU, and how they are put in."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,57 @@ def test_a_gpu_table_without_results_says_so() -> None:
     lines = update_readme.gpu_table({}).splitlines()[2:]
     assert len(lines) == len(update_readme.GPU_LINES)
     assert all(line.endswith("| not measured yet |") for line in lines)
+
+
+def test_readme_has_one_line_of_gpus() -> None:
+    lines = [update_readme.gpu_line({}), update_readme.gpu_line({"kernels_cuda": gpu_report("", {})})]
+    assert all("\n" not in line and f"]({update_readme.GPU_PAGE})" in line for line in lines)
+    assert "not measured yet" in lines[0]
+    assert "not measured yet" not in lines[1]
+    assert f": 1 of {len(update_readme.GPU_LINES)} figures on Some GPU (torch 1.2, commit 012345678) (" in lines[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with a README that has the GPU's marks, and without results."""
+    results = tmp_path / Path(update_readme.GPU_PAGE).parent
+    results.mkdir(parents=True)
+    (tmp_path / "README.md").write_text("<!-- table: gpu -->\n<!-- end: gpu -->\n", encoding="utf-8")
+    monkeypatch.setattr(update_readme, "ROOT", tmp_path)
+    monkeypatch.setattr(update_readme, "RESULTS", results)
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr("sys.argv", ["update_readme.py", *words])
+    return update_readme.main()
+
+
+def test_the_gpu_page_is_written_and_linked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch) == 0
+    link = re.search(r"\]\((.*?)\)", (folder / "README.md").read_text(encoding="utf-8"))
+    assert link
+    assert update_readme.gpu_table({}) in (folder / link[1]).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("stale", ["README.md", update_readme.GPU_PAGE])
+def test_check_names_what_is_out_of_date(
+    folder: Path, stale: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch) == 0
+    assert run(monkeypatch, "--check") == 0
+    text = (folder / stale).read_text(encoding="utf-8").replace("not measured yet", "0.50", 1)
+    (folder / stale).write_text(text, encoding="utf-8")
+    assert run(monkeypatch, "--check") == 1
+    assert capsys.readouterr().err.startswith(str(folder / stale))
+    # and changes nothing
+    assert (folder / stale).read_text(encoding="utf-8") == text
+
+
+def test_check_misses_a_gpu_page_that_is_not_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch) == 0
+    (folder / update_readme.GPU_PAGE).unlink()
+    assert run(monkeypatch, "--check") == 1
 
 
 def test_a_gpu_table_reads_what_was_measured() -> None:

@@ -29,8 +29,9 @@ from .tuning import cdiv
 _FIELDS, _REFRESH = tl.constexpr(32), tl.constexpr(12)
 # Elements that a program of the check sums.
 _SIZE = 2048
-# Programs of the refresh: each takes block after block. Four fit on a processor, of which an H100 has 132, a B200 148.
-_PROGRAMS = 4 * 148
+# Programs of the refresh for each processor, which holds so many at ranks up to 32: each takes block after block, and
+# more would begin when the first end.
+_PROGRAMS = 4
 
 
 @Kernel
@@ -86,8 +87,8 @@ def _refresh_all(
     table, entries, known, found, due, partial, arrived, finished, remembered, base, out, like_A, like_W,
     blocks, count, total,
     READS: tl.constexpr, FOUR_BIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr, PRECISION: tl.constexpr,
-    RANKS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EPSILON: tl.constexpr,
-    SIZE: tl.constexpr,
+    RANKS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    EPSILON: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """out = v of all layers, computed for those that are due.
 
@@ -138,7 +139,7 @@ def _refresh_all(
                     partial + tl.load(row + _REFRESH + 12), arrived + tl.load(row + _REFRESH + 13), base + offset,
                     block, span, spans, columns, height, width, rank, scaling, w_row, w_column,
                     tl.load(row + _REFRESH + 10), base_due, READS, FOUR_BIT, HALF, BRAIN, PRECISION, RANKS, WHOLE,
-                    ROWS, BLOCK, EPSILON,
+                    ROWS, BLOCK, STAGES, EPSILON,
                 )  # fmt: skip
                 if last:
                     tl.store(remembered + offset + rows, value, in_rows)
@@ -245,7 +246,7 @@ class Group:
         self.statistics = [(e.stored.absmax, e.stored.code) for e in entries if isinstance(e.stored, FourBit)]
         options = stored_arguments(stored, self.base)[-1]
         self.options = {**options, **constants(stored, len(entries[0].lora_A))}
-        self.programs = min(self.blocks, _PROGRAMS)
+        self.programs = min(self.blocks, _PROGRAMS * _processors(device))
 
     def check(self, stream: int, capturing: bool) -> tuple[Tensor, ...]:
         """A new v [out], fp32 and floored, of each entry in their order, computed if its A, B or W0 hold something new.
@@ -270,6 +271,11 @@ class Group:
             self.total, **self.options, EPSILON=torch.finfo(torch.float32).eps, SIZE=1024,
         )  # fmt: skip
         return out.split(self.heights)
+
+
+def _processors(device: torch.device) -> int:
+    """Of a GPU; those of an H100 where there is none."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 class _Scratch:

@@ -42,12 +42,12 @@ def _norm(
     weight, absmax, code, lora_A, lora_B, partial, arrived, out, spans, columns, height, width, rank, scaling, w_row,
     w_column, blocksize,
     READS: tl.constexpr, FOUR_BIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr, PRECISION: tl.constexpr,
-    RANKS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    RANKS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     value, rows, in_rows, last = norm_of_rows(
         weight, absmax, code, lora_A, lora_B, partial, arrived, out, tl.program_id(0) // spans,
         tl.program_id(0) % spans, spans, columns, height, width, rank, scaling, w_row, w_column, blocksize, False,
-        READS, FOUR_BIT, HALF, BRAIN, PRECISION, RANKS, WHOLE, ROWS, BLOCK, 0.0,
+        READS, FOUR_BIT, HALF, BRAIN, PRECISION, RANKS, WHOLE, ROWS, BLOCK, STAGES, 0.0,
     )  # fmt: skip
     if last:
         tl.store(out + rows, value, in_rows)
@@ -59,7 +59,8 @@ def _checked_norm(
     weight, absmax, code, lora_A, lora_B, partial, arrived, sums, known, remembered, base, out, due, compared, spans,
     columns, height, width, rank, scaling, w_row, w_column, blocksize,
     READS: tl.constexpr, FOUR_BIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr, PRECISION: tl.constexpr,
-    RANKS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EPSILON: tl.constexpr,
+    RANKS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    EPSILON: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0) // spans
     changed = due != 0
@@ -72,7 +73,7 @@ def _checked_norm(
         value, rows, in_rows, last = norm_of_rows(
             weight, absmax, code, lora_A, lora_B, partial, arrived, base, block, tl.program_id(0) % spans, spans,
             columns, height, width, rank, scaling, w_row, w_column, blocksize, base_due, READS, FOUR_BIT, HALF, BRAIN,
-            PRECISION, RANKS, WHOLE, ROWS, BLOCK, EPSILON,
+            PRECISION, RANKS, WHOLE, ROWS, BLOCK, STAGES, EPSILON,
         )  # fmt: skip
         if last:
             tl.store(remembered + rows, value, in_rows)

@@ -52,13 +52,67 @@ def mixed_sum(bits, block, count, start, step, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _span(
-    weight, absmax, code, lora_A, lora_B, rows, in_rows, first, last, width, rank, scaling, w_row, w_column, blocksize,
+def _packed(weight, absmax, rows, in_rows, start, width, blocksize, BLOCK: tl.constexpr):
+    """Bytes of two neighbours each [len(rows), BLOCK / 2] from column `start` on, and their statistics [len(rows)]."""
+    # BLOCK columns lie in one quantisation block
+    place = rows[:, None].to(tl.int64) * (width // 2) + (start // 2 + tl.arange(0, BLOCK // 2))[None, :]
+    byte = tl.load(tl.multiple_of(weight + place, [1, 16]), in_rows[:, None], other=0).to(tl.int32)
+    return byte, tl.load(absmax + (rows.to(tl.int64) * width + start) // blocksize, in_rows, other=0.0)
+
+
+@triton.jit
+def _block(
+    weight, absmax, code, lora_A, factors_B, factor, byte, statistic, rows, in_rows, start, width, rank, scaling, w_row,
+    w_column, blocksize,
     READS: tl.constexpr, FOUR_BIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr, PRECISION: tl.constexpr,
     RANKS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """sum (W0 + s B A)^2 over BLOCK columns from `start` on; `byte` and `statistic` by `_packed` if READS is 3."""
+    columns = start + tl.arange(0, BLOCK)
+    inside = in_rows[:, None] & (columns < width)[None, :]
+    if READS == 3:
+        pairs = tl.join(tl.load(code + (byte >> 4)), tl.load(code + (byte & 15)))
+        composed = tl.reshape(pairs, (ROWS, BLOCK)) * statistic[:, None]
+        if HALF:
+            composed = composed.to(tl.float16).to(tl.float32)
+        if BRAIN:
+            composed = narrow(composed, tl.bfloat16).to(tl.float32)
+    elif READS == 1:
+        places = weight + rows[:, None].to(tl.int64) * w_row + columns[None, :]
+        composed = tl.load(tl.multiple_of(places, [1, 16]), inside, other=0.0).to(tl.float32)
+    elif READS == 2:
+        places = weight + rows[:, None] + columns[None, :].to(tl.int64) * w_column
+        composed = tl.load(tl.multiple_of(places, [16, 1]), inside, other=0.0).to(tl.float32)
+    else:
+        composed = elements(
+            weight, absmax, code, rows, columns, inside, w_row, w_column, blocksize, FOUR_BIT, HALF, BRAIN
+        )
+    if WHOLE:
+        places = lora_A + tl.arange(0, RANKS)[:, None] * width + columns[None, :]
+        in_A = (tl.arange(0, RANKS) < rank)[:, None] & (columns < width)[None, :]
+        right = tl.load(places, in_A, other=0.0).to(tl.float32)
+        composed += tl.dot(factor, right, input_precision=PRECISION)
+    else:
+        for begin in range(0, rank, RANKS):
+            ranks = begin + tl.arange(0, RANKS)
+            left = tl.load(
+                factors_B + ranks[None, :], in_rows[:, None] & (ranks < rank)[None, :], other=0.0
+            ).to(tl.float32)  # fmt: skip
+            right = tl.load(
+                lora_A + ranks[:, None] * width + columns[None, :],
+                (ranks < rank)[:, None] & (columns < width)[None, :], other=0.0,
+            ).to(tl.float32)  # fmt: skip
+            composed = tl.dot(scaling * left, right, composed, input_precision=PRECISION)
+    return tl.sum(composed * composed, 1)
+
+
+@triton.jit
+def _span(
+    weight, absmax, code, lora_A, lora_B, rows, in_rows, first, last, width, rank, scaling, w_row, w_column, blocksize,
+    READS: tl.constexpr, FOUR_BIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr, PRECISION: tl.constexpr,
+    RANKS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """sum (W0 + s B A)^2 over columns first to last of `rows` [ROWS]. WHOLE: RANKS are all ranks."""
-    lanes = tl.arange(0, BLOCK)
     factors_B = lora_B + rows[:, None].to(tl.int64) * rank
     factor = tl.zeros((ROWS, RANKS), tl.float32)
     if WHOLE:
@@ -66,48 +120,33 @@ def _span(
         in_factor = in_rows[:, None] & (all_ranks < rank)[None, :]
         factor = scaling * tl.load(factors_B + all_ranks[None, :], in_factor, other=0.0).to(tl.float32)
     squares = tl.zeros((ROWS,), tl.float32)
-    for start in range(first, last, BLOCK):
-        columns = start + lanes
-        inside = in_rows[:, None] & (columns < width)[None, :]
-        if READS == 3:
-            # a byte holds two neighbours; BLOCK columns lie in one quantisation block
-            halves = start // 2 + tl.arange(0, BLOCK // 2)
-            place = rows[:, None].to(tl.int64) * (width // 2) + halves[None, :]
-            byte = tl.load(tl.multiple_of(weight + place, [1, 16]), in_rows[:, None], other=0).to(tl.int32)
-            statistic = tl.load(absmax + (rows.to(tl.int64) * width + start) // blocksize, in_rows, other=0.0)
-            pairs = tl.join(tl.load(code + (byte >> 4)), tl.load(code + (byte & 15)))
-            composed = tl.reshape(pairs, (ROWS, BLOCK)) * statistic[:, None]
-            if HALF:
-                composed = composed.to(tl.float16).to(tl.float32)
-            if BRAIN:
-                composed = narrow(composed, tl.bfloat16).to(tl.float32)
-        elif READS == 1:
-            places = weight + rows[:, None].to(tl.int64) * w_row + columns[None, :]
-            composed = tl.load(tl.multiple_of(places, [1, 16]), inside, other=0.0).to(tl.float32)
-        elif READS == 2:
-            places = weight + rows[:, None] + columns[None, :].to(tl.int64) * w_column
-            composed = tl.load(tl.multiple_of(places, [16, 1]), inside, other=0.0).to(tl.float32)
-        else:
-            composed = elements(
-                weight, absmax, code, rows, columns, inside, w_row, w_column, blocksize, FOUR_BIT, HALF, BRAIN
+    if READS == 1 or READS == 2:
+        # A range with stages of its own copies W0 ahead as well as A, which alone feeds a product: rows to shared
+        # memory, columns, which lie across what is asked for there, one block ahead to registers.
+        for start in tl.range(first, last, BLOCK, num_stages=STAGES if READS == 1 else 2):
+            squares += _block(
+                weight, absmax, code, lora_A, factors_B, factor, 0, 0, rows, in_rows, start, width, rank, scaling,
+                w_row, w_column, blocksize, READS, FOUR_BIT, HALF, BRAIN, PRECISION, RANKS, WHOLE, ROWS, BLOCK,
+            )  # fmt: skip
+    elif READS == 3:
+        # it would copy what the code's look-ups give, 4 bytes at a time: loaded ahead by hand. No stages are another
+        # loop's: Triton 3.2 does not take None for them
+        byte, statistic = _packed(weight, absmax, rows, in_rows, first, width, blocksize, BLOCK)
+        for start in range(first, last, BLOCK):
+            here, scales = byte, statistic
+            byte, statistic = _packed(
+                weight, absmax, rows, in_rows & (start + BLOCK < last), start + BLOCK, width, blocksize, BLOCK
             )
-        if WHOLE:
-            places = lora_A + tl.arange(0, RANKS)[:, None] * width + columns[None, :]
-            in_A = (tl.arange(0, RANKS) < rank)[:, None] & (columns < width)[None, :]
-            right = tl.load(places, in_A, other=0.0).to(tl.float32)
-            composed += tl.dot(factor, right, input_precision=PRECISION)
-        else:
-            for begin in range(0, rank, RANKS):
-                ranks = begin + tl.arange(0, RANKS)
-                left = tl.load(
-                    factors_B + ranks[None, :], in_rows[:, None] & (ranks < rank)[None, :], other=0.0
-                ).to(tl.float32)  # fmt: skip
-                right = tl.load(
-                    lora_A + ranks[:, None] * width + columns[None, :],
-                    (ranks < rank)[:, None] & (columns < width)[None, :], other=0.0,
-                ).to(tl.float32)  # fmt: skip
-                composed = tl.dot(scaling * left, right, composed, input_precision=PRECISION)
-        squares += tl.sum(composed * composed, 1)
+            squares += _block(
+                weight, absmax, code, lora_A, factors_B, factor, here, scales, rows, in_rows, start, width, rank,
+                scaling, w_row, w_column, blocksize, READS, FOUR_BIT, HALF, BRAIN, PRECISION, RANKS, WHOLE, ROWS, BLOCK,
+            )  # fmt: skip
+    else:
+        for start in range(first, last, BLOCK):
+            squares += _block(
+                weight, absmax, code, lora_A, factors_B, factor, 0, 0, rows, in_rows, start, width, rank, scaling,
+                w_row, w_column, blocksize, READS, FOUR_BIT, HALF, BRAIN, PRECISION, RANKS, WHOLE, ROWS, BLOCK,
+            )  # fmt: skip
     return squares
 
 
@@ -131,7 +170,8 @@ def norm_of_rows(
     weight, absmax, code, lora_A, lora_B, partial, arrived, base, block, span, spans, columns, height, width, rank,
     scaling, w_row, w_column, blocksize, base_due,
     READS: tl.constexpr, FOUR_BIT: tl.constexpr, HALF: tl.constexpr, BRAIN: tl.constexpr, PRECISION: tl.constexpr,
-    RANKS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EPSILON: tl.constexpr,
+    RANKS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    EPSILON: tl.constexpr,
 ):  # fmt: skip
     """v of a block of rows [ROWS], and whether this program is the last of theirs to arrive, which alone has it.
 
@@ -144,10 +184,14 @@ def norm_of_rows(
     """
     rows = block * ROWS + tl.arange(0, ROWS)
     in_rows = rows < height
+    if READS == 2:
+        # all of 16 rows or none, as `reads` has seen to: else they could not be read at once
+        in_rows = tl.max_constancy(in_rows, 16)
     first = span * columns
     squares = _span(
         weight, absmax, code, lora_A, lora_B, rows, in_rows, first, tl.minimum(first + columns, width), width, rank,
         scaling, w_row, w_column, blocksize, READS, FOUR_BIT, HALF, BRAIN, PRECISION, RANKS, WHOLE, ROWS, BLOCK,
+        STAGES,
     )  # fmt: skip
     last = spans == 1
     if spans > 1:
@@ -218,10 +262,10 @@ def constants(stored: Tensor | FourBit, rank: int) -> dict[str, object]:
     # above 32 ranks blocks of half the columns, and above 64 products of 32 ranks: larger ones spill on sm_80
     ranks, block = (ranks_at_once(rank) if rank <= 64 else 32), (BLOCK if rank <= 32 else BLOCK // 2)
     precision = "ieee" if torch.version.hip else "tf32x3"
-    stages = 4 if rank <= 32 else 3
+    stages = 2 if INTERPRETED else 4 if rank <= 32 else 3
     return {
         "READS": reads(stored), "PRECISION": precision, "RANKS": ranks, "WHOLE": rank <= ranks, "ROWS": ROWS,
-        "BLOCK": block, "num_warps": 4, "num_stages": 2 if INTERPRETED else stages,
+        "BLOCK": block, "STAGES": stages, "num_warps": 4, "num_stages": stages,
     }  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from .tuning import cdiv
 @triton.jit
 def _bits(value):
     """`value` as whole numbers: NaN is equal to itself there."""
-    return value.to(tl.int16 if value.dtype.primitive_bitwidth == 16 else tl.int32, bitcast=True)
+    # Triton 3.2 cannot compare the number of bits
+    return value.to(tl.int32 if value.dtype == tl.float32 else tl.int16, bitcast=True)
 
 
 @Kernel

@@ -22,6 +22,15 @@ TESTS = Path(__file__).parents[2]
 STACK_LIMIT = 64
 
 
+def compiled(words, cache):
+    """What compile_kernels.py says, with a fresh cache, so that they have to be compiled."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, str(TESTS / "compile_kernels.py"), *words]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -32,12 +41,7 @@ STACK_LIMIT = 64
     ids=" ".join,
 )
 def test_kernels_compile_and_fit(words, tmp_path):
-    """A fresh cache, so that they have to be compiled."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, str(TESTS / "compile_kernels.py"), *words]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    variants = [json.loads(line) for line in result.stdout.splitlines()]
+    variants = compiled(words, tmp_path)
     assert {variant["kernel"] for variant in variants} == set(kernels_of())
     for variant in variants:
         assert variant["shared"] <= SHARED_LIMIT[variant["capability"]], variant
@@ -51,6 +55,22 @@ def test_kernels_compile_and_fit(words, tmp_path):
         # a gradient by columns has strides that a number of columns multiplies to more than 2^31; a norm's kernels
         # address A alone so, of rank x in elements
         assert len(variant["narrow"]) <= ("norm" in variant["kernel"]), variant
+
+
+def test_a_refresh_reads_w0_ahead_and_in_16_bytes(tmp_path):
+    """Copied to shared memory where its rows are contiguous; else loaded in the loop and before it."""
+    norms = [variant for variant in compiled(["80", "90", "norms"], tmp_path) if "digest" not in variant["kernel"]]
+    refreshes = [variant for variant in norms if variant["kernel"] != "grouped_norm._check_all"]
+    assert len(refreshes) == 2 * 3 * 5
+    for variant in refreshes:
+        rows = not variant["four_bit"] and not variant["by_columns"]
+        # of 64 rows and as many columns, or half of those at higher ranks; A has no more rows than ranks
+        blocks = {f"64x{64 if variant['rank'] <= 32 else 32}x{dtype}" for dtype in ("bf16", "f32")}
+        dtype = {"torch.bfloat16": "bf16", "torch.float32": "f32"}[variant["dtype"]]
+        copied = [block for block in variant["copied"] if block in blocks and block.endswith(dtype)]
+        assert bool(copied) == rows, variant
+        assert rows or variant["wide"] >= 2, variant
+        assert variant["stack"] <= STACK_LIMIT, variant
 
 
 def test_every_kernel_has_an_example():
@@ -79,4 +99,4 @@ def test_a_launch_moves_no_less_than_it_must(case):
                 assert 0 < done.ideal <= done.asked
                 assert launch.programs(config) >= 1
                 counted.add(launch.function.__name__)
-    assert counted == set(kernel_examples.WORK)
+    assert counted == {*kernel_examples.WORK, *kernel_examples.WORK_OF_ALL}

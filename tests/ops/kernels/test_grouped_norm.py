@@ -115,6 +115,7 @@ def test_what_changes_one_layer_refreshes_that_layer_alone(dtype, change):
 @pytest.mark.parametrize("programs", [1, 3])
 def test_fewer_programs_than_blocks(programs, monkeypatch):
     monkeypatch.setattr(subject, "_PROGRAMS", programs)
+    monkeypatch.setattr(subject, "_processors", lambda device: 1)
     entries = [entry((130, 1040, 16), seed=10 * i) for i in range(2)]
     group, first = primed(entries)
     assert group.blocks > programs
