@@ -1,16 +1,17 @@
-"""Write the README's tables, and the GPU's beside the results, from the stored result files.
+"""Write the README's tables, and pages beside the results, from the stored result files.
 
-    python scripts/update_readme.py           # rewrites README.md and scripts/benchmarks/results/gpu.md
+    python scripts/update_readme.py           # rewrites README.md, and gpu.md and price.md beside the results
     python scripts/update_readme.py --check   # exits with 1 and names them if they are not what the results say
 
 Expected result: the text between `<!-- table: memory -->` and `<!-- end: memory -->` holds one table per file in
 `scripts/benchmarks/results/` that `scripts/benchmark_memory.py --json` wrote, and the text between
 `<!-- table: benchmark -->` and `<!-- end: benchmark -->` one line per result of `scripts/benchmark.py`, with device and
-versions. Between `<!-- table: check -->` and `<!-- end: check -->` stands what `scripts/benchmark_check.py` measured.
-Results that are not there are left out. What `scripts/gpu.sh` measures stands in `scripts/benchmarks/results/gpu.md`,
-"not measured yet" where its result is not there; between `<!-- table: gpu -->` and `<!-- end: gpu -->` is one line on
-how much of it there is. Between `<!-- table: reproduction -->` and `<!-- end: reproduction -->` are the verdicts of
-`scripts/reproduce.py report`.
+versions. Between `<!-- table: price -->` and `<!-- end: price -->` is what `scripts/benchmark_price.py` found in
+short; each of its shapes has a line in `scripts/benchmarks/results/price.md`. Between `<!-- table: check -->` and
+`<!-- end: check -->` stands what `scripts/benchmark_check.py` measured. Results that are not there are left out. What
+`scripts/gpu.sh` measures stands in `scripts/benchmarks/results/gpu.md`, "not measured yet" where its result is not
+there; between `<!-- table: gpu -->` and `<!-- end: gpu -->` is one line on how much of it there is. Between
+`<!-- table: reproduction -->` and `<!-- end: reproduction -->` are the verdicts of `scripts/reproduce.py report`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import price_page
 from reproduction.common import RESULTS as REPRODUCTION
 from reproduction.report import verdicts
 
@@ -348,11 +350,13 @@ def main() -> int:
         "benchmark",
         benchmark_table([result for name, result in reports.items() if "options" in result and "_cuda" not in name]),
     )
+    price = reports.get("price_cpu")
+    after = insert(after, "price", price_page.price_table(price))
     after = insert(after, "check", check_table(reports.get("check_cpu")))
     after = insert(after, "gpu", gpu_line(reports))
     after = insert(after, "reproduction", "\n".join(verdicts(REPRODUCTION)))
-    page = RESULTS / Path(GPU_PAGE).name
-    pages = {readme: after, page: gpu_page(reports)}
+    pages = {readme: after, RESULTS / Path(GPU_PAGE).name: gpu_page(reports)}
+    pages[RESULTS / Path(price_page.PAGE).name] = price_page.price_page(price)
     if arguments.check:
         stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
         for path in stale:

@@ -1,0 +1,131 @@
+"""The page that says what a training step costs beside LoRA: the results of scripts/benchmark_price.py and their goals.
+
+For scripts/update_readme.py, which imports no torch.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+PAGE = "scripts/benchmarks/results/price.md"
+LIBRARIES = {"default": "out of the box", "torch": "oneDNN off", "same": "same library"}
+OURS, COMPILED, EAGER = "ours / LoRA", "compiled ours / compiled LoRA", "compiled / eager ours"
+# By the beginning of a setting's name and the price: the goals under each library.
+GOALS = {
+    ("llama-512-dropout", OURS): {"default": 1.0, "torch": 0.9, "same": 0.9},
+    ("llama-512", OURS): {"default": 1.0, "torch": 0.98, "same": 0.98},
+    ("drawn-", OURS): {"default": 1.0, "torch": 1.02},
+    ("short", OURS): {"torch": 1.05},
+    ("tiny-batch", OURS): {"torch": 1.15},
+    ("compiled", COMPILED): {"torch": 1.0},
+    ("compiled", EAGER): {"torch": 0.98},
+}
+# README's lines: label, settings by the beginning of their name, and price.
+LINES = (
+    ("4 x 256 tokens, width 512, r=16", "llama-512", OURS),
+    ("the same with dropout 0.05", "llama-512-dropout", OURS),
+    ("ten drawn shapes, 128 to 600 tokens", "drawn-", OURS),
+    ("16 x 14 tokens, SmolLM2's shapes, r=16", "short", OURS),
+    ("4 x 8 tokens, width 384, r=8", "tiny-batch", OURS),
+    ("compiled, 4 x 256 tokens: / compiled LoRA", "compiled", COMPILED),
+)
+
+
+def goal(name: str, price: str, library: str) -> float | None:
+    """What is aimed at, None for nothing."""
+    for (beginning, priced), goals in GOALS.items():
+        if price == priced and (name == beginning or (beginning.endswith("-") and name.startswith(beginning))):
+            return goals.get(library)
+    return None
+
+
+def norm_share(setting: Mapping[str, Any]) -> float:
+    """Multiplications of a norm's refresh, out x in x r once a step, over those of the base products, twice out x in
+    for each token: what no exact DoRA does without."""
+    return setting["rank"] / (2 * setting["batch"] * setting["seq_len"])
+
+
+def place(settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """The machines, versions and commits that results come from."""
+    machines = [entry["machine"] for entry in settings.values()]
+    commits = ", ".join(dict.fromkeys((machine["commit"] or "unknown")[:9] for machine in machines))
+    places = []
+    for machine in machines:
+        versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+        sets = machine["instruction_sets"]
+        threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+        places.append(f"{machine['processor']} ({' '.join(sets['processor'])}), {threads} ({versions})")
+    return f"{'; '.join(dict.fromkeys(places))}, commit {commits}"
+
+
+def price_table(report: Mapping[str, Any] | None) -> str:
+    """README's table: a line for each of `LINES`, the median and the range of its settings' ratios by library."""
+    if report is None:
+        return ""
+    lines = []
+    for label, beginning, price in LINES:
+        found = [
+            entry["prices"]
+            for name, entry in report["settings"].items()
+            if name == beginning or (beginning.endswith("-") and name.startswith(beginning))
+        ]
+        cells = [ratios([p[library][price] for p in found if price in p.get(library, {})]) for library in LIBRARIES]
+        if found:
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    heading = f"A training step beside PEFT LoRA's, fp32, on {place(report['settings'])} ([all shapes]({PAGE})):"
+    header = "| ours / LoRA | " + " | ".join(LIBRARIES.values()) + " |"
+    return "\n".join([heading, "", header, "|---|" + "---:|" * len(LIBRARIES), *lines])
+
+
+def ratios(found: Sequence[Mapping[str, float]]) -> str:
+    """Median of some settings' medians, and the range of their processes; of several settings that of the medians."""
+    if not found:
+        return "-"
+    medians = [one["median"] for one in found]
+    least, most = (found[0]["least"], found[0]["most"]) if len(found) == 1 else (min(medians), max(medians))
+    return f"{statistics.median(medians):.2f} ({least:.2f} to {most:.2f})"
+
+
+def price_page(report: Mapping[str, Any] | None) -> str:
+    """The page `PAGE`: a line for each setting and price."""
+    lines = [
+        "# What a training step costs on a CPU",
+        "",
+        "The median, and the range over processes, of each process's median ratio to PEFT LoRA in interleaved steps;",
+        "measured by `python scripts/benchmark_price.py`, written by `python scripts/update_readme.py`. Out of the box",
+        "is what a user gets: LoRA multiplies by torch's `F.linear`, ours by oneDNN where `dora_peft/ops/products.py`",
+        "says so. With oneDNN off both multiply by `F.linear`; `same library` routes LoRA's and the base model's",
+        "products through ours.",
+        "",
+        "*norm* is what a refresh of all norms multiplies, over what the base products do, r / (2 tokens): once a step",
+        "an exact DoRA needs W0 A^T or B A of its new factors, for however few tokens, and LoRA does not. A step that",
+        "is LoRA's in everything else takes about that much more. **Bold**: the goal in brackets is met.",
+    ]
+    if report is None:
+        return "\n".join([*lines, "", "not measured yet", ""])
+    header = f"| setting | tokens, width, rank, dropout | norm | price | {' | '.join(LIBRARIES.values())} |"
+    lines += ["", f"On {place(report['settings'])}.", "", header, "|---|---|---:|---|" + "---:|" * len(LIBRARIES)]
+    for name, entry in report["settings"].items():
+        setting = entry["setting"]
+        tokens = f"{setting['batch']} x {setting['seq_len']}, {setting['shape']['hidden']}, {setting['rank']}, "
+        start = f"| {name} | {tokens}{setting['dropout']:g} | {100 * norm_share(setting):.1f} % |"
+        for price in next(iter(entry["prices"].values())):
+            cells = [cell(name, price, library, entry["prices"]) for library in LIBRARIES]
+            lines.append(f"{start} {price} | {' | '.join(cells)} |")
+    rounds = sorted({(entry["processes"], entry["rounds"]) for entry in report["settings"].values()})
+    counts = " or ".join(f"{processes} processes x {steps} steps" for processes, steps in rounds)
+    return "\n".join([*lines, "", f"{counts}; the drawn shapes by seed {report['seed']}.", ""])
+
+
+def cell(name: str, price: str, library: str, prices: Mapping[str, Any]) -> str:
+    """A median with its range and goal."""
+    found = prices.get(library, {}).get(price)
+    if found is None:
+        return "-"
+    text, wanted = f"{found['median']:.3f}", goal(name, price, library)
+    if wanted is not None:
+        text = f"**{text}**" if found["median"] <= wanted else text
+        text += f" [{wanted:.2f}]"
+    return f"{text} ({found['least']:.3f} to {found['most']:.3f})"
