@@ -356,7 +356,7 @@ def main() -> int:
     after = insert(after, "gpu", gpu_line(reports))
     after = insert(after, "reproduction", "\n".join(verdicts(REPRODUCTION)))
     pages = {readme: after, RESULTS / Path(GPU_PAGE).name: gpu_page(reports)}
-    pages[RESULTS / Path(price_page.PAGE).name] = price_page.price_page(price)
+    pages[RESULTS / Path(price_page.PAGE).name] = price_page.price_page(price, reports.get("profile_cpu"))
     if arguments.check:
         stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
         for path in stale:

@@ -88,8 +88,18 @@ def ratios(found: Sequence[Mapping[str, float]]) -> str:
     return f"{statistics.median(medians):.2f} ({least:.2f} to {most:.2f})"
 
 
-def price_page(report: Mapping[str, Any] | None) -> str:
-    """The page `PAGE`: a line for each setting and price."""
+def profile_table(name: str, found: Mapping[str, Any]) -> str:
+    """Where a step's time goes, as scripts/profile_step.py found it."""
+    lora, ours = found["ms"]["lora"], found["ms"]["dora"]
+    rows = [(kind, lora[kind], ours[kind]) for kind in lora] + [("in all", sum(lora.values()), sum(ours.values()))]
+    lines = [f"| {kind} | {a:.1f} | {b:.1f} | {b - a:+.1f} |" for kind, a, b in rows]
+    heading = f"{name}, {LIBRARIES[found['library']]}, ms a step, mean of {found['steps']} (commit "
+    heading += f"{(found['machine']['commit'] or 'unknown')[:9]}):"
+    return "\n".join([heading, "", "| | PEFT LoRA | ours | |", "|---|---:|---:|---:|", *lines])
+
+
+def price_page(report: Mapping[str, Any] | None, profiles: Mapping[str, Any] | None = None) -> str:
+    """The page `PAGE`: a line for each setting and price, and where the time goes in some of them."""
     lines = [
         "# What a training step costs on a CPU",
         "",
@@ -116,7 +126,17 @@ def price_page(report: Mapping[str, Any] | None) -> str:
             lines.append(f"{start} {price} | {' | '.join(cells)} |")
     rounds = sorted({(entry["processes"], entry["rounds"]) for entry in report["settings"].values()})
     counts = " or ".join(f"{processes} processes x {steps} steps" for processes, steps in rounds)
-    return "\n".join([*lines, "", f"{counts}; the drawn shapes by seed {report['seed']}.", ""])
+    lines += ["", f"{counts}; the drawn shapes by seed {report['seed']}."]
+    if profiles is not None:
+        lines += [
+            "",
+            "## Where the time goes",
+            "",
+            "By torch's profiler (`python scripts/profile_step.py`), whose own time is in it.",
+        ]
+        for name, found in profiles["profiles"].items():
+            lines += ["", profile_table(name, found)]
+    return "\n".join([*lines, ""])
 
 
 def cell(name: str, price: str, library: str, prices: Mapping[str, Any]) -> str:

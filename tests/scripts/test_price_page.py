@@ -81,6 +81,15 @@ def test_readme_gives_a_median_of_the_drawn_shapes() -> None:
     assert "Some CPU (avx2 fma), 2 threads (torch 1.2), commit 012345678" in heading
 
 
+def test_a_page_says_where_the_time_goes() -> None:
+    found = {"library": "torch", "steps": 2, "machine": {"commit": "0123456789"}}
+    ms = {"lora": {"products": 2.0, "copies": 0.5}, "dora": {"products": 2.25, "copies": 0.25}}
+    page = price_page.price_page(report(short=stored("short", torch=1.0)), {"profiles": {"short": found | {"ms": ms}}})
+    assert "short, oneDNN off, ms a step, mean of 2 (commit 012345678):" in page
+    assert "| products | 2.0 | 2.2 | +0.2 |" in page
+    assert page.endswith("| in all | 2.5 | 2.5 | +0.0 |\n")
+
+
 def test_without_results() -> None:
     assert price_page.price_table(None) == ""
     assert price_page.price_page(None).endswith("not measured yet\n")
