@@ -7,13 +7,14 @@ import os
 import re
 import warnings
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import wraps
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
+from ._field_types import check_types, fits
 from ._files import atomic_write_text
+from ._refused_fields import IGNORED, REFUSED, REFUSED_INIT, refuse_foreign_fields
 from ._row_ranges import Ranges, checked_record
 
 # The key inside `auto_mapping` under which our own fields travel: plain PEFT keeps unknown entries there silently,
@@ -22,62 +23,11 @@ MARKER = "dora_peft"
 # Our entries that describe the saved tensors instead of the adapter's options, so that they are no fields.
 ROW_RECORDS = ("tied_rows", "filled_rows")
 
-# LoraConfig fields that have no meaning for DoRA, with the reason. They are accepted at PEFT's default only.
-REFUSED = {
-    "use_dora": "this class always is DoRA; a plain LoRA adapter is a peft.LoraConfig",
-    "target_parameters": "a bare nn.Parameter has no base product whose output could be rescaled",
-    "lora_bias": "a bias on lora_B is outside of m * (W0 + s B A) / ||W0 + s B A||",
-    "megatron_config": "PEFT's DoRA does not support Megatron layers either",
-    "use_qalora": "it pools the input, so its A does not have W0's input dimension and no norm ||W0 + s B A|| exists",
-    "velora_config": "it replaces the stored input of the gradient, PEFT cannot combine it with DoRA",
-    "alora_invocation_tokens": "it switches the adapter per token, PEFT cannot combine it with DoRA",
-    "monteclora_config": "it samples the weights, PEFT cannot combine it with DoRA",
-    "use_bdlora": "its factors are block-diagonal, PEFT cannot combine it with DoRA",
-    "arrow_config": "it routes between LoRA experts, PEFT cannot combine it with DoRA",
-    "kasa_config": "it truncates the base weight and adds a diagonal between B and A, PEFT cannot combine it with DoRA",
-    "ensure_weight_tying": (
-        "tied layers share A and B transposed, but their magnitudes have different lengths; train one of the two layers"
-    ),
-    "eva_config": "it belongs to init_lora_weights='eva', which PEFT computes for its own LoRA models only",
-    "runtime_config": "ephemeral_gpu_offload belongs to PEFT's dense norm; the factored norm needs no such offload",
-}
-_REFUSED_INIT = {
-    "eva": "it is computed by peft.initialize_lora_eva_weights, which accepts PEFT's LoRA models only",
-    "mica": "it freezes B, a variant that PEFT cannot combine with DoRA",
-}
-# Companions of refused fields.
-_IGNORED = {"qalora_group_size": "use_qalora", "megatron_core": "megatron_config"}
 _LORA_FIELDS = {f.name: f for f in fields(LoraConfig)}
 _Modules = list[str] | set[str] | str | None
 
 
-def _refuse_foreign_fields(cls: type[DoraConfig]) -> type[DoraConfig]:
-    """Have the class give the reason if a LoraConfig field has no meaning here, not 'unexpected keyword argument'."""
-    generated = cls.__init__
-
-    @wraps(generated)
-    def __init__(self: DoraConfig, *args: object, **kwargs: object) -> None:
-        for name in (REFUSED.keys() | _IGNORED.keys()) & kwargs.keys():
-            value = kwargs.pop(name)
-            harmless = value in (None, False) if name != "use_dora" else value is True
-            harmless = harmless or (name in _IGNORED and value == _LORA_FIELDS[name].default)
-            if harmless or (name == "runtime_config" and not _offloads(value)):
-                continue
-            reason = REFUSED[_IGNORED.get(name, name)]
-            raise ValueError(f"DoraConfig does not take {name}={value!r}: {reason}.")
-        generated(self, *args, **kwargs)  # type: ignore[arg-type]
-
-    cls.__init__ = __init__  # type: ignore[method-assign]
-    return cls
-
-
-def _offloads(runtime_config: object) -> bool:
-    if isinstance(runtime_config, dict):
-        return bool(runtime_config.get("ephemeral_gpu_offload"))
-    return bool(getattr(runtime_config, "ephemeral_gpu_offload", False))
-
-
-@_refuse_foreign_fields
+@refuse_foreign_fields
 @dataclass
 class DoraConfig(PeftConfig):
     """Configuration of a DoRA adapter: W' = m * (W0 + s B A) / ||W0 + s B A||.
@@ -157,25 +107,32 @@ class DoraConfig(PeftConfig):
     use_dora = True
 
     def __post_init__(self) -> None:
+        self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern
+        self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
+        # before anybody reads them; those left out are named by the messages of `_check`
+        check_types(self, skip=("peft_type", "r", "bias", "dropout_mode", "magnitude_key"))
         super().__post_init__()
         self.peft_type = PeftType.DORA  # type: ignore[attr-defined]
         for name in ("target_modules", "exclude_modules", "magnitude_only_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
-        self.rank_pattern = self.rank_pattern or {}
-        self.alpha_pattern = self.alpha_pattern or {}
         self._check()
 
     def _check(self) -> None:
         for name, value in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            if not fits(value, int) or value <= 0:
                 raise ValueError(
                     f"`r` should be a positive integer value but the value passed is {value!r} ({name}), "
                     "take for example r=8"
                 )
-        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
-            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-                raise ValueError(f"lora_alpha and alpha_pattern must hold numbers, found {alpha!r} ({name})")
+        alphas = {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
+        for name, alpha in {"lora_alpha": self.lora_alpha, **alphas}.items():
+            if alpha < 0:
+                raise ValueError(f"{name} must not be negative, found {alpha!r}; take for example 2 * r")
+        for name in ("loftq_config", "corda_config", "lora_ga_config"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict) and not is_dataclass(value):
+                raise ValueError(f"{name} must be a dictionary or PEFT's class for it, found {value!r}")
         only = self.magnitude_only_modules
         if self.layers_to_transform is not None and isinstance(only, str) and only != "all-linear":
             raise ValueError(
@@ -192,8 +149,8 @@ class DoraConfig(PeftConfig):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, found {value!r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), found {self.lora_dropout!r}")
-        if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower() in _REFUSED_INIT:
-            reason = _REFUSED_INIT[self.init_lora_weights.lower()]
+        if isinstance(self.init_lora_weights, str) and self.init_lora_weights.lower() in REFUSED_INIT:
+            reason = REFUSED_INIT[self.init_lora_weights.lower()]
             raise ValueError(f"init_lora_weights={self.init_lora_weights!r} is not available for DoRA: {reason}.")
         # PEFT's own checks of the shared fields, and its defaults for the sub-configs.
         checked = self.to_lora_config()
@@ -290,10 +247,11 @@ class DoraConfig(PeftConfig):
                 "Expected a DoRA adapter, found plain LoRA (use_dora is false in its adapter_config.json). Load it "
                 "with peft.LoraConfig, or train a DoRA adapter."
             )
-        auto_mapping = dict(kwargs.pop("auto_mapping", None) or {})
-        own, in_file = auto_mapping.pop(MARKER, {}), kwargs.get("rank_pattern") or {}
+        auto_mapping = dict(_entries(kwargs.pop("auto_mapping", None), "auto_mapping"))
+        own = _entries(auto_mapping.pop(MARKER, None), f"auto_mapping[{MARKER!r}]")
+        in_file = _entries(kwargs.get("rank_pattern"), "rank_pattern")
         kwargs.update({name: value for name, value in own.items() if name in _own_fields(cls)})
-        known = {f.name for f in fields(cls)} | REFUSED.keys() | _IGNORED.keys()
+        known = {f.name for f in fields(cls)} | REFUSED.keys() | IGNORED.keys()
         # a field that PEFT added later, at a value that switches it off, changes nothing
         unknown = sorted(k for k, v in kwargs.items() if k not in known and v not in (None, False, {}, []))
         if unknown:
@@ -322,6 +280,13 @@ class DoraConfig(PeftConfig):
         except ValueError as error:
             folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
             raise ValueError(f"Cannot load a DoRA adapter config from '{folder}': {error}") from error
+
+
+def _entries(value: object, name: str) -> dict[str, Any]:
+    """A dictionary of an adapter_config.json, empty for None."""
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{name} must be a dictionary, found {value!r}. Save or download the adapter again.")
+    return value or {}
 
 
 def _own_fields(cls: type) -> set[str]:

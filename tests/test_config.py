@@ -10,7 +10,8 @@ from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from torch import nn
 
 from dora_peft import DoraConfig
-from dora_peft.config import _IGNORED, MARKER, REFUSED
+from dora_peft._refused_fields import IGNORED, REFUSED
+from dora_peft.config import MARKER
 from dora_peft.plugin.configs import plain_peft_configs
 
 OWN_FIELDS = {"detach_norm", "dropout_mode", "magnitude_only_modules", "magnitude_key"}
@@ -125,7 +126,7 @@ def test_shared_fields_have_pefts_names_and_defaults():
     peft = {f.name: default_of(f) for f in fields(LoraConfig)}
     assert ours.keys() - peft.keys() == OWN_FIELDS
     # every LoraConfig field is either taken over, refused with a reason, or a companion of a refused one
-    assert peft.keys() - ours.keys() == (REFUSED.keys() | _IGNORED) & peft.keys()
+    assert peft.keys() - ours.keys() == (REFUSED.keys() | IGNORED) & peft.keys()
     for name in ours.keys() & peft.keys():
         assert ours[name] == peft[name], name
     # and so they are after construction, where PEFT fills in sub-configs
@@ -148,7 +149,7 @@ def test_a_field_without_meaning_is_refused_with_its_reason(name):
     assert REFUSED[name] in str(caught.value)
 
 
-@pytest.mark.parametrize("name", sorted((REFUSED.keys() | _IGNORED) & {f.name for f in fields(LoraConfig)}))
+@pytest.mark.parametrize("name", sorted((REFUSED.keys() | IGNORED) & {f.name for f in fields(LoraConfig)}))
 def test_a_field_without_meaning_is_accepted_at_pefts_default(name):
     value = True if name == "use_dora" else getattr(LoraConfig(), name)
     assert values(DoraConfig(**{name: value})) == values(DoraConfig())

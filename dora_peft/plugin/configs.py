@@ -62,10 +62,12 @@ def _get_peft_type(original: Function) -> Function:
             found = original(cls, model_id, **kwargs)
         except ValueError as error:
             raise _with_listing(error, model_id) from error
-        if found != "LORA":
-            return found
         # the original has just found or downloaded the file
         entries = read_config(model_id, **kwargs)
+        if _marked(entries) and found not in ("LORA", "DORA"):
+            raise ValueError(f"peft_type must be 'LORA' in a folder of dora_peft's, found {found!r} in '{model_id}'.")
+        if found != "LORA":
+            return found
         return "DORA" if _marked(entries) or (into_dora.get() and entries.get("use_dora")) else found
 
     return _get_peft_type
@@ -73,7 +75,7 @@ def _get_peft_type(original: Function) -> Function:
 
 def _from_peft_type(original: Function) -> Function:
     def from_peft_type(cls: type[PeftConfig], **kwargs: object) -> object:
-        if cls is PeftConfig and kwargs.get("peft_type") in ("LORA", "DORA") and _marked(kwargs):
+        if cls is PeftConfig and _marked(kwargs):
             return DoraConfig.from_peft_type(**kwargs)
         return original(cls, **kwargs)
 
@@ -93,14 +95,16 @@ def _from_pretrained(original: Function) -> Function:
 def _from_json_file(original: Function) -> Function:
     def from_json_file(cls: type[PeftConfig], path: str, **kwargs: object) -> object:
         try:
-            entries = original(cls, path, **kwargs)
-        except json.JSONDecodeError as error:
+            with open(path, encoding="utf-8") as file:
+                entries = json.load(file)
+        except ValueError as error:
             raise ValueError(f"'{path}' is not JSON: {error}. Save or download the adapter again.") from error
+        # PEFT looks for entries in whatever it finds
         if not isinstance(entries, dict):
             raise ValueError(
                 f"'{path}' is not a JSON object (found {type(entries).__name__}). Save or download the adapter again."
             )
-        return entries
+        return original(cls, path, **kwargs)
 
     return from_json_file
 
