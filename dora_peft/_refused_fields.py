@@ -54,7 +54,7 @@ def refuse_foreign_fields(cls: type[Config]) -> type[Config]:
             raise ValueError(f"DoraConfig does not take {name}={value!r}: {reason}.")
         generated(self, *args, **kwargs)  # type: ignore[arg-type]
 
-    cls.__init__ = __init__  # type: ignore[method-assign]
+    cls.__init__ = __init__  # type: ignore[method-assign, assignment]
     return cls
 
 
