@@ -12,7 +12,7 @@ from typing import Any, Literal
 from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
-from ._field_types import check_types, fits
+from ._field_types import check_types, describe, fits
 from ._files import atomic_write_text
 from ._refused_fields import IGNORED, REFUSED, REFUSED_INIT, refuse_foreign_fields
 from ._row_ranges import Ranges, checked_record
@@ -110,7 +110,7 @@ class DoraConfig(PeftConfig):
         self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern
         self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
         # before anybody reads them; those left out are named by the messages of `_check`
-        check_types(self, skip=("peft_type", "r", "bias", "dropout_mode", "magnitude_key"))
+        check_types(self, skip=("peft_type", "r", "rank_pattern", "bias", "dropout_mode", "magnitude_key"))
         super().__post_init__()
         self.peft_type = PeftType.DORA  # type: ignore[attr-defined]
         for name in ("target_modules", "exclude_modules", "magnitude_only_modules"):
@@ -119,6 +119,8 @@ class DoraConfig(PeftConfig):
         self._check()
 
     def _check(self) -> None:
+        if not fits(self.rank_pattern, dict[str, object]):
+            raise ValueError(f"rank_pattern must be {describe(dict[str, int])}, found {self.rank_pattern!r}")
         for name, value in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
             if not fits(value, int) or value <= 0:
                 raise ValueError(

@@ -36,18 +36,11 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.libraries import LIBRARIES
-from benchmarks.price import ALL, SEED, SETTINGS, measure_setting
+from benchmarks.price import ALL, SEED, SETTINGS, listed, measure_setting
 from benchmarks.report import RESULTS
 from common.arguments import positive
 from common.files import write_json
 from common.machine import describe_machine
-
-
-def listed(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := [name for name in names if name not in SETTINGS]:
-        raise argparse.ArgumentTypeError(f"unknown settings {','.join(unknown)}, expected some of {','.join(SETTINGS)}")
-    return names
 
 
 def read_options(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -25,12 +25,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmark_price import listed
 from benchmarks.bases import DTYPES, build_base
 from benchmarks.contenders import Contender
 from benchmarks.libraries import LIBRARIES, library
 from benchmarks.measure import prepare_training, random_tokens, train
-from benchmarks.price import CPU, SETTINGS, VOCABULARY, build_models
+from benchmarks.price import CPU, SETTINGS, VOCABULARY, build_models, listed
 from benchmarks.price_page import profile_table
 from benchmarks.report import RESULTS
 from common.arguments import positive

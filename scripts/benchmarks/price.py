@@ -6,6 +6,7 @@ around the same base weights, made and checked while it multiplies: a layer deci
 
 from __future__ import annotations
 
+import argparse
 import random
 import statistics
 from argparse import Namespace
@@ -104,6 +105,14 @@ SETTINGS = {
     "toy": Setting(SHAPES["tiny"], 1, 1, 8, 2),
 }
 ALL = [name for name in SETTINGS if name != "toy"]
+
+
+def listed(text: str) -> list[str]:
+    """Settings from a command line, separated by commas."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in SETTINGS]:
+        raise argparse.ArgumentTypeError(f"unknown settings {','.join(unknown)}, expected some of {','.join(SETTINGS)}")
+    return names
 
 
 def measure_setting(name: str, rounds: int, warmup: int, seed: int) -> dict[str, Any]:
