@@ -5,8 +5,8 @@
 
 LoRA's eager layer makes a product, a scaled copy and a sum of it, each [N, out]; here the base product is scaled and
 the low-rank product accumulated into it, in place. For many tokens and without dropout even that is more than composing
-the weight: y = x (c (W0 + s B A))^T + b, and dx from the same matrix, which is made twice and never kept. Kept for the
-backward pass are
+the weight: y = x (c (W0 + s B A))^T + b, and dx from the same matrix, which is made twice and never kept, or from c W0
+and du A where there are fewer tokens than rows of W0. Kept for the backward pass are
 
     x    shared with every other layer that reads it, in its dtype
     y    the layer's *output*, which the next operation often keeps anyway, instead of an intermediate

@@ -11,6 +11,7 @@ from typing import Any
 import peft.config
 from peft import PeftConfig
 from peft.config import PeftConfigMixin
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME
 
 from ..config import MARKER, DoraConfig
@@ -62,11 +63,13 @@ def _get_peft_type(original: Function) -> Function:
             found = original(cls, model_id, **kwargs)
         except ValueError as error:
             raise _with_listing(error, model_id) from error
+        if found != "LORA" and isinstance(found, str) and found in PEFT_TYPE_TO_CONFIG_MAPPING:
+            return found
         # the original has just found or downloaded the file
         entries = read_config(model_id, **kwargs)
-        if _marked(entries) and found not in ("LORA", "DORA"):
-            raise ValueError(f"peft_type must be 'LORA' in a folder of dora_peft's, found {found!r} in '{model_id}'.")
         if found != "LORA":
+            if _marked(entries):
+                raise ValueError(f"peft_type must be 'LORA' in dora_peft's folders, found {found!r} in '{model_id}'.")
             return found
         return "DORA" if _marked(entries) or (into_dora.get() and entries.get("use_dora")) else found
 
