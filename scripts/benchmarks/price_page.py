@@ -110,8 +110,8 @@ def price_page(report: Mapping[str, Any] | None, profiles: Mapping[str, Any] | N
         "products through ours.",
         "",
         "*norm* is what a refresh of all norms multiplies, over what the base products do, r / (2 tokens): once a step",
-        "an exact DoRA needs W0 A^T or B A of its new factors, for however few tokens, and LoRA does not. **Bold**: the",
-        "goal in brackets is met.",
+        "an exact DoRA needs W0 A^T or B A of its new factors, for however few tokens, and LoRA does not. **Bold**:",
+        "the goal in brackets is met.",
     ]
     if report is None:
         return "\n".join([*lines, "", "not measured yet", ""])
