@@ -9,8 +9,7 @@ from linear_fixtures import BF16, FP32, FP64, LENGTHS, ROUNDING, Made, distance,
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from dora_peft.ops import linear_autograd as parts
-from dora_peft.ops.chunks import CHUNK, does_one_pass, in_chunks, in_one_pass
-from dora_peft.ops.products import times_transposed
+from dora_peft.ops.chunks import CHUNK
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -48,43 +47,6 @@ def test_scale_and_sum(keep_scaled, dtype, n):
             assert sums.dtype == wide
             error = (sums.double() - terms.sum(0)).abs()
             assert (error <= 4 * n**0.5 * ROUNDING[wide] * terms.norm(dim=0)).all()
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
-@pytest.mark.parametrize("dtype", [FP64, FP32])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_one_pass_equals_chunks(with_bias, dtype, layout):
-    """For gradients of any layout, with rows of c that are 0 or negative."""
-    n, width = 130, 11
-    g, y, c, b = randn(n, width, seed=1), randn(n, width, seed=2), randn(width, seed=3), randn(width, seed=4)
-    g, y, c, b = g.to(dtype), y.to(dtype), c.to(dtype).index_fill(0, torch.tensor([2]), 0), b.to(dtype)
-    g = {"contiguous": g, "transposed": g.T.contiguous().T, "expanded": g[:1].expand(n, width)}[layout]
-    bias = b if with_bias else None
-    assert does_one_pass(g, c, y, bias, scale=True)
-    scaled, sums = in_one_pass(g, c, y, bias, scale=True)
-    _, expected_scaled, expected_sums = in_chunks(g, c, y, bias, None, F.linear, True)
-    assert torch.equal(scaled, expected_scaled)
-    torch.testing.assert_close(sums, expected_sums)
-    alone = in_one_pass(g, c, y, bias, scale=False)
-    assert alone[0] is None
-    torch.testing.assert_close(alone[1], expected_sums)
-
-
-def test_one_pass_is_for_one_dtype_and_few_tokens():
-    g, c = randn(4, 5).float(), randn(5).float()
-    assert does_one_pass(g, c, g, None, scale=False)
-    assert not does_one_pass(g.to(BF16), c, g.to(BF16), None, scale=True)
-    assert not does_one_pass(g, c, g, c.to(BF16), scale=True)
-    assert not does_one_pass(g[:0], c, g[:0], None, scale=True)
-    long = g[:1].expand(CHUNK + 1, 5)
-    assert not does_one_pass(long, c, long, None, scale=True)
-
-
-@pytest.mark.parametrize("rank", [1, 8, 15, 16, 17, 33])
-@pytest.mark.parametrize("width", [7, 512])
-def test_times_transposed(width, rank):
-    thin, wide = randn(9, rank, seed=1), randn(9, width, seed=2)
-    torch.testing.assert_close(times_transposed(thin, wide), thin.T @ wide)
 
 
 def test_scale_and_sum_takes_no_more_than_a_chunk_at_once():

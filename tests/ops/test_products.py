@@ -88,3 +88,10 @@ def test_another_library_than_torchs_choice_is_for_amd_with_avx512(name, avx512,
     # an older torch
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert products._find_onednn() is None
+
+
+@pytest.mark.parametrize("rank", [1, 8, 15, 16, 17, 33])
+@pytest.mark.parametrize("width", [7, 512])
+def test_times_transposed(width, rank):
+    thin, wide = torch.randn(9, rank, dtype=torch.float64), torch.randn(9, width, dtype=torch.float64)
+    torch.testing.assert_close(products.times_transposed(thin, wide), thin.T @ wide)

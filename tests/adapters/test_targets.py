@@ -1,0 +1,83 @@
+"""Which modules an adapter goes on, and what is said of the others."""
+
+import pytest
+from torch import nn
+
+from dora_peft import DoraConfig
+from dora_peft.adapters import targets
+
+
+class Block(nn.Module):
+    def __init__(self, model_type=None):
+        super().__init__()
+        self.up, self.act = nn.Linear(3, 4), nn.ReLU()
+        if model_type is not None:
+            self.config = type("Config", (), {"model_type": model_type})()
+
+
+@pytest.mark.parametrize(
+    ("only", "key", "expected"),
+    [
+        (["gate"], "a.gate", True),
+        (["gate"], "a.up", False),
+        (r".*\.gate", "a.gate", True),
+        (None, "a.gate", False),
+    ],
+)
+def test_magnitude_only(only, key, expected):
+    config = DoraConfig(target_modules=["up"], magnitude_only_modules=only)
+    assert targets.is_magnitude_only(config, key) is expected
+    assert config.target_modules == {"up"}
+
+
+@pytest.mark.parametrize("name", ["out_proj", "conv1d"])
+def test_modules_that_mamba_never_calls(name):
+    with pytest.raises(ValueError, match=f"'{name}' is incompatible with Mamba"):
+        targets.check_called(Block("mamba2"), name)
+    targets.check_called(Block("mamba2"), "in_proj")
+    targets.check_called(Block("llama"), name)
+    targets.check_called(Block(), name)
+
+
+def options(config):
+    return {"r": 2, "lora_alpha": 4, "config": config, "magnitude_only": False}
+
+
+def test_a_layer_around_a_module():
+    base, config = nn.Linear(3, 4), DoraConfig(r=2, target_modules=["up"])
+    layer = targets.wrapped(base, "one", Block(), "a.up", options(config))
+    assert layer.base_layer is base
+    assert layer.name == "a.up"
+    assert list(layer.lora_A) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("parent", "target", "named"),
+    [
+        (nn.MultiheadAttention(4, 2), nn.Linear(4, 4), "nn.MultiheadAttention uses its weight without calling it"),
+        (Block(), nn.ReLU(), "is not supported. Currently, only"),
+    ],
+)
+def test_what_cannot_be_adapted_is_named(parent, target, named):
+    with pytest.raises(ValueError, match=named) as caught:
+        targets.wrapped(target, "one", parent, "a.b", options(DoraConfig(r=2)))
+    assert "'a.b'" in str(caught.value)
+
+
+def test_an_adapter_on_no_module():
+    model = nn.Sequential(nn.Linear(3, 4))
+    with pytest.raises(ValueError, match=r"Target modules \{'up'\} not found in the base model"):
+        targets.check_found(model, "one", DoraConfig(target_modules=["up"]))
+    config = DoraConfig(target_modules=["up"], magnitude_only_modules=["gate"])
+    with pytest.raises(ValueError, match=r"Magnitude-only modules \{'gate'\} not found"):
+        targets.check_found(model, "one", config)
+    model[0] = targets.wrapped(model[0], "one", model, "0", options(DoraConfig(r=2)))
+    targets.check_found(model, "one", DoraConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="not found"):
+        targets.check_found(model, "two", DoraConfig(target_modules=["0"]))
+
+
+def test_an_error_says_what_could_be_adapted():
+    error = targets.with_names(ValueError("Target modules x not found in the base model."), Block())
+    assert "Modules of Block that can be adapted are named up;" in str(error)
+    assert targets.with_names(ValueError("something else"), Block()) is None
