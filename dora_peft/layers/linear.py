@@ -14,7 +14,8 @@ from .. import norms
 from ..bases import BaseWeight
 from ..bases.inspection import linear_map
 from ..ops import choice
-from ..ops.compose import linear_branch
+from ..ops.compiled import can_compose, composed_norm, composed_product
+from ..ops.compose import compose, linear_branch
 from ..ops.linear import linear_eval, linear_operator
 from ..ops.linear_autograd import apply, flattened
 from ..ops.norm import Sharing
@@ -174,13 +175,25 @@ class Linear(DoraLayer, nn.Module):
         return y
 
     def adapt_compiled(self, adapter: str, x: Tensor) -> Tensor | None:
-        """The output by an operator, None if plain operations serve as well."""
+        """The output by an operator, or with v in the graph; None if plain operations serve as well."""
         weight = dense_weight(self)
         if weight is None or self.magnitude_only[adapter] or drops_base(self, adapter):
             return None
-        if not choice.uses_kernels(x.device, x.dtype, weight.dtype):
-            return None
         p = dropout_probability(self, adapter)
+        if not choice.uses_kernels(x.device, x.dtype, weight.dtype):
+            return self._composed_in_graph(adapter, x, weight) if p == 0 else None
         c = scale_of(self, adapter, differentiable=True, how="compiled")
         factors = self.factor_parameters(adapter)
         return linear_operator(x, weight, bias_of(self), *factors, c, self.scaling[adapter], p, self.number)
+
+    def _composed_in_graph(self, adapter: str, x: Tensor, weight: Tensor) -> Tensor | None:
+        """The output of a training pass that computes v itself, None where it is looked up."""
+        factors, magnitude = self.factor_parameters(adapter), self.magnitude(adapter)
+        if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not self.detach_norm[adapter]:
+            return None
+        if not can_compose(weight, x, *factors, magnitude) or norms.traced_ties(self, adapter) is not None:
+            return None
+        scaling = self.scaling[adapter]
+        composed, norm = composed_norm(weight, *factors, scaling)
+        z = composed_product(x, *factors, weight, composed, scaling)
+        return compose(z, magnitude / norm, bias_of(self), x.dtype)

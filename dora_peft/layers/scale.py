@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import norms, reference
 from ..ops import choice
+from ..ops.compiled import can_compose
 from ..ops.norm import attach_norm_gradient, floor, scale, weight_norm
 from .kind import ComputingLayer
 
@@ -35,7 +36,10 @@ def scale_of(
         return scale(magnitude, value if trained else value.detach(), tied)
     trained = trained and torch.is_grad_enabled() and not layer.magnitude_only[adapter]
     if how == "compiled":
-        value, tied = norms.traced(layer, adapter)
+        if trained or not _computes_in_graph(layer, adapter):
+            value, tied = norms.traced(layer, adapter)
+        else:
+            value, tied = dense_norm(layer, adapter).detach(), norms.traced_ties(layer, adapter)
         if trained:
             factors = layer.as_matrices(*layer.factor_parameters(adapter))
             value = attach_norm_gradient(value, _dense_matrix(layer), *factors, layer.scaling[adapter])
@@ -48,6 +52,16 @@ def scale_of(
             squared = norms.base_squared(layer)
             value = weight_norm(layer.base_weight(), squared, lora_A, lora_B, layer.scaling[adapter], value)
     return scale(magnitude, value, known.tied)
+
+
+def _computes_in_graph(layer: ComputingLayer, adapter: str) -> bool:
+    """Whether the graph of a training pass computes v, see ops/compiled.py; else it is looked up."""
+    if layer.magnitude_only[adapter] or not torch.is_grad_enabled():
+        return False
+    weight = layer.get_base_layer()._parameters.get("weight")
+    if weight is None or type(weight) is not nn.Parameter or getattr(layer.get_base_layer(), "groups", 1) > 1:
+        return False
+    return can_compose(weight, *layer.factor_parameters(adapter), layer.magnitude(adapter))
 
 
 def _tied(layer: ComputingLayer, adapter: str) -> Tensor | None:

@@ -22,7 +22,7 @@ from .adapted import AdaptedLayer
 from .evaluation import folded
 from .grouped import gather, scatter
 from .lifecycle import drop, is_settled, leave_evaluation, let_go, replicate, settle_as
-from .operators import register, traced
+from .operators import register, traced, traced_ties
 from .records import BaseNorm, Folded, Norm, Snapshot, Stored
 from .shared import refreshed_amid
 from .state import (
@@ -67,6 +67,7 @@ __all__ = [
     "settle",
     "settle_as",
     "traced",
+    "traced_ties",
     "up_to_date",
     "views",
 ]

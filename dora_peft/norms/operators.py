@@ -60,9 +60,15 @@ def _settled(layer: int, adapter: str) -> bool:
     return settle(_layers[layer], adapter).settled
 
 
+def traced_ties(layer: AdaptedLayer, adapter: str) -> Tensor | None:
+    """The rows whose magnitude follows their norm [out, bool], None if there are none, while the layer is traced."""
+    _settled(layer.number, adapter)
+    return layer._norms[adapter].tied
+
+
 def traced(layer: AdaptedLayer, adapter: str) -> tuple[Tensor, Tensor | None]:
     """v [out] without gradient and the tied rows, while torch.compile traces the layer."""
-    _settled(layer.number, adapter)
+    tied = traced_ties(layer, adapter)
     lora_A, lora_B = layer.factor_parameters(adapter)
     stored = layer.original_weight()
     dense = stored if isinstance(stored, Tensor) and type(stored) in (Tensor, nn.Parameter) else None
@@ -77,4 +83,4 @@ def traced(layer: AdaptedLayer, adapter: str) -> tuple[Tensor, Tensor | None]:
         layer.magnitude(adapter).numel(),
         dense is not None and dense.dtype is torch.float64,
     )
-    return value, layer._norms[adapter].tied
+    return value, tied

@@ -75,6 +75,51 @@ def test_training_in_one_graph(kind):
     torch.testing.assert_close(found, expected, **({"rtol": 3e-2, "atol": 3e-2} if kind == "bf16" else {}))
 
 
+def operators_called(model, ids, **options):
+    """The package's operators in the graph that a call makes."""
+    called = []
+
+    def backend(graph, _):
+        called.extend(str(n.target) for n in graph.graph.nodes if str(n.target).startswith("dora_peft"))
+        return graph.forward
+
+    compiled(model, backend=backend, **options)(ids)
+    return called
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.implementation("torch")
+@pytest.mark.parametrize("kind", [*KINDS, "evaluation", "tied"])
+def test_what_the_graph_computes_itself(kind):
+    """v of dense fp32 weights in training; it is looked up in all other cases, such as decoding."""
+    model, ids = made("branch" if kind in ("evaluation", "tied") else kind), torch.randint(0, 20, (2, 5))
+    if kind == "tied":
+        torch.manual_seed(0)
+        base = Net()
+        base.up.weight.data[3] = 0
+        model = get_peft_model(base, DoraConfig(r=3, target_modules=["up"]))
+    with torch.set_grad_enabled(kind != "evaluation"):
+        called = operators_called(model, ids)
+    looked_up = kind in ("bf16", "full gradient", "evaluation", "tied")
+    assert bool(called) == looked_up, called
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.implementation("torch")
+def test_a_checkpointed_graph_computes_the_norm_again():
+    eager, model = made("branch"), made("branch")
+    ids = torch.randint(0, 20, (2, 5))
+
+    def checkpointed(ids):
+        return torch.utils.checkpoint.checkpoint(model, ids, use_reentrant=False)
+
+    compiled(checkpointed, backend="aot_eager")(ids).square().sum().backward()
+    eager(ids).square().sum().backward()
+    for found, expected in zip(model.parameters(), eager.parameters(), strict=True):
+        if expected.requires_grad:
+            torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("change", ["load", "rescale", "refresh"])
 def test_events_reach_a_compiled_model(change):
