@@ -1,17 +1,18 @@
 """Write the README's tables, and pages beside the results, from the stored result files.
 
-    python scripts/update_readme.py           # rewrites README.md, and gpu.md and price.md beside the results
+    python scripts/update_readme.py           # rewrites README.md, and the pages beside the results
     python scripts/update_readme.py --check   # exits with 1 and names them if they are not what the results say
 
-Expected result: the text between `<!-- table: memory -->` and `<!-- end: memory -->` holds one table per file in
-`scripts/benchmarks/results/` that `scripts/benchmark_memory.py --json` wrote, and the text between
-`<!-- table: benchmark -->` and `<!-- end: benchmark -->` one line per result of `scripts/benchmark.py`, with device and
-versions. Between `<!-- table: price -->` and `<!-- end: price -->` is what `scripts/benchmark_price.py` found in
-short; each of its shapes has a line in `scripts/benchmarks/results/price.md`. Between `<!-- table: check -->` and
-`<!-- end: check -->` stands what `scripts/benchmark_check.py` measured. Results that are not there are left out. What
-`scripts/gpu.sh` measures stands in `scripts/benchmarks/results/gpu.md`, "not measured yet" where its result is not
-there; between `<!-- table: gpu -->` and `<!-- end: gpu -->` is one line on how much of it there is. Between
-`<!-- table: reproduction -->` and `<!-- end: reproduction -->` are the verdicts of `scripts/reproduce.py report`.
+Expected result: what stands in README.md between marks such as `<!-- table: price -->` and `<!-- end: price -->`, and
+whole pages beside the results in `scripts/benchmarks/results/`:
+
+    claim          README's first sentence about costs
+    price          README's table of `scripts/benchmark_price.py`; price.md has a line for each of its shapes
+    gpu            how much is measured of gpu.md, what `scripts/gpu.sh` finds against its goals
+    reproduction   how many claims of the paper have which verdict of `scripts/reproduce.py report`
+    cpu.md         the results of `scripts/benchmark.py`, `benchmark_memory.py` and `benchmark_check.py`
+
+Results that are not there are left out, or said to be "not measured yet".
 """
 
 from __future__ import annotations
@@ -21,174 +22,18 @@ import json
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import price_page
+from benchmarks import cpu_page, price_page
 from reproduction.common import RESULTS as REPRODUCTION
 from reproduction.report import verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
+REPRODUCTION_PAGE = "scripts/reproduce/REPRODUCTION.md"
 RESULTS = ROOT / "scripts" / "benchmarks" / "results"
-
-
-NAMES = {
-    "lora": "PEFT LoRA",
-    "peft_dora": "PEFT `use_dora`",
-    "dora": "dora_peft",
-    "dora_not_detached": "dora_peft, `detach_norm=False`",
-}
-COLUMNS = {
-    "trainable_parameters": ("trainable", "{:,.0f}"),
-    "saved_mib": ("saved for backward, MiB", "{:,.0f}"),
-    "peak_mib": ("peak, MiB", "{:,.0f}"),
-    "time_s": ("s/step", "{:.2f}"),
-}
-
-
-def memory_table(result: dict[str, Any]) -> str:
-    """One Markdown table from one result of benchmark_memory.py; ratios to LoRA in brackets."""
-    config, methods = result["config"], result["methods"]
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    lines = [
-        f"{Path(config['model_name_or_path']).name}, r={config['r']}, dropout {config['lora_dropout']}, batch "
-        f"{config['per_device_train_batch_size']}, {config['dtype']}, on {result['device']} ({versions}, commit "
-        f"{(result['commit'] or 'unknown')[:9]}), medians of {result['steps']} steps:",
-        "",
-        "| | " + " | ".join(title for title, _ in COLUMNS.values()) + " |",
-        "|---|" + "---:|" * len(COLUMNS),
-    ]
-    for name, figures in methods.items():
-        cells = []
-        for key, (_, template) in COLUMNS.items():
-            ratio = figures[key] / methods["lora"][key]
-            cells.append(template.format(figures[key]) + (f" ({ratio:.2f})" if key != "trainable_parameters" else ""))
-        lines.append(f"| {NAMES[name]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-# Columns of the benchmark's table after LoRA's own figure, as ratios to it.
-CONTENDERS = {"frozen": "frozen base", "lora_floor": "LoRA floor", "peft_dora": "PEFT `use_dora`", "dora": "dora_peft"}
-# What a line is about, its quantity in a result, and LoRA's unit, in the order of the table.
-CLAIMS = (
-    ("step", "time_ms", "training step", " ms"),
-    ("eval", "time_ms", "evaluation", " ms"),
-    ("decode", "time_ms", "decoding", " ms/token"),
-    ("memory", "saved_mib", "kept for backward", " MiB"),
-    ("memory", "peak_mib", "peak memory", " MiB"),
-    ("refresh", "norms_per_step", "norms per layer and optimizer step", ""),
-)
-
-
-def benchmark_table(reports: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown tables from results of benchmark.py, one per machine, a line for each of the `CLAIMS`."""
-    machines: dict[str, list[Mapping[str, Any]]] = {}
-    for report in reports:
-        versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-        threads = f"{report['threads']} thread{'s' if report['threads'] > 1 else ''}"
-        place = f"{report['device']} ({report['processor']}), {threads} ({versions}"
-        machines.setdefault(place, []).append(report)
-    tables = []
-    for place, found in machines.items():
-        lines = [line for claim in CLAIMS for report in found for line in claim_lines(report, *claim)]
-        commits = ", ".join(dict.fromkeys((report["commit"] or "unknown")[:9] for report in found))
-        rounds = " or ".join(str(n) for n in sorted({report["options"]["rounds"] for report in found}))
-        peaks = {
-            len(result["contenders"]["lora"]["values"])
-            for report in found
-            for result in report["results"]
-            if result["quantity"] == "peak_mib"
-        }
-        processes = (
-            f", peaks over the loaded model of {' or '.join(map(str, sorted(peaks)))} processes" if peaks else ""
-        )
-        heading = (
-            f"On {place}, commit {commits}). Times are medians of {rounds} interleaved rounds{processes}; all but the "
-            "first column are ratios to LoRA:"
-        )
-        header = "| | PEFT LoRA | " + " | ".join(CONTENDERS.values()) + " |"
-        if lines:
-            tables.append("\n".join([heading, "", header, "|---|" + "---:|" * (1 + len(CONTENDERS)), *lines]))
-    return "\n\n".join(tables)
-
-
-def claim_lines(report: Mapping[str, Any], suite: str, quantity: str, title: str, unit: str) -> list[str]:
-    """The lines of one file about one claim; compiled contenders get a line of their own, relative to compiled LoRA."""
-    lines = []
-    for result in report["results"]:
-        if (report["options"]["suite"], result["quantity"]) != (suite, quantity):
-            continue
-        if quantity == "saved_mib" and result["setting"]["checkpointing"] != "none":
-            # the layers' inputs and nothing of the layers: equal for all
-            continue
-        values = {name: found["values"] for name, found in result["contenders"].items()}
-        setting = describe(report["options"], result["setting"])
-        lines.append(benchmark_line(f"{title}: {setting}", values, unit))
-        compiled = {name.removesuffix("_compiled"): v for name, v in values.items() if name.endswith("_compiled")}
-        if "lora" in compiled:
-            lines.append(benchmark_line(f"{title}, compiled: {setting}", compiled, unit))
-    return lines
-
-
-def benchmark_line(label: str, values: Mapping[str, Sequence[float]], unit: str) -> str:
-    lora = values["lora"]
-    median = statistics.median(lora)
-    cells = [f"{median:,.0f}{unit}" if median >= 100 or median == 0 else f"{median:.3g}{unit}"]
-    for name in CONTENDERS:
-        if name not in values:
-            cells.append("-")
-        elif all(lora):
-            cells.append(f"{statistics.median(a / b for a, b in zip(values[name], lora, strict=True)):.2f}")
-        else:
-            # LoRA has no norm: the count itself
-            cells.append(f"{statistics.median(values[name]):.3g}")
-    return f"| {label} | " + " | ".join(cells) + " |"
-
-
-def describe(options: Mapping[str, Any], setting: Mapping[str, Any]) -> str:
-    """What a line was measured on; defaults (no accumulation, no checkpointing, fp32) go without saying."""
-    layers = f"{options['layers']} layer{'s' if options['layers'] > 1 else ''}"
-    parts = [f"{options['model']}, {layers}", f"r={setting['rank']}"]
-    if "dropout" in setting:
-        parts.append(f"dropout {setting['dropout']:g}")
-    if "prompt" in setting:
-        parts.append(f"{setting['new_tokens']} tokens after {setting['prompt']}")
-    elif "seq_len" in setting:
-        parts.append(f"{setting['batch']} x {setting['seq_len']} tokens")
-    if setting.get("accumulation", 1) > 1:
-        parts.append(f"{setting['accumulation']} micro-batches")
-    if setting.get("checkpointing", "none") != "none":
-        parts.append("checkpointing")
-    if setting["dtype"] != "fp32":
-        adapter = setting.get("adapter_dtype", setting["dtype"])
-        parts.append(setting["dtype"] if adapter == setting["dtype"] else f"{setting['dtype']}, adapter {adapter}")
-    return ", ".join(parts)
-
-
-def check_table(report: Mapping[str, Any] | None) -> str:
-    """One Markdown table from the result of benchmark_check.py, nothing if there is none."""
-    if report is None:
-        return ""
-    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
-    threads = f"{report['threads']} thread{'s' if report['threads'] > 1 else ''}"
-    checks = " or ".join(str(n) for n in sorted({found["checks"] for found in report["check"]}))
-    lines = [
-        f"On {report['device']} ({report['processor']}), {threads} ({versions}, commit "
-        f"{(report['commit'] or 'unknown')[:9]}), what the check of A, B, m and W0 by content takes in all layers: the "
-        f"median of {checks} calls, as a share of the median step or token:",
-        "",
-        "| | step or token | check | us a layer | share | goal |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for found in report["check"]:
-        goal = "-" if found["goal_percent"] is None else f"at most {found['goal_percent']:g} %"
-        step, check = (found[key]["median"] for key in ("step_ms", "check_ms"))
-        lines.append(
-            f"| {found['part']}: {describe(found, found['setting'])} | {step:.3g} ms | {check:.2g} ms | "
-            f"{found['us_per_layer']:.1f} | {found['percent']:.2f} % | {goal} |"
-        )
-    return "\n".join(lines)
 
 
 def ratio(report: Mapping[str, Any], one: str, other: str, quantity: str = "time_ms", **setting: Any) -> str:
@@ -326,6 +171,15 @@ def gpu_line(reports: Mapping[str, Mapping[str, Any]]) -> str:
     return f"GPU figures: {said} ([goals and figures]({GPU_PAGE}))."
 
 
+def reproduction_line(table: Sequence[str]) -> str:
+    """What README says of the paper's claims: how many have which verdict, from the table of `verdicts`."""
+    counts = Counter(row.rsplit("|", 2)[1].strip(" *") for row in table[2:])
+    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.most_common())
+    return (
+        f"Of {sum(counts.values())} claims, at laptop size: {said} ([figures, seeds and rules]({REPRODUCTION_PAGE}))."
+    )
+
+
 def insert(readme: str, name: str, text: str) -> str:
     """`readme` with `text` between the two marks of the table `name`."""
     return re.sub(
@@ -343,20 +197,17 @@ def main() -> int:
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
     reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
-    results = list(reports.values())
-    after = insert(before, "memory", "\n\n".join(memory_table(result) for result in results if "methods" in result))
-    after = insert(
-        after,
-        "benchmark",
-        benchmark_table([result for name, result in reports.items() if "options" in result and "_cuda" not in name]),
-    )
     price = reports.get("price_cpu")
+    after = insert(before, "claim", cpu_page.claim(reports))
     after = insert(after, "price", price_page.price_table(price))
-    after = insert(after, "check", check_table(reports.get("check_cpu")))
     after = insert(after, "gpu", gpu_line(reports))
-    after = insert(after, "reproduction", "\n".join(verdicts(REPRODUCTION)))
-    pages = {readme: after, RESULTS / Path(GPU_PAGE).name: gpu_page(reports)}
-    pages[RESULTS / Path(price_page.PAGE).name] = price_page.price_page(price, reports.get("profile_cpu"))
+    after = insert(after, "reproduction", reproduction_line(verdicts(REPRODUCTION)))
+    pages = {
+        readme: after,
+        RESULTS / Path(GPU_PAGE).name: gpu_page(reports),
+        RESULTS / Path(cpu_page.PAGE).name: cpu_page.cpu_page(reports),
+        RESULTS / Path(price_page.PAGE).name: price_page.price_page(price, reports.get("profile_cpu")),
+    }
     if arguments.check:
         stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
         for path in stale:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import CONTENDERS
-from common.files import replacing
+from common.plots import COLORS, OTHER_COLOR, save_figure
 
 RESULTS = Path(__file__).resolve().parent / "results"
 QUANTITIES = {
@@ -44,8 +44,7 @@ def format_result(result: Mapping[str, Any]) -> str:
 
 
 def color(name: str) -> str:
-    kind = CONTENDERS[name][0]
-    return {"lora": "tab:gray", "peft_dora": "tab:orange", "dora": "tab:blue"}.get(kind, "lightgray")
+    return COLORS.get(CONTENDERS[name][0], OTHER_COLOR)
 
 
 def draw_ratios(report: Mapping[str, Any], path: Path) -> None:
@@ -87,5 +86,4 @@ def draw_ratios(report: Mapping[str, Any], path: Path) -> None:
         axes.set_title(describe(own), fontsize=8)
     for axes in panels[len(results) :]:
         axes.set_visible(False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150)
+    save_figure(figure, path)

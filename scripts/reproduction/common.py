@@ -16,6 +16,7 @@ import torch
 
 from common.files import replacing
 from common.machine import describe_machine
+from common.plots import COLORS, save_figure
 
 RESULTS = Path(__file__).parents[1] / "reproduce" / "results"
 
@@ -270,19 +271,19 @@ def draw_ranks(runs: Runs, title: str) -> None:
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         cases = [case for case in summary["cases"].values() if case["task"] == task]
         # a little apart, so that both are seen
-        for method, colour, aside in (("lora", "tab:blue", 0.97), ("dora", "tab:orange", 1.03)):
+        for method, aside in (("lora", 0.97), ("dora", 1.03)):
             of_method = sorted((c for c in cases if c["method"] == method), key=lambda case: case["rank"])
             places = [aside * case["rank"] for case in of_method]
-            name = {"lora": "LoRA", "dora": "DoRA"}[method]
+            name, colour = {"lora": "LoRA", "dora": "DoRA"}[method], COLORS[method]
             axes.plot(places, [100 * c["mean"] for c in of_method], "o-", color=colour, label=name)
             for place, case in zip(places, of_method, strict=True):
                 points = [100 * accuracy for accuracy in case["accuracies"]]
                 axes.plot([place] * len(points), points, ".", color=colour, alpha=0.5)
         for case in cases:
             if case["method"] == "full":
-                axes.axhline(100 * case["mean"], color="tab:green", label="full fine-tuning")
+                axes.axhline(100 * case["mean"], color=COLORS["full"], label="full fine-tuning")
                 low, high = (100 * (case["mean"] + sign * case["spread"]) for sign in (-1, 1))
-                axes.axhspan(low, high, color="tab:green", alpha=0.12, linewidth=0)
+                axes.axhspan(low, high, color=COLORS["full"], alpha=0.12, linewidth=0)
         axes.set_xscale("log", base=2)
         ticks = sorted({case["rank"] for case in cases if case["rank"]})
         axes.set_xticks(ticks, [str(rank) for rank in ticks])
@@ -291,8 +292,7 @@ def draw_ranks(runs: Runs, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     path = runs.path.with_suffix(".png")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    save_figure(figure, path)
     print(f"wrote {path}")
 
 
@@ -305,7 +305,7 @@ def draw_detach(runs: Runs, model: str) -> None:
     figure.suptitle(f"{model}: the norm detached or not; memory at {summary['memory_of']}")
     left, right = figure.subplots(1, 2)
     for place, case in enumerate(summary["cases"].values()):
-        left.bar(place, 100 * case["mean"], 0.6, color="tab:blue" if case["method"] == "dora" else "tab:orange")
+        left.bar(place, 100 * case["mean"], 0.6, color=COLORS["dora"], alpha=1.0 if case["method"] == "dora" else 0.5)
         left.plot([place] * len(case["accuracies"]), [100 * a for a in case["accuracies"]], "k.")
     labels = [f"{c['task']},\n{'' if c['method'] == 'dora' else 'not '}detached" for c in summary["cases"].values()]
     left.set_xticks(range(len(labels)), labels)
@@ -314,12 +314,13 @@ def draw_detach(runs: Runs, model: str) -> None:
         "reference": "dense,\ndetached", "reference_not_detached": "dense,\nnot\ndetached", "dora": "ours,\ndetached",
         "dora_not_detached": "ours,\nnot\ndetached",
     }  # fmt: skip
-    colours = ["tab:orange" if name.endswith("not_detached") else "tab:blue" for name in names]
-    bars = right.bar(list(names.values()), [summary["total_mib"][name] for name in names], 0.6, color=colours)
-    right.bar_label(bars, fmt="%.0f")
+    # the reference computes as PEFT's DoRA does
+    for name, label in names.items():
+        colour = COLORS["peft_dora" if name.startswith("reference") else "dora"]
+        alpha = 0.5 if name.endswith("not_detached") else 1.0
+        right.bar_label(right.bar(label, summary["total_mib"][name], 0.6, color=colour, alpha=alpha), fmt="%.0f")
     right.set(title="memory of training", ylabel="MiB")
     right.margins(y=0.12)
     path = runs.path.with_suffix(".png")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    save_figure(figure, path)
     print(f"wrote {path}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.files import replacing
+from common.plots import COLORS, OTHER_COLOR, save_figure
 
 # in the order of the claim: the dense algorithm first
 METHODS = {
@@ -19,6 +19,11 @@ METHODS = {
     "lora": "LoRA (PEFT)",
     "full": "full fine-tuning",
 }
+# the dense algorithm computes as PEFT's does
+COLOR_OF = {
+    "reference_not_detached": "peft_dora", "reference": "peft_dora", "dora_not_detached": "dora", "dora_branch": "dora",
+}  # fmt: skip
+PAPER_COLOR = "0.3"
 TITLES = {"llama": "LLaMA-7B", "vl_bart": "VL-BART"}
 # at laptop size
 SHRUNK = {"llama": 512, "vl_bart": 64}
@@ -52,8 +57,7 @@ def draw(summary: Mapping[str, Any], content: Mapping[str, Any], path: Path) -> 
         draw_methods(left, found, PAPER[name])
         left.set_title(f"{title}, batch x length {found['setting']}", fontsize=11)
         draw_savings(right, found)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    save_figure(figure, path)
 
 
 def draw_methods(axes: Any, found: Mapping[str, Any], paper: Mapping[str, float]) -> None:
@@ -65,11 +69,13 @@ def draw_methods(axes: Any, found: Mapping[str, Any], paper: Mapping[str, float]
     whole = values.get("reference_not_detached", max(values.values(), default=1.0))
     for place, (method, mib) in enumerate(values.items()):
         offset = 0.2 if method in paper else 0.0
-        bars = axes.barh(place - offset, 100 * mib / whole, 0.4, color="tab:blue")
+        bars = axes.barh(
+            place - offset, 100 * mib / whole, 0.4, color=COLORS.get(COLOR_OF.get(method, method), OTHER_COLOR)
+        )
         axes.bar_label(bars, [format_size(mib)], padding=3, fontsize=9)
         if method in paper:
             share = 100 * paper[method] / paper["reference_not_detached"]
-            bars = axes.barh(place + offset, share, 0.4, color="tab:orange")
+            bars = axes.barh(place + offset, share, 0.4, color=PAPER_COLOR)
             axes.bar_label(bars, [f"paper {paper[method]:.1f} GB"], padding=3, fontsize=9)
     axes.set_yticks(range(len(values)), [METHODS[method] for method in values], fontsize=9.5)
     axes.invert_yaxis()
@@ -80,12 +86,12 @@ def draw_methods(axes: Any, found: Mapping[str, Any], paper: Mapping[str, float]
 def draw_savings(axes: Any, found: Mapping[str, Any]) -> None:
     """What detaching saves at each setting that fitted, and as a mark the predicted MiB in the same unit."""
     measured, predicted = found["saving_percent_by_setting"], found["predicted_percent_by_setting"]
-    bars = axes.barh(range(len(measured)), measured.values(), 0.5, color="tab:green", label="measured")
+    bars = axes.barh(range(len(measured)), measured.values(), 0.5, color=COLORS["peft_dora"], label="measured")
     # the paper's line crosses some
     behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     axes.bar_label(bars, fmt="%.1f", padding=8, fontsize=9, bbox=behind)
     axes.plot(predicted.values(), range(len(predicted)), "kD", markersize=6, label="predicted: copies of W0 + sBA")
-    axes.axvline(found["paper_percent"], color="tab:orange", linestyle="--", label="paper")
+    axes.axvline(found["paper_percent"], color=PAPER_COLOR, linestyle="--", label="paper")
     axes.set_yticks(range(len(measured)), measured, fontsize=9.5)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.25 * max([found["paper_percent"], *measured.values(), *predicted.values()]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from common.files import replacing
+from common.plots import COLORS, save_figure
 from reproduction.common import Runs, interval
 
 METHODS = {
@@ -50,7 +50,9 @@ def draw(runs: Runs) -> None:
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for place, (method, entry) in enumerate(methods.items()):
-        bar = left.bar(place, 100 * entry["mean"], 0.6, color=f"C{place}", alpha=0.6)
+        # as DoRA, of which it is a variant
+        colour = COLORS[method.removesuffix("_not_detached")]
+        bar = left.bar(place, 100 * entry["mean"], 0.6, color=colour, alpha=0.6)
         label = f"{100 * entry['mean']:.1f}" + (f"\n(paper {paper[method]})" if method in paper else "")
         left.bar_label(bar, [label], padding=7, fontsize=10)
         left.plot([place] * len(entry["accuracies"]), [100 * a for a in entry["accuracies"]], "k.", markersize=5)
@@ -62,7 +64,7 @@ def draw(runs: Runs) -> None:
 
     others = [method for method in methods if method != "lora"]
     for place, method in enumerate(others):
-        gain, colour = difference(methods, method, "lora"), f"C{place + 1}"
+        gain, colour = difference(methods, method, "lora"), COLORS[method.removesuffix("_not_detached")]
         pairs = zip(methods[method]["accuracies"], methods["lora"]["accuracies"], strict=True)
         mean, low, high = (100 * gain[name] for name in ("mean", "low", "high"))
         # rounding could make -1e-15 of 0
@@ -71,7 +73,7 @@ def draw(runs: Runs) -> None:
         right.errorbar(place, mean, errors, fmt="o", color=colour, capsize=6, linewidth=2, label=names[0])
         right.plot([place + 0.2] * gain["count"], [100 * (a - b) for a, b in pairs], "k.", label=names[1])
         right.annotate(f"{mean:+.1f}", (place - 0.1, mean), ha="right", va="center", fontsize=10)
-    right.axhline(0, color="C0", linestyle="--", linewidth=1, label="LoRA")
+    right.axhline(0, color=COLORS["lora"], linestyle="--", linewidth=1, label="LoRA")
     right.set(title="difference to LoRA with the same seed", ylabel="points", xlim=(-0.6, len(others) - 0.4))
     for axes, shown in ((left, list(methods)), (right, others)):
         axes.set_xticks(range(len(shown)), [METHODS[method] for method in shown], fontsize=10)
@@ -81,6 +83,5 @@ def draw(runs: Runs) -> None:
     right.legend(fontsize=9)
     figure.suptitle(f"VL-BART on {dataset}: {summary['num_test']} test questions, {gain['count']} seeds")
     path = runs.path.with_suffix(".png")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    save_figure(figure, path)
     print(f"wrote {path}")

@@ -12,6 +12,8 @@ import pytest
 import torch
 from benchmark_fixtures import SMALL
 from commonsense_fixtures import make_record, write_list
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import benchmark
 from prepare.commonsense import TASKS
@@ -66,3 +68,30 @@ def measure(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         return json.loads(path.read_text(encoding="utf-8"))
 
     return run
+
+
+@pytest.fixture
+def tiny_llama(tmp_path: Path) -> tuple[str, PreTrainedTokenizerFast]:
+    """A LLaMA of a few thousand parameters with a tokenizer of single characters, saved to a folder."""
+    vocabulary = {character: index for index, character in enumerate(map(chr, range(32, 127)))}
+    vocabulary |= {"\n": len(vocabulary), "<eos>": len(vocabulary) + 1}
+    model = models.WordLevel(vocabulary, unk_token="<eos>")
+    characters = Tokenizer(model)
+    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    characters.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="<eos>", pad_token="<eos>")
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    folder = str(tmp_path / "llama")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder, tokenizer

@@ -3,7 +3,6 @@
 import json
 from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 import benchmark_check
 import dora_peft
-import update_readme
+from benchmarks import cpu_page
 from benchmarks.bases import SHAPES
 from dora_peft import norms
 from dora_peft.norms import state
@@ -128,7 +127,7 @@ def test_a_shortcut_that_sees_nothing_is_not_timed(monkeypatch: pytest.MonkeyPat
 
 
 def test_readme_table(report: dict[str, Any]) -> None:
-    heading, _, titles, _, *lines = update_readme.check_table(report).splitlines()
+    heading, _, titles, _, *lines = cpu_page.check_table(report).splitlines()
     assert heading.startswith(f"On {report['device']} (")
     assert f"commit {(report['commit'] or 'unknown')[:9]}" in heading
     assert titles == "| | step or token | check | us a layer | share | goal |"
@@ -139,26 +138,15 @@ def test_readme_table(report: dict[str, Any]) -> None:
     ]
     assert all(line.endswith(f"| {f['percent']:.2f} % | - |") for line, f in zip(lines, report["check"], strict=True))
     report["check"][0]["goal_percent"] = 1.0
-    assert update_readme.check_table(report).splitlines()[4].endswith(" % | at most 1 % |")
-    assert update_readme.check_table(None) == ""
+    assert cpu_page.check_table(report).splitlines()[4].endswith(" % | at most 1 % |")
+    assert cpu_page.check_table(None) == ""
 
 
-def test_readme_has_the_table_where_the_result_is(
-    report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    marks = "<!-- table: benchmark -->\n<!-- end: benchmark -->\n<!-- table: check -->\n<!-- end: check -->\n"
-    (tmp_path / "README.md").write_text(marks, encoding="utf-8")
-    results = tmp_path / "results"
-    results.mkdir()
-    monkeypatch.setattr(update_readme, "ROOT", tmp_path)
-    monkeypatch.setattr(update_readme, "RESULTS", results)
-    monkeypatch.setattr("sys.argv", ["update_readme.py"])
+def test_the_page_has_the_table_where_the_result_is(report: dict[str, Any]) -> None:
     machine = {key: value for key, value in report.items() if key != "check"}
     against = {**machine, "against": {"options": {"suite": "step"}, "results": []}}
-    (results / "against_0_step_tiny_cpu.json").write_text(json.dumps(against), encoding="utf-8")
-    update_readme.main()
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == marks
-    (results / "check_cpu.json").write_text(json.dumps(report), encoding="utf-8")
-    update_readme.main()
-    table = update_readme.check_table(report)
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == update_readme.insert(marks, "check", table)
+    page = cpu_page.cpu_page({"against_0_step_tiny_cpu": against})
+    assert page.count("not measured yet") == 3
+    page = cpu_page.cpu_page({"against_0_step_tiny_cpu": against, "check_cpu": report})
+    assert page.count("not measured yet") == 2
+    assert cpu_page.check_table(report) in page

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-import evaluate_spelling
 import prepare_cities
+from common import spelling
 
 COUNTRIES = {code: {"name": name} for code, name in {"FR": "France", "ES": "Spain", "MX": "Mexico "}.items()}
 
@@ -80,7 +80,7 @@ def wheel(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: str) -> tuple[list[Any], list[Any]]:
     monkeypatch.setattr(sys, "argv", ["prepare_cities.py", "--output_dir", str(folder), "--num_test", "20", *flags])
     prepare_cities.main()
-    train, test = (evaluate_spelling.read_records(folder / f"{name}.jsonl", None) for name in ("train", "test"))
+    train, test = (spelling.read_records(folder / f"{name}.jsonl", None) for name in ("train", "test"))
     return train, test
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from peft import get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import chat
 import check_interchange
 import evaluate_spelling
 import prepare_cmudict
+from common import spelling
 from dora_peft import DoraConfig
 from finetune import generation
 from prepare import wheels as wheel_data
@@ -32,33 +32,6 @@ a.d. EY2 D IY1
 window W IH1 N D OW0
 unpronounceable AH2 N P R AH0 N AW1 N S AH0 B AH0 L
 """.splitlines()
-
-
-@pytest.fixture
-def tiny_llama(tmp_path: Path) -> tuple[str, PreTrainedTokenizerFast]:
-    """A LLaMA of a few thousand parameters with a tokenizer of single characters, saved to a folder."""
-    vocabulary = {character: index for index, character in enumerate(map(chr, range(32, 127)))}
-    vocabulary |= {"\n": len(vocabulary), "<eos>": len(vocabulary) + 1}
-    model = models.WordLevel(vocabulary, unk_token="<eos>")
-    characters = Tokenizer(model)
-    characters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    characters.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="<eos>", pad_token="<eos>")
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    folder = str(tmp_path / "llama")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder, tokenizer
 
 
 @pytest.fixture
@@ -143,22 +116,22 @@ def test_failed_download_says_what_to_do_and_leaves_nothing(tmp_path, monkeypatc
     [("", "", 0), ("", "AB", 2), ("ABC", "ABC", 0), ("KITTEN", "SITTING", 3), ("ABCD", "BCD", 1)],
 )
 def test_edit_distance(found, expected, distance):
-    assert evaluate_spelling.edit_distance(found, expected) == distance
-    assert evaluate_spelling.edit_distance(expected, found) == distance
+    assert spelling.edit_distance(found, expected) == distance
+    assert spelling.edit_distance(expected, found) == distance
 
 
 def test_score_counts_phonemes_and_ignores_spacing():
-    result = evaluate_spelling.score([" W IH N D OW", "K  AE T ", "B"], [" W IH N D OW", " K AE T", " B AH T"])
+    result = spelling.score([" W IH N D OW", "K  AE T ", "B"], [" W IH N D OW", " K AE T", " B AH T"])
     assert result == {"exact_match": 2 / 3, "phoneme_error_rate": 2 / 11}
 
 
 def test_records_are_checked(tmp_path):
     with pytest.raises(ValueError, match="holds no record"):
-        evaluate_spelling.read_records(write_jsonl(tmp_path / "empty.jsonl", []), limit=None)
+        spelling.read_records(write_jsonl(tmp_path / "empty.jsonl", []), limit=None)
     path = write_jsonl(tmp_path / "wrong.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a"}])
     with pytest.raises(ValueError, match=r"line 2: expected .* missing \['completion'\]"):
-        evaluate_spelling.read_records(path, limit=None)
-    assert len(evaluate_spelling.read_records(path, limit=1)) == 1
+        spelling.read_records(path, limit=None)
+    assert len(spelling.read_records(path, limit=1)) == 1
 
 
 def test_answers_do_not_depend_on_the_batch(tiny_llama):

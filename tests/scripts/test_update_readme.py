@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import update_readme
+from benchmarks import cpu_page
 from gpu.stages import Places, build_stages
 
 CPU = torch.device("cpu")
@@ -19,7 +20,7 @@ def test_readme_table(measure: Callable[..., dict[str, Any]]) -> None:
     flags = ["--contenders", "dora,frozen,lora_floor"]
     memory = measure("memory", *flags, "--no-peak", "--checkpointing", "none")
     reports = [memory, measure("step", *flags), measure("refresh", "--shapes", "8x12")]
-    lines = update_readme.benchmark_table(reports).splitlines()
+    lines = cpu_page.benchmark_table(reports).splitlines()
     assert lines[2].startswith("| | PEFT LoRA | frozen base | LoRA floor | PEFT `use_dora` | dora_peft |")
     labels = [line.split("|")[1].strip() for line in lines[4:]]
     assert labels == [
@@ -32,7 +33,7 @@ def test_readme_table(measure: Callable[..., dict[str, Any]]) -> None:
     assert lines[-1].endswith("| 0 | - | - | 8 | 1 |")
     step = reports[1]["results"][0]["contenders"]
     assert lines[4].endswith(f" {step['peft_dora']['ratio']:.2f} | {step['dora']['ratio']:.2f} |")
-    assert update_readme.benchmark_table([]) == ""
+    assert cpu_page.benchmark_table([]) == ""
 
 
 def test_readme_table_sets_compiled_against_compiled() -> None:
@@ -42,7 +43,7 @@ def test_readme_table_sets_compiled_against_compiled() -> None:
         "contenders": {"lora": {"values": [4]}, "lora_compiled": {"values": [2]}, "dora_compiled": {"values": [3]}},
     }
     report = {"options": {"suite": "eval", "model": "tiny", "layers": 1}, "results": [result]}
-    lines = update_readme.claim_lines(report, "eval", "time_ms", "evaluation", " ms")
+    lines = cpu_page.claim_lines(report, "eval", "time_ms", "evaluation", " ms")
     assert lines[0].endswith("| 4 ms | - | - | - | - |")
     assert lines[1] == "| evaluation, compiled: tiny, 1 layer, r=16, 1 x 8 tokens | 2 ms | - | - | - | 1.50 |"
 

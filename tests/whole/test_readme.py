@@ -54,7 +54,7 @@ def test_named_files_exist():
 
 def test_tables_are_those_of_the_stored_results(monkeypatch):
     """The GPU's page too, which README gives one line."""
-    assert "| PEFT LoRA |" in README
+    assert "| ours / LoRA |" in README
     assert len([line for line in README.splitlines() if f"]({update_readme.GPU_PAGE})" in line]) == 1
     assert (ROOT / update_readme.GPU_PAGE).read_text(encoding="utf-8").count(" | ") > len(update_readme.GPU_LINES)
     monkeypatch.setattr("sys.argv", ["update_readme.py", "--check"])
