@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -90,10 +91,13 @@ def reward(completions: Sequence[str], expected: Sequence[str], **_: Any) -> lis
 
 def load(folder: str | Path, gguf_file: str = "") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in fp32 and its tokenizer, which pads on the left as generation wants it."""
-    source = {"gguf_file": gguf_file} if gguf_file else {}
+    source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", **source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if gguf_file and hasattr(transformers, "GgufConfig"):
+        # transformers 5.23 and newer would hand out a model that it calls quantised, and refuses to train
+        source["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source), tokenizer
 
 
