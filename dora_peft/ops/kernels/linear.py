@@ -278,17 +278,31 @@ def scale_and_sum(g: Tensor, c: Tensor, y: Tensor | None, bias: Tensor | None) -
     """
     length, width = g.shape
     scaled = torch.empty(length, width, dtype=g.dtype, device=g.device)
-    # enough stripes to fill a GPU, of enough tokens to make the second stage small beside the first
-    stripe = max(64, -(-length // max(1, 2**14 // max(width // 128, 1))))
-    stripes = -(-length // stripe)
+    stripes = striped(length, width)[1]
     sums = None if y is None else torch.empty(stripes, width, dtype=torch.float32, device=g.device)
+    scale_and_sum_into(g, c, y, bias, scaled, sums)
+    return scaled, sums
+
+
+def scale_and_sum_into(
+    g: Tensor, c: Tensor, y: Tensor | None, bias: Tensor | None, scaled: Tensor, sums: Tensor | None
+) -> None:
+    """`scale_and_sum` into contiguous tensors of these shapes."""
+    length, width = g.shape
+    stripe, stripes = striped(length, width)
     if g.numel():
         _scale_and_sum[lambda meta: (stripes * cdiv(width, meta["COLUMNS"]),)](
             g, g if y is None else y, c, c if bias is None else bias, scaled, c if sums is None else sums,
             length, width, stripe, g.stride(0), g.stride(1), 0 if y is None else y.stride(0), token_bucket(length),
             HAS_BIAS=bias is not None, SUM=y is not None,
         )  # fmt: skip
-    return scaled, sums
+
+
+def striped(length: int, width: int) -> tuple[int, int]:
+    """Tokens in a stripe, and stripes: enough of them to fill a GPU, of enough tokens to make the second stage small
+    beside the first."""
+    stripe = max(64, -(-length // max(1, 2**14 // max(width // 128, 1))))
+    return stripe, -(-length // stripe)
 
 
 def magnitude_gradient(
@@ -303,6 +317,8 @@ def magnitude_gradient(
     bias: Tensor | None,
     k: float,
     gone: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """dc_j = sum_n g_nj z_nj [out] with z = (y - b) / c if y determines z, and z = x W0^T + k u B^T if not.
 
@@ -316,11 +332,12 @@ def magnitude_gradient(
         c, bias: [out].
         k: s / (1 - p).
         gone: A number [1]; y determines nothing if it is not 0.
+        out: [out], to write to.
 
     Returns:
         [out], in c's dtype.
     """
-    out = torch.empty_like(c)
+    out = torch.empty_like(c) if out is None else out
     length, width = g.shape
     block = 32
     weight, absmax, code, layout, options = stored_arguments(stored, c)

@@ -14,6 +14,9 @@ from torch import Tensor
 from .launch import Kernel
 from .tuning import cdiv
 
+# Bytes before the rows of a sample that is kept in one piece: what kernels are compiled for if memory begins there.
+_HEAD = 16
+
 
 @triton.jit
 def _bits(value):
@@ -24,8 +27,14 @@ def _bits(value):
 
 @Kernel
 @triton.jit(do_not_specialize=["offset", "start", "step", "size", "count"])
-def _take_sample(y, rows, diagonal, offset, start, step, size, count, BLOCK: tl.constexpr):
-    """Copies `size` elements from `offset` on, and `count` elements from `start` on, `step` apart."""
+def _take_sample(
+    y, rows, diagonal, gone, offset, start, step, size, count, CLEARS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Copies `size` elements from `offset` on, and `count` elements from `start` on, `step` apart; sets gone[0] to 0 if
+    it CLEARS."""
+    if CLEARS:
+        if tl.program_id(0) == 0:
+            tl.store(gone, 0)
     lanes = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(rows + lanes, tl.load(y + offset + lanes, lanes < size), lanes < size)
     places = start + lanes.to(tl.int64) * step
@@ -60,9 +69,48 @@ def take_sample(y: Tensor, offset: int, start: int, step: int, size: int, count:
     rows, diagonal = y.new_empty(size), y.new_empty(count)
     if y.numel():
         _take_sample[(cdiv(max(size, count), 1024),)](
-            y, rows, diagonal, offset, start, step, size, count, BLOCK=1024, num_warps=4
+            y, rows, diagonal, rows, offset, start, step, size, count, CLEARS=False, BLOCK=1024, num_warps=4
         )
     return rows, diagonal
+
+
+def sample_size(size: int, count: int, dtype: torch.dtype) -> int:
+    """How many elements `keep_sample` takes for `size` and `count` of an output in `dtype`."""
+    head = _HEAD // dtype.itemsize
+    return head + cdiv(size, head) * head + count
+
+
+def keep_sample(y: Tensor, sample: Tensor, offset: int, start: int, step: int, size: int, count: int) -> None:
+    """`take_sample` into one piece of memory, in which `find_change` has a place to write to: one allocation, and no
+    fill of its own.
+
+    Args:
+        sample: [sample_size(size, count)], in y's dtype; written. It begins with a number, see `find_change`.
+    """
+    rows, diagonal, gone = _parts(sample, size)
+    _take_sample[(cdiv(max(size, count, 1), 1024),)](
+        y, rows, diagonal, gone, offset, start, step, size, count, CLEARS=True, BLOCK=1024, num_warps=4
+    )
+
+
+def find_change(y: Tensor, sample: Tensor, offset: int, start: int, step: int, size: int, count: int) -> None:
+    """`compare_sample` with what `keep_sample` copied: sets the number at the beginning of `sample`, see `changed`, if
+    y holds other bits."""
+    rows, diagonal, gone = _parts(sample, size)
+    _compare_sample[(cdiv(max(size, count, 1), 1024),)](
+        y, rows, diagonal, gone, offset, start, step, size, count, BLOCK=1024, num_warps=4
+    )
+
+
+def changed(sample: Tensor) -> Tensor:
+    """A number [1], int32, that is not 0 once `find_change` found a change."""
+    return sample[: 4 // sample.itemsize].view(torch.int32)
+
+
+def _parts(sample: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows, the diagonal and the number, each at a multiple of 16 bytes."""
+    head = _HEAD // sample.itemsize
+    return sample[head : head + size], sample[head + cdiv(size, head) * head :], changed(sample)
 
 
 def compare_sample(y: Tensor, rows: Tensor, diagonal: Tensor, offset: int, start: int, step: int) -> Tensor:
