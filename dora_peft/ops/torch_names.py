@@ -19,6 +19,10 @@ unwrap_dead: Callable[[Tensor], Tensor] = torch._C._functorch.unwrap_if_dead
 top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 # A reshaped tensor that is no view: the output of an autograd function could not be changed in place otherwise.
 unsafe_view: Callable[[Tensor, list[int]], Tensor] = torch.ops.aten._unsafe_view
+# The address of the current stream of the GPU of this number.
+raw_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
+)
 # Batch normalisation's gradients: in evaluation it is y = c * (z - mean) / sqrt(var + eps) + b, a layer's last step.
 batch_norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.aten.native_batch_norm_backward.default
 
