@@ -172,6 +172,8 @@ def shortcut_for(
         return None
     # magnitudes in low precision are looked at in each pass, unless that was asked for, see magnitude.py; evaluation
     # trains nothing
-    if folded is None and (not layer.detach_norm[adapter] or (found[3].dtype in LOW_PRECISION and not _asked(holder, adapter))):
+    if folded is None and (
+        not layer.detach_norm[adapter] or (found[3].dtype in LOW_PRECISION and not _asked(holder, adapter))
+    ):
         return None
     return Shortcut(found, adapter, layer, weight, options, folded)

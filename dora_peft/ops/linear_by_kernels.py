@@ -1,7 +1,7 @@
-"""The linear layer's autograd function by Triton's kernels; equations and what is kept are those of linear_autograd.py.
+"""The linear layer's autograd function by Triton's kernels; linear_autograd.py has the equations and what is kept.
 
-A GPU waits for the host if Python takes longer than the kernels. So the usual case, a dense weight and all of A, B and m
-trained, goes by what was worked out for the layout of its tensors (kernels/plan.py); all else by `fused.forward` and
+A GPU waits for the host if Python takes longer than the kernels. So the usual case, a dense weight and all of A, B and
+m trained, goes by what was worked out for the layout of its tensors (kernels/plan.py); all else by `fused.forward` and
 `fused.gradients`, which take any.
 """
 
@@ -69,7 +69,13 @@ class _LinearByKernels(torch.autograd.Function):
                 saved, ctx.kept.saved = ctx.kept.saved, []
         ctx.save_for_backward(x, u, bias, lora_A, lora_B, c, *saved)
         # not among the saved tensors: offloading would move W0 with them
-        ctx.weight, ctx.options, ctx.dtype, ctx.norm, ctx.weight_version = weight, options, y.dtype, norm, version(weight)
+        ctx.weight, ctx.options, ctx.dtype, ctx.norm, ctx.weight_version = (
+            weight,
+            options,
+            y.dtype,
+            norm,
+            version(weight),
+        )
         return y
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Parts of the linear layer's forward and backward pass, by torch's operations; linear_autograd.py has the equations."""
+"""Parts of the linear layer's two passes, by torch's operations; linear_autograd.py has the equations."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ class Kernel:
         return self._known.get(key)
 
     def takes_any(self, name: str) -> bool:
-        """Whether Triton compiles the same machine code for all values of this argument of 32 bits, and for all others."""
+        """Whether machine code is the same for all values of this argument of 32 bits, and for all others."""
         return name in self._plain
 
     def _reader(self, kinds: tuple[type, ...]) -> _Reader:

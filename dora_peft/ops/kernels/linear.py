@@ -265,37 +265,34 @@ def scaled_sum(
     return out
 
 
-def scale_and_sum(g: Tensor, c: Tensor, y: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def scale_and_sum(
+    g: Tensor, c: Tensor, y: Tensor | None, bias: Tensor | None, *, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor | None]:
     """g' = c * g, and sum_n g (y - b) for each stripe of tokens.
 
     Args:
         g: dL/dy [N, out].
         c, bias: [out].
         y: The layer's output [N, out], None if no sums are needed.
+        into: Memory for both.
 
     Returns:
         [N, out] and [stripes, out], contiguous; None for the sums without y.
     """
     length, width = g.shape
-    scaled = torch.empty(length, width, dtype=g.dtype, device=g.device)
-    stripes = striped(length, width)[1]
-    sums = None if y is None else torch.empty(stripes, width, dtype=torch.float32, device=g.device)
-    scale_and_sum_into(g, c, y, bias, scaled, sums)
-    return scaled, sums
-
-
-def scale_and_sum_into(
-    g: Tensor, c: Tensor, y: Tensor | None, bias: Tensor | None, scaled: Tensor, sums: Tensor | None
-) -> None:
-    """`scale_and_sum` into contiguous tensors of these shapes."""
-    length, width = g.shape
     stripe, stripes = striped(length, width)
+    scaled = torch.empty(length, width, dtype=g.dtype, device=g.device) if into is None else into[0]
+    if into is not None:
+        sums: Tensor | None = into[1]
+    else:
+        sums = None if y is None else torch.empty(stripes, width, dtype=torch.float32, device=g.device)
     if g.numel():
         _scale_and_sum[lambda meta: (stripes * cdiv(width, meta["COLUMNS"]),)](
             g, g if y is None else y, c, c if bias is None else bias, scaled, c if sums is None else sums,
             length, width, stripe, g.stride(0), g.stride(1), 0 if y is None else y.stride(0), token_bucket(length),
             HAS_BIAS=bias is not None, SUM=y is not None,
         )  # fmt: skip
+    return scaled, sums
 
 
 def striped(length: int, width: int) -> tuple[int, int]:

@@ -78,16 +78,16 @@ class Plan:
         length = x.numel() // features
         self.p, self.kept = p, threshold(p)[1]
         self.x_shape, self.u_shape, self.y_shape = (length, features), (length, rank), (length, width)
+        self.whole_shape = (*x.shape[:-1], width)
         self.sums_shape = (kernels.striped(length, width)[1], width)
         self._set_up_sample(length, width, x.dtype)
         self._set_up_dropout(length, features, rank, x.dtype, adapter)
 
         def scaled_sum(z: Tensor, u: Tensor, lora_B: Tensor, c: Tensor, bias: Tensor | None, k: float) -> None:
-            z = z.view(length, width)
             kernels.scaled_sum(z, u, lora_B, c, bias, k, out=z)
 
         def scale_and_sum(g, c, y, bias, scaled, sums) -> None:
-            kernels.scale_and_sum_into(g.view(length, width), c, y.view(length, width), bias, scaled, sums)
+            kernels.scale_and_sum(g.view(length, width), c, y.view(length, width), bias, into=(scaled, sums))
 
         def magnitude_gradient(sums, g, y, rows, weight, u, lora_B, c, bias, k, kept, out) -> None:
             kernels.magnitude_gradient(
@@ -109,14 +109,12 @@ class Plan:
             sample.keep_sample(y, kept, offset, start, step, size, elements)
 
         def find(y: Tensor, kept: Tensor, offset: int, start: int) -> None:
-            sample.find_change(y, kept, offset, start, step, size, elements)
+            sample.find_change(y, kept, offset, start, step, size)
 
         self._keep_sample = Prepared(keep, {2: "offset", 3: "start"})
         self._find_change = Prepared(find, {2: "offset", 3: "start"})
 
-    def _set_up_dropout(
-        self, length: int, features: int, rank: int, dtype: torch.dtype, adapter: torch.dtype
-    ) -> None:
+    def _set_up_dropout(self, length: int, features: int, rank: int, dtype: torch.dtype, adapter: torch.dtype) -> None:
         p = self.p
         self.stripes = dropout.striped(length, features, rank, dtype)[1]
         self.parts_shape, self.parts_dtype = (self.stripes * rank, features), adapter
@@ -154,8 +152,14 @@ class Plan:
         else:
             u = x.new_empty(self.u_shape)
             self._dropped_product.call(rows, lora_A, seed, u)
-        y = F.linear(x, weight, bias)
-        self._scaled_sum.call(y, u, lora_B, c, bias, k)
+        # `F.linear` of more than two dimensions may give a view, which nobody could change in place
+        y = x.new_empty(self.whole_shape)
+        z = y if x.dim() == 2 else y.view(self.y_shape)
+        if bias is None:
+            torch.mm(rows, weight.t(), out=z)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=z)
+        self._scaled_sum.call(z, u, lora_B, c, bias, k)
         return y, u
 
     def keep_sample(self, y: Tensor) -> tuple[Tensor, int, int]:
