@@ -8,9 +8,10 @@
 A GPU waits for the host if Python takes longer to launch an operation than the GPU to run it. So the driver is a stub
 (benchmarks/stubbed_driver.py), launching Triton's kernels does nothing, and torch's operations run on CPU tensors of a
 few numbers: what is left is Python and torch's dispatch, for every contender alike. What a launch costs inside the
-driver, about 5 us for each kernel of either, is not in it. Forward and backward of one layer, contenders interleaved,
-the median of all rounds. Expected result: a table of us and ratios to LoRA, the same in
-scripts/benchmarks/results/host_cpu.json.
+driver, about 5 us for each kernel of either, is not in it. Forward and backward, contenders interleaved, the median of
+all rounds: of one layer that is called alone, and of a model of 28 (as four decoder layers have) by the number of its
+layers, where our norms are checked for all layers at once, as in training. Expected result: a table of us and ratios to
+LoRA in the same place, the same in scripts/benchmarks/results/host_cpu.json.
 """
 
 from __future__ import annotations
@@ -21,22 +22,27 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from common.arguments import positive
 from common.files import write_json
 
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
 RESULTS = Path(__file__).resolve().parent / "benchmarks" / "results"
 TOKENS, WIDTH, RANK = 8, 16, 16
 DTYPES = {"fp32 adapter, bf16 base": (torch.float32, torch.bfloat16), "bf16 both": (torch.bfloat16, torch.bfloat16)}
 DROPOUTS = (0.0, 0.05)
+# Linear layers of a model, seven in each decoder layer.
+LAYERS = 28
 
 
-def steps(adapter: torch.dtype, base: torch.dtype, p: float) -> dict[str, Callable[[], object]]:
-    """A forward and a backward pass of each contender's layer."""
-    from peft import LoraConfig, get_peft_model
+def steps(adapter: torch.dtype, base: torch.dtype, p: float) -> dict[str, tuple[Callable[[], object], int]]:
+    """A forward and a backward pass of each contender, and of how many layers it is."""
+    from peft import LoraConfig
 
     from dora_peft import DoraConfig
 
@@ -45,17 +51,34 @@ def steps(adapter: torch.dtype, base: torch.dtype, p: float) -> dict[str, Callab
         "PEFT DoRA": (LoraConfig, {"use_dora": True}),
         "ours": (DoraConfig, {}),
     }
-    found: dict[str, Callable[[], object]] = {}
+    found: dict[str, tuple[Callable[[], object], int]] = {}
     for name, (config, options) in configs.items():
-        model = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH, bias=False, dtype=base))
-        adapted = get_peft_model(
-            model,  # type: ignore[arg-type]
-            config(r=RANK, lora_alpha=2 * RANK, target_modules=["0"], lora_dropout=p, **options),
-            autocast_adapter_dtype=adapter is torch.float32,
-        )
-        found[name] = step_of(adapted.base_model.model[0].train(), base)
-    found["ours, v and checks aside"] = linear_alone(adapter, base, p)
+        for count in (1, LAYERS):
+            options |= {"r": RANK, "lora_alpha": 2 * RANK, "lora_dropout": p}
+            model = adapted(count, base, adapter is torch.float32, config, options)
+            found[name + " in a model" * (count > 1)] = step_of(model if count > 1 else model[0], base), count
+    found["ours, v and checks aside"] = linear_alone(adapter, base, p), 1
     return found
+
+
+def adapted(
+    count: int, base: torch.dtype, autocast: bool, config: type[LoraConfig], options: dict[str, Any]
+) -> torch.nn.Sequential:
+    """Linear layers in a row, adapted, in training."""
+    from peft import get_peft_model
+
+    import dora_peft
+
+    model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH, bias=False, dtype=base) for _ in range(count)))
+    targets = [str(number) for number in range(count)]
+    # a kernel that computes nothing would leave magnitudes of 0, which are looked at apart in every pass
+    with dora_peft.implementation("torch"):
+        get_peft_model(
+            model,  # type: ignore[arg-type]
+            config(target_modules=targets, **options),
+            autocast_adapter_dtype=autocast,
+        )
+    return model.train()
 
 
 def step_of(layer: torch.nn.Module, dtype: torch.dtype) -> Callable[[], object]:
@@ -63,6 +86,11 @@ def step_of(layer: torch.nn.Module, dtype: torch.dtype) -> Callable[[], object]:
     x.requires_grad_()
     leaves = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
     return lambda: torch.autograd.grad(layer(x), leaves, grad)
+
+
+def reference(name: str) -> str:
+    """What a contender is set against."""
+    return "LoRA in a model" if name.endswith("in a model") else "LoRA"
 
 
 def linear_alone(adapter: torch.dtype, dtype: torch.dtype, p: float) -> Callable[[], object]:
@@ -82,7 +110,7 @@ def linear_alone(adapter: torch.dtype, dtype: torch.dtype, p: float) -> Callable
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=positive, default=31)
-    parser.add_argument("--steps", type=positive, default=40, help="of each contender in a round")
+    parser.add_argument("--steps", type=positive, default=56, help="of each contender's layer in a round")
     parser.add_argument("--package", type=Path, help="folder of another dora_peft to measure")
     parser.add_argument("--commit", help="that of --package")
     parser.add_argument("--name", default="host_cpu", help="of the result's file")
@@ -106,8 +134,9 @@ def main() -> None:
             results[f"{words}, dropout {p}"] = times
             print(f"{words}, dropout {p}")
             for name, us in times.items():
-                print(f"  {name:<26}{us:8.1f} us  {us / times['LoRA']:6.2f}")
-    setting = {"tokens": TOKENS, "width": WIDTH, "rank": RANK, "rounds": options.rounds, "steps": options.steps}
+                print(f"  {name:<26}{us:8.1f} us  {us / times[reference(name)]:6.2f}")
+    setting = {"tokens": TOKENS, "width": WIDTH, "rank": RANK, "layers of a model": LAYERS}
+    setting |= {"rounds": options.rounds, "steps": options.steps}
     path = options.results / f"{options.name}.json"
     machine = describe_machine(torch.device("cpu"))
     if options.package is not None:
@@ -116,19 +145,21 @@ def main() -> None:
     print(f"wrote {path}")
 
 
-def measure(contenders: dict[str, Callable[[], object]], rounds: int, count: int) -> dict[str, float]:
-    """The median time of a step in us."""
+def measure(contenders: dict[str, tuple[Callable[[], object], int]], rounds: int, count: int) -> dict[str, float]:
+    """The median time of a step and a layer in us."""
     found: dict[str, list[float]] = {name: [] for name in contenders}
-    for run in contenders.values():
+    for run, _ in contenders.values():
         # compiles, tunes and warms up
         for _ in range(5):
             run()
     for _ in range(rounds):
-        for name, run in contenders.items():
+        for name, (run, layers) in contenders.items():
+            # as many layers of each
+            repeats = max(1, count // layers)
             begin = time.perf_counter()
-            for _ in range(count):
+            for _ in range(repeats):
                 run()
-            found[name].append((time.perf_counter() - begin) / count * 1e6)
+            found[name].append((time.perf_counter() - begin) / repeats / layers * 1e6)
     return {name: round(statistics.median(times), 1) for name, times in found.items()}
 
 

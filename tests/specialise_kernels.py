@@ -57,7 +57,9 @@ def main() -> None:
         result[f"trials {p}"] = len(stubbed_driver.trials)
     y, few = torch.zeros(4, WIDTH), torch.zeros(8)
     for name, place in (("32 bits", 7), ("64 bits", 2**33 + 1), ("64 bits more", 2**40)):
-        result[name] = counted(lambda: sample._take_sample[(1,)](y, few, few, place, place, 1, 2, 2, BLOCK=1024))  # noqa: B023
+        result[name] = counted(
+            lambda: sample._take_sample[(1,)](y, few, few, few, place, place, 1, 2, 2, CLEARS=False, BLOCK=1024)  # noqa: B023
+        )
     print(json.dumps(result))
 
 

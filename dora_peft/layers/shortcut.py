@@ -21,6 +21,7 @@ from ..ops.linear_autograd import apply, flattened
 from ..ops.norm import Sharing, scale
 from ..ops.options import Options
 from .kind import ComputingLayer
+from .magnitude import Magnitude
 
 
 class Holder(Protocol):
@@ -80,7 +81,7 @@ def key_of(layer: ComputingLayer, holder: Holder, x: Tensor, adapter: str) -> Fo
         layer.detach_norm[adapter],
         layer.dropout_mode[adapter],
         type(dropout),
-        getattr(dropout, "p", 0.0),
+        vars(dropout).get("p", 0.0),
     )
     return key, lora_A, lora_B, magnitude
 
@@ -149,6 +150,12 @@ def divides_inside(magnitude: Tensor, known: norms.Snapshot) -> bool:
     return known.tied is None and magnitude.dim() == 1
 
 
+def _asked(holder: Holder, adapter: str) -> bool:
+    """Whether the magnitude has its dtype on request."""
+    magnitude = holder._modules["lora_magnitude_vector"]._modules[adapter]  # type: ignore[union-attr]
+    return isinstance(magnitude, Magnitude) and magnitude.asked is magnitude.weight.dtype
+
+
 def shortcut_for(
     layer: ComputingLayer,
     holder: Holder,
@@ -163,7 +170,10 @@ def shortcut_for(
     # what a captured graph's pass took may not be what the next one takes
     if found is None or not choice.is_decided(x.device):
         return None
-    # magnitudes in low precision are looked at in each pass, see magnitude.py; evaluation trains nothing
-    if folded is None and (not layer.detach_norm[adapter] or found[3].dtype in LOW_PRECISION):
+    # magnitudes in low precision are looked at in each pass, unless that was asked for, see magnitude.py; evaluation
+    # trains nothing
+    if folded is None and (
+        not layer.detach_norm[adapter] or (found[3].dtype in LOW_PRECISION and not _asked(holder, adapter))
+    ):
         return None
     return Shortcut(found, adapter, layer, weight, options, folded)

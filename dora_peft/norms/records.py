@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 
@@ -40,8 +40,8 @@ class BaseNorm:
         return all(part.fits(tensor) for part, tensor in zip(self.parts, tensors, strict=True))
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+# A device makes one in each forward pass: a tuple takes a fifth of the time that a frozen dataclass does.
+class Snapshot(NamedTuple):
     """v and all that it was computed from. Never changed: another content gets another one.
 
     Attributes:

@@ -15,7 +15,7 @@ from ..bases.offload import at_hand
 from ..ops import choice
 from ..ops.content import Bits, Fingerprint
 from ..ops.norm import Sharing, floor, row_norms
-from . import device
+from . import device, grouped
 from .adapted import AdaptedLayer
 from .lifecycle import settle_as
 from .records import BaseNorm, Norm, Snapshot, Stored
@@ -74,7 +74,14 @@ def fresh(
     norm = layer._norms.get(adapter)
     if norm is None or not norm.settled:
         norm = settle(layer, adapter)
-    known = _on_device(layer, adapter, norm, lora_A, lora_B, scaling, stored, stands_in) if by_kernels else None
+    known = None
+    if by_kernels:
+        # before all else: in training every layer of a model goes this way
+        value = grouped.take(norm, lora_A, lora_B, scaling, stored) if norm.tied is None else None
+        if value is None:
+            known = _on_device(layer, adapter, norm, lora_A, lora_B, scaling, stored, stands_in)
+        else:
+            known = Snapshot(value, None, None, None, scaling, None, True)
     if known is None:
         known = norm.known
         if known is None or not _fits(known, lora_A, lora_B, scaling, stored, by_kernels):

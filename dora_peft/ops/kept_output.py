@@ -51,6 +51,14 @@ class SampleKernels(Protocol):
     ) -> Tensor: ...
 
 
+class SamplePlan(Protocol):
+    """The same for outputs of one layout, see kernels/plan.py."""
+
+    def keep_sample(self, y: Tensor) -> tuple[Tensor, int, int]: ...
+
+    def find_change(self, y: Tensor, kept: Tensor, offset: int, start: int) -> None: ...
+
+
 class KeptOutput:
     """One output y [..., out], from the forward pass to the backward pass of its layer.
 
@@ -100,9 +108,9 @@ class KeptOutput:
             return
         self.alias = alias = y.detach()
         self.version = version(y)
-        length, width, count, step, elements = _layout(y.shape)
+        length, width, count, step, elements = layout(y.shape)
         if elements:
-            self.places = places = _draw(length, width, count, step, elements)
+            self.places = places = draw(length, width, count, step, elements)
             rows, diagonal = _parts(alias, *places)
             kept_rows, kept_diagonal = rows.clone(), diagonal.clone()
             self.saved, self.equal_diagonal = [kept_rows, kept_diagonal], partial(torch.equal, diagonal, kept_diagonal)
@@ -125,8 +133,8 @@ class KeptOutput:
             # NaN, which no sample matches: a checkpoint may give it to the graph of a pass that did keep y
             kept = y.new_full((), torch.nan).expand(y.shape)
         ordered = y.contiguous() if ordered is None else ordered
-        length, width, count, step, elements = _layout(ordered.shape)
-        places = _draw(length, width, count, step, elements)
+        length, width, count, step, elements = layout(ordered.shape)
+        places = draw(length, width, count, step, elements)
         if self.kernels is not None:
             rows, diagonal = self.kernels.take_sample(
                 ordered, places[0] * width, places[1], step, count * width, elements
@@ -179,7 +187,8 @@ class KeptOutput:
         if self.kernels is not None:
             diagonal = rows[:0] if diagonal is None else diagonal
             gone = self.kernels.compare_sample(ordered, rows, diagonal, *sampled(ordered.shape, places)[:3])
-            self.outputs.notice_later(gone)
+            if self.outputs.asks():
+                self.outputs.notice_later(gone)
             return (None, None) if shared else (y, gone)
         found = _parts(ordered, *places)
         if same_bits(found[0].view(rows.shape), rows) and (
@@ -189,6 +198,43 @@ class KeptOutput:
         self.outputs.notice()
         self.outputs.announce()
         return None, None
+
+
+class KeptOnDevice:
+    """`KeptOutput` for the usual case of a device with kernels, prepared: a new, contiguous y of a layer whose outputs
+    nobody overwrites, without saved-tensor hooks.
+
+    Attributes:
+        alias, version: As there.
+        offset, start: Where `sample` is from, as `SampleKernels` takes it.
+        sample: To save for backward and to give to `read`.
+    """
+
+    __slots__ = ("alias", "offset", "outputs", "plan", "sample", "start", "version")
+
+    def __init__(self, y: Tensor, outputs: Outputs, plan: SamplePlan) -> None:
+        self.outputs, self.plan = outputs, plan
+        self.sample, self.offset, self.start = plan.keep_sample(y)
+        self.alias: Tensor | None = y.detach()
+        self.version = None if y.is_inference() else y._version
+
+    def read(self, sample: Tensor, grad: Tensor) -> tuple[Tensor | None, bool]:
+        """y, or None if it is known to be overwritten, and whether the device has written down in `sample` if it turns
+        out to be; see `KeptOutput.read`."""
+        self.outputs.announce()
+        # a second pass over the graph computes it again
+        y, self.alias = self.alias, None
+        if y is None or (self.version is not None and y._version != self.version):
+            return None, False
+        self.plan.find_change(y, sample, self.offset, self.start)
+        return (None if _share_memory(y, grad) else y), True
+
+
+def is_kept_plainly(outputs: Outputs) -> bool:
+    """Whether a layer with these outputs may keep the next one as `KeptOnDevice`."""
+    if outputs.pending is not None:
+        outputs.learn()
+    return not (outputs.overwritten or torch_names.top_hooks is None or torch_names.top_hooks(True) is not None)
 
 
 def in_memory_order(y: Tensor) -> Tensor | None:
@@ -205,18 +251,18 @@ def in_memory_order(y: Tensor) -> Tensor | None:
 def sampled(shape: torch.Size, places: tuple[int, int]) -> tuple[int, int, int, int, int]:
     """What `SampleKernels` copies of an output of this shape: the first element of the rows, that of the diagonal, how
     far apart the diagonal's elements are, and how many elements both have."""
-    _, width, count, step, elements = _layout(shape)
+    _, width, count, step, elements = layout(shape)
     first, start = places
     return first * width, start, step, count * width, elements
 
 
 def sampled_by(shape: torch.Size, seed: int) -> tuple[int, int, int, int, int]:
     """`sampled` at places that `seed` draws: in a compiled graph a random number would be a constant anyway."""
-    return sampled(shape, _draw(*_layout(shape), random.Random(seed)))
+    return sampled(shape, draw(*layout(shape), random.Random(seed)))
 
 
 @lru_cache(maxsize=256)
-def _layout(shape: torch.Size) -> tuple[int, int, int, int, int]:
+def layout(shape: torch.Size) -> tuple[int, int, int, int, int]:
     """Of an output [..., out]: its tokens and width, how many rows are compared, how far apart the elements of the
     diagonal are, one column further in each token, and how many they are."""
     length, width = math.prod(shape[:-1]), shape[-1]
@@ -236,7 +282,7 @@ def _diagonal_step(length: int, width: int) -> int:
     return max(1, length // _DIAGONAL) * width + 1
 
 
-def _draw(
+def draw(
     length: int, width: int, count: int, step: int, elements: int, generator: random.Random = _random
 ) -> tuple[int, int]:
     """A random row to start from, and a random element."""
@@ -248,7 +294,7 @@ def _draw(
 
 def _parts(y: Tensor, first: int, start: int) -> tuple[Tensor, Tensor]:
     """Rows [k, out] from row `first` on, and a diagonal [d] from element `start` on, as views of a contiguous y."""
-    _, width, count, step, elements = _layout(y.shape)
+    _, width, count, step, elements = layout(y.shape)
     offset = y.storage_offset()
     rows = y.as_strided((count, width), (width, 1), offset + first * width)
     return rows, y.as_strided((elements,), (step,), offset + start)

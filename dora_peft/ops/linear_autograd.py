@@ -22,7 +22,6 @@ all sums over tokens are fp32 (fp64 for an fp64 base).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -30,11 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .chunks import does_one_pass, in_chunks, in_one_pass
-from .constants import DROWNED, TINY
+from . import linear_by_kernels
 from .content import version
 from .dropout import dropout_mask
 from .kept_output import KeptOutput
+from .linear_parts import check_unchanged, flattened, in_dtype, magnitude_gradient, scale_and_sum, z_at
 from .options import Options
 from .products import compose_weight, multiply_many, times_transposed
 from .scaled_sum import scaled_sum
@@ -63,6 +62,8 @@ def apply(
         product: x W0^T [N, out], if it has just been made.
         norm: v [out], if m is given in the place of c: a division outside of the function takes 15 us a step.
     """
+    if options.kernels is not None:
+        return linear_by_kernels.apply(x, base_out, bias, lora_A, lora_B, c, weight, options, norm)
     if options.autocast_dtype is None:
         return _Linear.apply(x, base_out, bias, lora_A, lora_B, c, weight, composed, product, options, norm)
     with torch.autocast(x.device.type, enabled=False):
@@ -82,40 +83,33 @@ class _Linear(torch.autograd.Function):
         if norm is not None:
             c = c / norm
         # [N, in]
-        rows, mask = _in(flattened(x), dtype), None
-        if options.kernels is not None:
-            # the mask is drawn from it
-            seed = options.kernels.draw_seed(rows.device) if p > 0 else None
-            ctx.by_kernels = options.kernels.KernelOptions.of(k, p, seed, ctx.needs_input_grad[:6])
-            k, base_rows = ctx.by_kernels.k, None if weight is not None else flattened(base_out)
-            y, u = options.kernels.forward(rows, base_rows, weight, bias, lora_A, lora_B, c, ctx.by_kernels)
+        rows, mask = in_dtype(flattened(x), dtype), None
+        products, count = options.products, len(rows)
+        if p > 0:
+            mask, kept = dropout_mask(rows.shape, p, rows.device)
+            k = k / kept if kept else 0.0
+        multiply_in = multiply_many if count >= products.thin_in else F.linear
+        # [N, r]
+        u = multiply_in(rows if mask is None else rows * mask, in_dtype(lora_A, dtype))
+        multiply = multiply_many if count >= products.wide else F.linear
+        if mask is None and composed is None and product is None and count >= products.composed:
+            composed = compose_weight(weight, lora_A, lora_B, k)
+        if composed is not None:
+            y = multiply(rows, composed.mul_(c[:, None]), bias)
+        elif product is not None:
+            y = torch.mul(product, c) if bias is None else torch.addcmul(bias, product, c)
+            y.addmm_(u, (lora_B * c[:, None]).T, alpha=k)
+        elif weight is not None:
+            z = multiply(rows, in_dtype(weight, dtype), None if bias is None else in_dtype(bias, dtype))
+            y = scaled_sum(z, u, lora_B * c[:, None], c, bias, out=z, alpha=k)
         else:
-            products, count = options.products, len(rows)
-            if p > 0:
-                mask, kept = dropout_mask(rows.shape, p, rows.device)
-                k = k / kept if kept else 0.0
-            multiply_in = multiply_many if count >= products.thin_in else F.linear
-            # [N, r]
-            u = multiply_in(rows if mask is None else rows * mask, _in(lora_A, dtype))
-            multiply = multiply_many if count >= products.wide else F.linear
-            if mask is None and composed is None and product is None and count >= products.composed:
-                composed = compose_weight(weight, lora_A, lora_B, k)
-            if composed is not None:
-                y = multiply(rows, composed.mul_(c[:, None]), bias)
-            elif product is not None:
-                y = torch.mul(product, c) if bias is None else torch.addcmul(bias, product, c)
-                y.addmm_(u, (lora_B * c[:, None]).T, alpha=k)
-            elif weight is not None:
-                z = multiply(rows, _in(weight, dtype), None if bias is None else _in(bias, dtype))
-                y = scaled_sum(z, u, lora_B * c[:, None], c, bias, out=z, alpha=k)
-            else:
-                z = flattened(base_out)
-                y = scaled_sum(z, u, lora_B * c[:, None], c, bias, out=torch.empty_like(z), alpha=k)
+            z = flattened(base_out)
+            y = scaled_sum(z, u, lora_B * c[:, None], c, bias, out=torch.empty_like(z), alpha=k)
         if x.dim() != 2:
             y = unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
         ctx.kept, saved = None, []
         if ctx.needs_input_grad[5]:
-            ctx.kept = KeptOutput(y, options.outputs, options.kernels)
+            ctx.kept = KeptOutput(y, options.outputs)
             saved, ctx.kept.saved = ctx.kept.saved, []
         ctx.save_for_backward(x, u, mask, bias, lora_A, lora_B, c, *saved)
         # not among the saved tensors: offloading would move W0 with them
@@ -126,18 +120,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        weight = ctx.weight
-        if weight is not None and ctx.weight_version is not None and weight._version != ctx.weight_version:
-            raise RuntimeError(
-                "A base weight was changed in place between the forward and the backward pass that needs it "
-                f"(shape {list(weight.shape)}). Change base weights before the forward pass, or after backward."
-            )
-        by = _by_torch if ctx.options.kernels is None else _by_kernels
+        check_unchanged(ctx)
         if not torch.is_autocast_enabled(grad.device.type):
-            *gradients, d_c = by(ctx, grad)
+            *gradients, d_c = _by_torch(ctx, grad)
         else:
             with torch.autocast(grad.device.type, enabled=False):
-                *gradients, d_c = by(ctx, grad)
+                *gradients, d_c = _by_torch(ctx, grad)
         if ctx.norm is not None and d_c is not None:
             # that of m = c v
             d_c = d_c / ctx.norm
@@ -150,8 +138,8 @@ def _by_torch(ctx, grad):
     need_x, need_base, need_bias, need_A, need_B, need_c = ctx.needs_input_grad[:6]
     k, dtype, products = ctx.k, ctx.dtype, ctx.options.products
     # [N, out], [N, in] and [out, in]
-    g, rows, weight = flattened(grad), _in(flattened(x), dtype), ctx.weight
-    weight, count = None if weight is None else _in(weight, dtype), len(g)
+    g, rows, weight = flattened(grad), in_dtype(flattened(x), dtype), ctx.weight
+    weight, count = None if weight is None else in_dtype(weight, dtype), len(g)
     multiply = multiply_many if count >= products.wide else F.linear
     composes = need_x and count >= products.composed and g.dtype is weight.dtype
     y = _kept_output(ctx, kept, grad)[0] if need_c else None
@@ -159,8 +147,7 @@ def _by_torch(ctx, grad):
     through = weight if need_x and not composes else None
     dx, scaled, sums = scale_and_sum(g, c, y, bias, through, multiply, keep_scaled=need_base)
     if need_c:
-        z_at = partial(_z_at, ctx, x, u, lora_B, c)
-        d_c = magnitude_gradient(sums, g, y, c, bias, z_at)
+        d_c = magnitude_gradient(sums, g, y, c, bias, partial(z_at, ctx, x, u, lora_B, c))
     # g' in low precision has lost digits that B and A need
     exact = scaled if dtype is c.dtype else None
     if need_B:
@@ -170,9 +157,9 @@ def _by_torch(ctx, grad):
     if (need_A or need_x) and (exact is None or count >= products.thin_out):
         # [N, r]
         multiply_out = multiply_many if count >= products.thin_out else F.linear
-        du = multiply_out(g, _in(lora_B * (k * c)[:, None], dtype).T)
+        du = multiply_out(g, in_dtype(lora_B * (k * c)[:, None], dtype).T)
     elif need_A or need_x:
-        du = torch.addmm(u, exact, _in(lora_B, dtype), beta=0, alpha=k)
+        du = torch.addmm(u, exact, in_dtype(lora_B, dtype), beta=0, alpha=k)
     if need_A:
         # [r, in]
         d_A = times_transposed(du, rows if mask is None else rows * mask)
@@ -182,7 +169,7 @@ def _by_torch(ctx, grad):
         if composes:
             dx = multiply(g, _composed(weight, lora_A, lora_B, c, k, apart).T)
         if apart:
-            dx = _add_low_rank(dx, du, _in(lora_A, dtype), mask)
+            dx = _add_low_rank(dx, du, in_dtype(lora_A, dtype), mask)
         dx = dx if x.dim() == 2 else dx.view(x.shape)
     if need_bias:
         d_bias = g.sum(0, dtype=c.dtype)
@@ -207,29 +194,6 @@ def _add_low_rank(dx: Tensor | None, du: Tensor, lora_A: Tensor, mask: Tensor | 
     return low_rank if dx is None else dx.add_(low_rank)
 
 
-def _by_kernels(ctx, grad):
-    """The same by Triton's kernels."""
-    x, u, _, bias, lora_A, lora_B, c, *kept = ctx.saved_tensors
-    base_product = ctx.options.base_product
-    y, gone = _kept_output(ctx, kept, grad)
-    g, rows = flattened(grad), _in(flattened(x), ctx.dtype)
-    y = None if y is None else flattened(y)
-    weight = None if ctx.weight is None else _in(ctx.weight, ctx.dtype)
-
-    def d_magnitude(sums: Tensor | None) -> Tensor:
-        return magnitude_gradient(sums, g, y, c, bias, partial(_z_at, ctx, x, u, lora_B, c))
-
-    stored = ctx.weight
-    if stored is None and ctx.needs_input_grad[5] and hasattr(base_product, "stored"):
-        stored = base_product.stored()
-    dx, d_base, *others = ctx.options.kernels.gradients(
-        g, rows, u, y, weight, bias, lora_A, lora_B, c, ctx.by_kernels,
-        stored=stored, d_magnitude=d_magnitude, gone=gone,
-    )  # fmt: skip
-    dx = None if dx is None else dx.view(x.shape)
-    return dx, None if d_base is None else d_base.view(grad.shape), *others
-
-
 def _kept_output(ctx, saved, grad):
     """y [..., out], None if it was overwritten, and what the device has to say about that, see `KeptOutput.read`."""
     kept = ctx.kept
@@ -244,87 +208,3 @@ def _kept_output(ctx, saved, grad):
             kept.alias, kept.address, kept.equal_diagonal = None, 0, bool
             return y, None
     return kept.read(saved, grad)
-
-
-def _z_at(ctx, x, u, lora_B, c, index):
-    """x W0^T + s u B^T [N, len(index)] at columns `index`, at all if None."""
-    rows = flattened(x).to(ctx.dtype)
-    if ctx.weight is not None:
-        weight = ctx.weight if index is None else ctx.weight[index]
-        z = F.linear(rows, weight.to(ctx.dtype))
-    else:
-        lowered = ctx.options.autocast_dtype
-        with torch.autocast(x.device.type, lowered, enabled=lowered is not None):
-            z = flattened(ctx.options.base_product(x, index))
-    B = lora_B if index is None else lora_B[index]
-    return torch.addmm(z.to(c.dtype), u.to(c.dtype), B.to(c.dtype).T, alpha=ctx.k)
-
-
-def flattened(x: Tensor) -> Tensor:
-    """[..., features] as [N, features]."""
-    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-
-def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor.to(dtype)`, which takes a microsecond even if there is nothing to do."""
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)
-
-
-def scale_and_sum(
-    g: Tensor,
-    c: Tensor,
-    y: Tensor | None,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    multiply: Callable[[Tensor, Tensor], Tensor],
-    *,
-    keep_scaled: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """One pass over g [N, out], of many tokens a few at a time: g' = c * g, its product with W0, and sum_n g (y - b).
-
-    Returns:
-        g' W0 [N, in] if `weight` is given, g' [N, out] if `keep_scaled` or if it was made as a whole without loss, and
-        the sums [out] if y [..., out] is given.
-    """
-    y = None if y is None else flattened(y)
-    scales = keep_scaled or weight is not None
-    if y is not None and does_one_pass(g, c, y, bias, scale=scales):
-        scaled, sums = in_one_pass(g, c, y, bias, scale=scales)
-        return None if scaled is None or weight is None else multiply(scaled, weight.T), scaled, sums
-    return in_chunks(g, c, y, bias, weight, multiply, keep_scaled)
-
-
-def magnitude_gradient(
-    sums: Tensor | None,
-    g: Tensor,
-    y: Tensor | None,
-    c: Tensor,
-    bias: Tensor | None,
-    z_at: Callable[[Tensor | None], Tensor],
-) -> Tensor:
-    """dc_j = sum_n g_nj z_nj [out], with z = (y - b) / c if y still determines z and from `z_at(columns)` otherwise.
-
-    Args:
-        sums: sum_n g (y - b), None if y is.
-        y: The layer's output [..., out], None if it was changed since.
-        z_at: Computes z [N, len(index)] at columns `index`, [N, out] if that is None.
-    """
-    if y is None or sums is None:
-        return (g * z_at(None)).sum(0)
-    tiny, most = TINY[y.dtype], None
-    if bias is not None and y.numel():
-        # the rounding of y = c z + b against the size of c z, on a sample of the tokens; that of most of them, since
-        # the first token is often far larger than all others
-        sample = (flattened(y)[:: max(1, len(g) // 64)] - bias).to(c.dtype)
-        # [out], at most 0 if b drowns half of the sample or more
-        most = torch.sub(sample.abs(), bias.abs(), alpha=DROWNED[y.dtype]).sign_().sum(0)
-    # two numbers are read faster than a comparison is made; c is seldom negative
-    certain = not len(c) or float(c.min()) >= tiny or float(c.abs().min()) >= tiny
-    if certain and (most is None or float(most.min()) > 0):
-        return sums / c
-    lost = c.abs() < tiny
-    index = (lost if most is None else lost | ((most <= 0) & (bias != 0))).nonzero()[:, 0]
-    if not len(index):
-        return sums / c
-    exact = (g[:, index] * z_at(index)).sum(0)
-    return (sums / c.index_fill(0, index, 1)).index_copy_(0, index, exact)

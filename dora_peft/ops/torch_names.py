@@ -12,13 +12,26 @@ from torch.autograd import Variable
 transforming = torch._C._are_functorch_transforms_active
 jit_state = torch._C._get_tracing_state
 modes = torch._C._len_torch_dispatch_stack
+# The tensor within what a torch.func transform has left behind, any other tensor as it is.
+unwrap_dead: Callable[[Tensor], Tensor] = torch._C._functorch.unwrap_if_dead
 # Not None if tensors that are saved for backward pass through hooks: non-reentrant checkpointing, offloading. A torch
 # without it is assumed to have hooks, which is safe: torch then checks versions itself.
 top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 # A reshaped tensor that is no view: the output of an autograd function could not be changed in place otherwise.
 unsafe_view: Callable[[Tensor, list[int]], Tensor] = torch.ops.aten._unsafe_view
+# The address of the current stream of the GPU of this number.
+raw_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
+)
 # Batch normalisation's gradients: in evaluation it is y = c * (z - mean) / sqrt(var + eps) + b, a layer's last step.
 batch_norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.aten.native_batch_norm_backward.default
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
+    """`function.apply` where no torch.func transform is at work, of which it would look for traces in each argument: a
+    third of what an autograd function costs. The public one, if this torch has none such."""
+    plain = vars(getattr(torch._C, "_FunctionBase", object)).get("apply")
+    return function.apply if plain is None else plain.__get__(None, function)
 
 
 def is_exporting() -> bool:

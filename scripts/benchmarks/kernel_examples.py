@@ -143,7 +143,9 @@ EXAMPLES: dict[str, Callable[[Case], object]] = {
     OF_ALL: lambda t: grouped_norm.Group(
         [grouped_norm.Entry(layer.memory(), layer.stored, layer.A, layer.B, 0.5) for layer in t.layers()]
     ).check(0, False),
-    "take sample": lambda t: sample.take_sample(t.z, 0, 1, 257, t.out, 512),
+    "take sample": lambda t: sample.keep_sample(
+        t.z, t.tensor(sample.sample_size(t.out, 512, t.dtype)), 0, 1, 257, t.out, 512
+    ),
     "compare sample": lambda t: sample.compare_sample(t.z, t.tensor(t.out), t.tensor(512), 0, 1, 257),
 }  # fmt: skip
 

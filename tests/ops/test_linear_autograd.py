@@ -6,7 +6,7 @@ import pytest
 import torch
 from linear_fixtures import BF16, FORMS, FP16, FP32, FP64, ROUNDING, Problem, S, check, distance, gradients, randn
 
-from dora_peft.ops import linear_autograd as parts
+from dora_peft.ops import linear_parts as parts
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from linear_fixtures import BF16, FP32, FP64, LENGTHS, ROUNDING, Made, distance, randn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dora_peft.ops import linear_autograd as parts
+from dora_peft.ops import linear_parts as parts
 from dora_peft.ops.chunks import CHUNK
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

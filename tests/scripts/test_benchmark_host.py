@@ -24,6 +24,6 @@ def test_it_measures_every_contender(other, tmp_path):
     stored = json.loads((tmp_path / "host_cpu.json").read_text())
     assert len(stored["host_us"]) == 4
     for times in stored["host_us"].values():
-        assert len(times) == 4
+        assert len(times) == 7
         assert all(us > 0 for us in times.values())
     assert (stored["commit"] == "one") == bool(other)

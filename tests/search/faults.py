@@ -24,7 +24,9 @@ HOOKS = {
     "bias": [f"{LAYERS}.{user}:bias_of" for user in ("linear", "forward")],
     "set_scale": [f"{LAYERS}.layer:DoraLayer.set_scale"],
     "unmerge": [f"{LAYERS}.layer:DoraLayer.unmerge"],
-    "magnitude_gradient": ["dora_peft.ops.linear_autograd:magnitude_gradient"],
+    "magnitude_gradient": [
+        f"dora_peft.ops.{user}:magnitude_gradient" for user in ("linear_autograd", "linear_by_kernels")
+    ],
     "linear_eval": [f"{LAYERS}.{user}:linear_eval" for user in ("linear", "shortcut")],
     "version": ["dora_peft.ops.kept_output:same_bits"],
     "content": ["dora_peft.ops.content:Bits.fits"],

@@ -170,10 +170,10 @@ def draw_seed(device: torch.device) -> Seed:
     return int(torch.randint(2**32, 2**62, (), dtype=torch.int64, device="cpu"))
 
 
-def dropped_product(x: Tensor, lora_A: Tensor, seed: Seed, p: float) -> Tensor:
-    """(mask * x) A^T [N, r], not yet divided by 1 - p."""
+def dropped_product(x: Tensor, lora_A: Tensor, seed: Seed, p: float, *, out: Tensor | None = None) -> Tensor:
+    """(mask * x) A^T [N, r], not yet divided by 1 - p; written to `out`, if it is given."""
     (length, features), rank = x.shape, len(lora_A)
-    out = torch.empty(length, rank, dtype=x.dtype, device=x.device)
+    out = torch.empty(length, rank, dtype=x.dtype, device=x.device) if out is None else out
     ranks = ranks_at_once(rank, x.dtype, fp32=32)
     if length:
         _dropped_product[lambda meta: (cdiv(length, meta["ROWS"]) * cdiv(rank, ranks),)](
@@ -197,22 +197,41 @@ def add_low_rank(dx: Tensor | None, du: Tensor, lora_A: Tensor, seed: Seed, p: f
     return out
 
 
-def dropped_gradient(du: Tensor, x: Tensor, seed: Seed, p: float, dtype: torch.dtype) -> Tensor:
-    """du^T (mask * x) [r, in] in `dtype`, summed in two stages: over the tokens of a stripe, and over the stripes."""
+def dropped_gradient(
+    du: Tensor, x: Tensor, seed: Seed, p: float, dtype: torch.dtype, *, parts: Tensor | None = None
+) -> Tensor:
+    """du^T (mask * x) [r, in] in `dtype`, summed in two stages: over the tokens of a stripe, and over the stripes.
+
+    Args:
+        parts: [stripes * r, in] for the first stage, in `dtype` if there is one stripe, else fp32; the result then is
+            left there.
+    """
     (length, rank), features = du.shape, x.shape[1]
     ranks = ranks_at_once(rank, x.dtype)
-    groups = cdiv(rank, ranks)
-    # about four programs for each processor of a large GPU, of no fewer tokens than make up for the second stage
-    wanted = cdiv(512, groups * cdiv(features, 64))
-    stripe = max(256, cdiv(cdiv(length, wanted), 128) * 128)
-    stripes = max(1, cdiv(length, stripe))
-    # [stripes r, in]
-    parts = torch.empty(stripes * rank, features, dtype=dtype if stripes == 1 else torch.float32, device=x.device)
-    _dropped_gradient[lambda meta: (stripes * groups * cdiv(features, meta["BLOCK"]),)](
-        du, x, seed, parts, length, features, rank, stripe, threshold(p)[0], *x.stride(), token_bucket(length),
+    stripe, stripes = striped(length, features, rank, x.dtype)
+    out = parts
+    if out is None:
+        first = dtype if stripes == 1 else torch.float32
+        out = torch.empty(stripes * rank, features, dtype=first, device=x.device)
+    _dropped_gradient[lambda meta: (stripes * cdiv(rank, ranks) * cdiv(features, meta["BLOCK"]),)](
+        du, x, seed, out, length, features, rank, stripe, threshold(p)[0], *x.stride(), token_bucket(length),
         ON_HOST=isinstance(seed, int), PRECISION=precision(x.dtype), RANKS=ranks,
     )  # fmt: skip
-    return parts if stripes == 1 else parts.view(stripes, rank, features).sum(0).to(dtype)
+    return out if stripes == 1 or parts is not None else summed(out, stripes).to(dtype)
+
+
+def striped(length: int, features: int, rank: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Tokens in a stripe, and stripes: about four programs for each processor of a large GPU, of no fewer tokens than
+    make up for the second stage."""
+    groups = cdiv(rank, ranks_at_once(rank, dtype))
+    wanted = cdiv(512, groups * cdiv(features, 64))
+    stripe = max(256, cdiv(cdiv(length, wanted), 128) * 128)
+    return stripe, max(1, cdiv(length, stripe))
+
+
+def summed(parts: Tensor, stripes: int) -> Tensor:
+    """[stripes * r, in] over the stripes, [r, in]."""
+    return parts.view(stripes, -1, parts.shape[1]).sum(0)
 
 
 def drawn_mask(shape: torch.Size, seed: Seed, p: float, device: torch.device) -> Tensor:

@@ -22,10 +22,23 @@ from ...bases import FourBit
 from . import dropout as dropout_kernels
 from . import linear as kernels
 from .dropout import draw_seed
-from .options import KernelOptions
-from .sample import compare_sample, take_sample
+from .options import KernelOptions, Seed
+from .plan import Plan, plan_for
+from .sample import changed, compare_sample, take_sample
 
-__all__ = ["KernelOptions", "compare_sample", "compose_folded", "draw_seed", "forward", "gradients", "take_sample"]
+__all__ = [
+    "KernelOptions",
+    "Plan",
+    "Seed",
+    "changed",
+    "compare_sample",
+    "compose_folded",
+    "draw_seed",
+    "forward",
+    "gradients",
+    "plan_for",
+    "take_sample",
+]
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 

@@ -9,6 +9,7 @@ distinguishes (see `Kernel._reader`) which machine code Triton took; from the se
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache, partial
@@ -65,6 +66,25 @@ class _CompiledByTriton(Protocol):
     packed_metadata: object
 
 
+class Launch(NamedTuple):
+    """What was launched, see `recorded`; `size` is the grid, `key` what Triton and the tuner distinguish it by."""
+
+    kernel: Kernel
+    index: int
+    key: tuple[object, ...]
+    size: tuple[int, ...]
+    args: tuple[Argument, ...]
+
+
+class _Here(threading.local):
+    """Where launches of this thread are written down."""
+
+    launches: list[Launch] | None = None
+
+
+_here = _Here()
+
+
 class Chooser(Protocol):
     """What chooses among a kernel's configurations, see tuning.py."""
 
@@ -100,6 +120,7 @@ class Kernel:
         keys = [] if tuner is None else tuner.keys
         plain = {parameter.name for parameter in getattr(fn, "params", ()) if parameter.do_not_specialize}
         self._roles = [(name in keys, name not in plain) for name in arguments]
+        self._plain = plain - set(keys)
         self._known: dict[tuple[object, ...], _Compiled] = {}
         self._readers: dict[tuple[type, ...], _Reader] = {}
 
@@ -125,6 +146,9 @@ class Kernel:
         else:
             with torch.cuda.device(index):
                 self._launch(index, key, values, grid, args, constants)
+        if _here.launches is not None and (compiled := self._known.get(key)) is not None:
+            size = grid(compiled.options) if callable(grid) else grid
+            _here.launches.append(Launch(self, index, key, size, args))
 
     @contextmanager
     def configured(self, number: int) -> Iterator[None]:
@@ -141,6 +165,14 @@ class Kernel:
             yield
         finally:
             self._known, self.tuner = known, tuner
+
+    def known(self, key: tuple[object, ...]) -> _Compiled | None:
+        """The machine code that a launch of this `key` took, None if it is not remembered."""
+        return self._known.get(key)
+
+    def takes_any(self, name: str) -> bool:
+        """Whether machine code is the same for all values of this argument of 32 bits, and for all others."""
+        return name in self._plain
 
     def _reader(self, kinds: tuple[type, ...]) -> _Reader:
         """A function that reads arguments of these types; written out, since a loop over them takes twice as long.
@@ -199,7 +231,7 @@ class Kernel:
     ) -> None:
         """Launch on the current device."""
         compiled = self._known.get(key)
-        if compiled is None or self.fn.pre_run_hooks or _watched():
+        if compiled is None or self.fn.pre_run_hooks or watched():
             self._launch_first(index, key, grid, args, constants)
             return
         run, function, metadata, others, options = compiled
@@ -241,11 +273,21 @@ def _kind(value: int) -> tuple[bool, bool, bool]:
     return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
 
 
-def _watched() -> bool:
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """In the `with` block launches of this thread are written down, if their machine code is remembered."""
+    before, _here.launches = _here.launches, []
+    try:
+        yield _here.launches
+    finally:
+        _here.launches = before
+
+
+def watched() -> bool:
     """Whether a profiler wants to be called at each launch, which Triton's own call does."""
-    hook = _hooks.launch_enter_hook
+    hook = hooks.launch_enter_hook
     # from 3.5 on always a list of hooks, which may be empty
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
-_hooks = triton.knobs.runtime if _VERSION >= (3, 4) else triton.compiler.CompiledKernel
+hooks = triton.knobs.runtime if _VERSION >= (3, 4) else triton.compiler.CompiledKernel

@@ -265,23 +265,27 @@ def scaled_sum(
     return out
 
 
-def scale_and_sum(g: Tensor, c: Tensor, y: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def scale_and_sum(
+    g: Tensor, c: Tensor, y: Tensor | None, bias: Tensor | None, *, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor | None]:
     """g' = c * g, and sum_n g (y - b) for each stripe of tokens.
 
     Args:
         g: dL/dy [N, out].
         c, bias: [out].
         y: The layer's output [N, out], None if no sums are needed.
+        into: Memory for both.
 
     Returns:
         [N, out] and [stripes, out], contiguous; None for the sums without y.
     """
     length, width = g.shape
-    scaled = torch.empty(length, width, dtype=g.dtype, device=g.device)
-    # enough stripes to fill a GPU, of enough tokens to make the second stage small beside the first
-    stripe = max(64, -(-length // max(1, 2**14 // max(width // 128, 1))))
-    stripes = -(-length // stripe)
-    sums = None if y is None else torch.empty(stripes, width, dtype=torch.float32, device=g.device)
+    stripe, stripes = striped(length, width)
+    scaled = torch.empty(length, width, dtype=g.dtype, device=g.device) if into is None else into[0]
+    if into is not None:
+        sums: Tensor | None = into[1]
+    else:
+        sums = None if y is None else torch.empty(stripes, width, dtype=torch.float32, device=g.device)
     if g.numel():
         _scale_and_sum[lambda meta: (stripes * cdiv(width, meta["COLUMNS"]),)](
             g, g if y is None else y, c, c if bias is None else bias, scaled, c if sums is None else sums,
@@ -289,6 +293,13 @@ def scale_and_sum(g: Tensor, c: Tensor, y: Tensor | None, bias: Tensor | None) -
             HAS_BIAS=bias is not None, SUM=y is not None,
         )  # fmt: skip
     return scaled, sums
+
+
+def striped(length: int, width: int) -> tuple[int, int]:
+    """Tokens in a stripe, and stripes: enough of them to fill a GPU, of enough tokens to make the second stage small
+    beside the first."""
+    stripe = max(64, -(-length // max(1, 2**14 // max(width // 128, 1))))
+    return stripe, -(-length // stripe)
 
 
 def magnitude_gradient(
@@ -303,6 +314,8 @@ def magnitude_gradient(
     bias: Tensor | None,
     k: float,
     gone: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """dc_j = sum_n g_nj z_nj [out] with z = (y - b) / c if y determines z, and z = x W0^T + k u B^T if not.
 
@@ -316,11 +329,12 @@ def magnitude_gradient(
         c, bias: [out].
         k: s / (1 - p).
         gone: A number [1]; y determines nothing if it is not 0.
+        out: [out], to write to.
 
     Returns:
         [out], in c's dtype.
     """
-    out = torch.empty_like(c)
+    out = torch.empty_like(c) if out is None else out
     length, width = g.shape
     block = 32
     weight, absmax, code, layout, options = stored_arguments(stored, c)

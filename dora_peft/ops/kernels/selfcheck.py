@@ -196,6 +196,15 @@ def samples(p: Problem) -> Iterator[Result]:
     rows, diagonal = sample.take_sample(p.y, offset, start, step, size, count)
     yield Result("the rows", rows, y[offset : offset + size], 0.0)
     yield Result("the diagonal", diagonal, y[start : start + step * count : step], 0.0)
+    whole = p.place(torch.empty(sample.sample_size(size, count, p.dtype), dtype=p.dtype, device="cpu").fill_(torch.nan))
+    sample.keep_sample(p.y, whole, offset, start, step, size, count)
+    for place, differs in (None, 0.0), (offset, 1.0):
+        changed = p.place(p.y)
+        if place is not None:
+            changed.view(-1)[place] += 1
+        sample.find_change(changed, whole, offset, start, step, size)
+        gone = exact(sample.changed(whole))
+        yield Result(f"whether {place} changed, in one piece", gone + 1, torch.full_like(gone, differs + 1), 0.0)
     for place, differs in (None, 0.0), (offset + size - 1, 1.0), (start + step * (count - 1), 1.0), (0, 0.0):
         changed = p.place(p.y)
         if place is not None:
