@@ -12,8 +12,10 @@ In Triton's interpreter, without a GPU, in a minute; what only a GPU can show is
 Needs torch, transformers, peft and on a GPU Triton; neither pytest nor bitsandbytes, whose check is skipped without it.
 A check compares outputs and all gradients of real layers with dora_peft/reference.py in float64, and fails if an error
 is larger than what the same formula is off by in the layer's dtype, or if dora_peft warns; other packages' warnings are
-collected. Groups of checks run in processes of their own: one that crashes or hangs fails, and the rest goes on. What
-has passed with these files, versions and GPU is not repeated, so that a killed run goes on where it was.
+collected. A kernel that fails the package's own check, for which layers would not use any, is what the check
+auto_takes_kernels finds; all others run by the kernels nevertheless. Groups of checks run in processes of their own:
+one that crashes or hangs fails, and the rest goes on. What has passed with these files, versions and GPU is not
+repeated, so that a killed run goes on where it was.
 
 Expected result: a line for each check, "40 checks: N passed, ..." last, exit status 0 if none failed, and
 scripts/benchmarks/results/checks_DEVICE.json with errors, device, versions and commit. If something fails on your GPU,

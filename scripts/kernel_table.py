@@ -40,7 +40,8 @@ import torch
 import triton
 
 from benchmarks.kernel_compiler import CAPABILITIES, SHARED_LIMIT, Usage, compile_for, offered, usage
-from benchmarks.kernel_examples import EXAMPLES, OF_ALL, Case, Launch, Work, launches, work
+from benchmarks.kernel_examples import EXAMPLES, OF_ALL, Case, Launch, launches
+from benchmarks.kernel_work import Work, work
 from benchmarks.report import RESULTS
 from common.arguments import positive
 from common.files import replacing

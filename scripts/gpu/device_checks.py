@@ -12,7 +12,8 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 import dora_peft
-from gpu.problem import BF16, FP32, Problem, distance, randn
+from dora_peft.ops.constants import interpreted
+from gpu.problem import BF16, FP16, FP32, Problem, distance, randn
 from gpu.registry import Figures, Skipped
 
 
@@ -37,8 +38,19 @@ def kernel_names() -> set[str]:
 
 
 def auto_takes_kernels(device: torch.device, figures: Figures) -> None:
-    """By default the package's kernels compute here, without a word."""
-    needs_gpu(device)
+    """Each kernel alone gives what torch gives, in every configuration, and so they compute here by default."""
+    if device.type != "cuda" and not interpreted():
+        raise Skipped("it needs a GPU, or Triton's interpreter")
+    from dora_peft.ops.kernels import selfcheck
+
+    for dtype in (FP32, BF16, FP16):
+        for name, error in selfcheck.run_each(device, dtype):
+            label = f"{name} in {str(dtype).removeprefix('torch.')}"
+            if error is not None:
+                label += f" ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            figures.require(label, error is None)
+    if device.type != "cuda":
+        return
     with dora_peft.implementation("auto"):
         problem = Problem(device, BF16)
         problem.run()

@@ -76,6 +76,22 @@ def test_what_is_asked_for_is_checked_all_the_same(gpu, monkeypatch):
     assert "Triton is not installed" in warned_of()
 
 
+def test_who_compares_all_results_gets_the_kernels_unchecked(gpu, monkeypatch):
+    """Who asks for them by name: automatic stays careful, and where the user wants none there are none."""
+    gpu.failure = KernelMismatch("the check of kernel a found that b is off by 1")
+    with subject.trusting(), dora_peft.implementation("triton"):
+        assert choice.uses_kernels(GPU, FP32, BF16)
+        assert not subject.has_to_run(GPU, (FP32,), asked=True)
+        assert gpu.runs == []
+        assert "b is off by 1" in warned_of()
+        monkeypatch.setenv(subject.VARIABLE, "0")
+        assert "DORA_PEFT_KERNELS is 0" in subject.obstacle(GPU, (FP32,), asked=True)
+        monkeypatch.delenv(subject.VARIABLE)
+    assert gpu.runs == [(GPU, FP32)]
+    with pytest.raises(RuntimeError, match=r"'triton'.*b is off by 1"):
+        dora_peft.implementation("triton")
+
+
 def test_never_means_never_and_nothing_is_said(gpu, monkeypatch):
     monkeypatch.setenv(subject.VARIABLE, "0")
     assert subject.obstacle(GPU, (FP32,))

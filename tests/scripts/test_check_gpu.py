@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import platform
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -11,10 +12,17 @@ import pytest
 import torch
 
 import check_gpu
+import dora_peft
+from dora_peft.ops import choice, selfcheck
 from gpu import layer_checks, problem, registry
 from gpu.registry import GROUPS, NAMES, Figures, run_check
 
+if platform.system() == "Linux":
+    from dora_peft.ops.kernels import checking, sample
+    from dora_peft.ops.kernels import selfcheck as kernels_check
+
 CPU = torch.device("cpu")
+needs_triton = pytest.mark.skipif(platform.system() != "Linux", reason="Triton is for Linux")
 pytestmark = pytest.mark.cached_norms
 
 
@@ -85,6 +93,53 @@ def test_a_check_that_raises_or_compares_nothing_fails(monkeypatch: pytest.Monke
     assert found["reason"].startswith("RuntimeError: no C compiler (test_check_gpu.py:")
     found = patch_check(monkeypatch, lambda device, figures: None)
     assert (found["status"], found["reason"]) == ("failed", "it compared nothing")
+
+
+@pytest.fixture
+def one_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its check finds it, as on a GPU whose kernels are interpreted; no other check launches it."""
+    right = sample.take_sample
+
+    def wrong(*args: Any) -> Any:
+        rows, diagonal = right(*args)
+        return rows + 1, diagonal
+
+    monkeypatch.setattr(sample, "take_sample", wrong)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    run = kernels_check.run
+    monkeypatch.setattr(kernels_check, "run", lambda device, dtype: run(CPU, dtype))
+    for name, empty in ("_known", {}), ("_warned", set()):
+        monkeypatch.setattr(selfcheck, name, empty)
+    monkeypatch.setattr(choice, "_answers", {})
+
+
+@needs_triton
+def test_a_kernel_that_fails_its_own_check_hides_no_other_check(one_wrong_kernel: None) -> None:
+    with pytest.raises(RuntimeError, match="the rows is off by"):
+        dora_peft.implementation("triton")
+    result = run_check("layer_without_bias", CPU, "triton")
+    assert result["status"] == "passed", result
+
+
+@needs_triton
+def test_a_kernel_that_fails_its_own_check_is_one_finding(
+    one_wrong_kernel: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checks = [entry for entry in checking._CHECKS if entry[0].__name__ in ("samples", "row_norms", "scale_and_sum")]
+    monkeypatch.setattr(checking, "_CHECKS", checks)
+    result = run_check("auto_takes_kernels", CPU, "triton")
+    assert result["status"] == "failed"
+    wrong = [label for label, (error, _) in result["figures"].items() if error]
+    # each of three kernels in three dtypes
+    assert len(result["figures"]) == 9
+    assert [label.partition(" (")[0] for label in wrong] == [
+        f"samples in {d}" for d in ("float32", "bfloat16", "float16")
+    ]
+    assert all("KernelMismatch: the check of kernel samples in" in label for label in wrong)
+    assert result["reason"] == f"off: {', '.join(wrong)}"
 
 
 def test_a_missing_package_skips(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,9 +114,22 @@ def run(device: torch.device, dtype: torch.dtype) -> None:
         KernelMismatch: A kernel is wrong; names it.
         Exception: What Triton raises if it cannot compile or launch a kernel.
     """
-    with _undisturbed(device):
-        for check, kernels in _CHECKS:
-            _check_configurations(check, kernels, device, dtype)
+    for _, error in run_each(device, dtype):
+        if error is not None:
+            raise error
+
+
+def run_each(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Exception | None]]:
+    """Each check by its name, with what `run` would raise of it; one that fails hides no other."""
+    for check, kernels in _CHECKS:
+        error: Exception | None = None
+        with _undisturbed(device):
+            try:
+                _check_configurations(check, kernels, device, dtype)
+            # Triton, its compiler and the driver raise all kinds
+            except Exception as raised:
+                error = raised
+        yield check.__name__, error
 
 
 def _check_configurations(check: Check, kernels: Sequence[Kernel], device: torch.device, dtype: torch.dtype) -> None:

@@ -40,9 +40,10 @@ def _kept(seed, rows, first, threshold, WIDTH: tl.constexpr):
 @tuned(
     ["bucket", "features", "rank"],
     [
-        {"ROWS": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 32, "BLOCK": 64, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 16, "BLOCK": 256, "num_warps": 8, "num_stages": 2},
+        # of 8 warps each: a thread's part of a block, three times of it in fp32, and its draws would not fit into 4
+        {"ROWS": 64, "BLOCK": 64, "num_warps": 8, "num_stages": 3},
+        {"ROWS": 32, "BLOCK": 64, "num_warps": 8, "num_stages": 3},
+        {"ROWS": 16, "BLOCK": 128, "num_warps": 8, "num_stages": 3},
     ],
 )
 @triton.jit(do_not_specialize=["seed", "length", "bucket"])
@@ -127,8 +128,10 @@ def _add_low_rank(
     [
         {"ROWS": 64, "BLOCK": 64, "num_warps": 4, "num_stages": 3},
         {"ROWS": 64, "BLOCK": 32, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 32, "BLOCK": 128, "num_warps": 4, "num_stages": 3},
-        {"ROWS": 64, "BLOCK": 128, "num_warps": 8, "num_stages": 2},
+        # 4 warps would spill at 64 ranks
+        {"ROWS": 32, "BLOCK": 128, "num_warps": 8, "num_stages": 3},
+        # of fp32 by columns
+        {"ROWS": 64, "BLOCK": 128, "num_warps": 8, "num_stages": 2, "shared_kib": 100},
     ],
 )
 @triton.jit(do_not_specialize=["seed", "length", "stripe", "bucket"])

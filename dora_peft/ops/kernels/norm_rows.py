@@ -263,9 +263,12 @@ def constants(stored: Tensor | FourBit, rank: int) -> dict[str, object]:
     ranks, block = (ranks_at_once(rank) if rank <= 64 else 32), (BLOCK if rank <= 32 else BLOCK // 2)
     precision = "ieee" if torch.version.hip else "tf32x3"
     stages = 2 if INTERPRETED else 4 if rank <= 32 else 3
+    how = reads(stored)
+    # where nothing is known of W0's layout, the addresses of 4 warps spill: 80 bytes of stack on sm_86
+    warps = 8 if how == 0 and rank > 32 else 4
     return {
-        "READS": reads(stored), "PRECISION": precision, "RANKS": ranks, "WHOLE": rank <= ranks, "ROWS": ROWS,
-        "BLOCK": block, "STAGES": stages, "num_warps": 4, "num_stages": stages,
+        "READS": how, "PRECISION": precision, "RANKS": ranks, "WHOLE": rank <= ranks, "ROWS": ROWS, "BLOCK": block,
+        "STAGES": stages, "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
 
 

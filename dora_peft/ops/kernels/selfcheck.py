@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ...bases import FourBit
 from . import dropout, grouped_norm, linear, norm, sample
-from .checking import RANK, TOKENS, WIDTH, Problem, Result, checks, exact, run
+from .checking import RANK, TOKENS, WIDTH, Problem, Result, checks, exact, run, run_each
 
-__all__ = ["run"]
+__all__ = ["run", "run_each"]
 
 S, P, SEED = 0.5, 0.3, 2**40 + 1
 # v is computed with the precision of fp32 whatever W0's dtype is.

@@ -13,9 +13,10 @@ import torch
 if platform.system() != "Linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
-from benchmarks import kernel_examples
+from benchmarks import kernel_examples, kernel_work
 from benchmarks.kernel_compiler import SHARED_LIMIT
-from benchmarks.kernel_examples import Case, kernels_of, launches, work
+from benchmarks.kernel_examples import Case, kernels_of, launches
+from benchmarks.kernel_work import work
 from dora_peft.ops.kernels import linear
 
 TESTS = Path(__file__).parents[2]
@@ -48,10 +49,8 @@ def test_kernels_compile_and_fit(words, tmp_path):
     measured = [variant for variant in variants if variant["rank"] <= 64]
     assert {variant["kernel"] for variant in measured} == set(kernels_of()) - {"linear._scaled_sum_of_many_ranks"}
     for variant in measured:
+        # a few words lie there where that lets one more program run beside this one
         assert variant["stack"] <= STACK_LIMIT, variant
-        # fp32's products take three times the registers, in a norm's kernels whatever W0's dtype is
-        takes_more = variant["dtype"] == "torch.float32" or "norm" in variant["kernel"]
-        assert variant["spills"] == 0 or takes_more, variant
         # a gradient by columns has strides that a number of columns multiplies to more than 2^31; a norm's kernels
         # address A alone so, of rank x in elements
         assert len(variant["narrow"]) <= ("norm" in variant["kernel"]), variant
@@ -95,8 +94,9 @@ def test_a_launch_moves_no_less_than_it_must(case):
     for launch in launches(case):
         for config in launch.configs():
             done = work(launch, config)
-            if done is not None:
-                assert 0 < done.ideal <= done.asked
-                assert launch.programs(config) >= 1
-                counted.add(launch.function.__name__)
-    assert counted == {*kernel_examples.WORK, *kernel_examples.WORK_OF_ALL}
+            assert done is not None, f"{launch.name}: add a function to WORK in {kernel_work.__file__}"
+            assert 0 < done.ideal <= done.asked
+            assert launch.programs(config) >= 1
+            counted.add(launch.function.__name__)
+    # nothing is counted that no longer is
+    assert counted == {*kernel_work.WORK, *kernel_work.WORK_OF_ALL}
