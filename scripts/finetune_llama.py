@@ -12,9 +12,9 @@ TrainingArguments, by the same names in YAML and on the command line, which wins
 
 Expected result: one training sequence as the model sees it, a falling loss, and in `output_dir` the adapter with its
 tokenizer, `loss.png`, `eval_results.json`, `trainer_state.json` with every logged loss, and with `--merge` the folder
-`merged`. A run that was killed goes on from its last checkpoint with `--resume_from_checkpoint true`, and its losses are
-those of a run that was not; a folder that holds another run's output is refused. What is wrong with options, data or
-model is said in one line, with status 2 for options and 1 for the rest; `--log_level debug` shows the traceback too.
+`merged`. A run that was killed goes on from its last checkpoint with `--resume_from_checkpoint true`, and its losses
+are those of a run that was not; a folder that holds another run's output is refused. What is wrong with options, data
+or model is said in one line, with status 2 for options and 1 for the rest; `--log_level debug` shows a traceback.
 """
 
 import contextlib

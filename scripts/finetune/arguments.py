@@ -6,13 +6,12 @@ line. Names are those of PEFT's configurations and of TRL.
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
-from transformers.hf_argparser import HfArg
 
 # What differs from the defaults of TrainingArguments.
 TRAINING_DEFAULTS: dict[str, Any] = {
@@ -52,36 +51,48 @@ class ModelArguments:
         ValueError: for a value out of range, or options that contradict each other.
     """
 
-    model_name_or_path: str = HfArg(help="Hub id or local folder of the base model")
-    gguf_file: str | None = HfArg(default=None, help="file name inside the model folder, for a model in GGUF format")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(default="auto", help="dtype of the base weights")
-    load_in_4bit: bool = HfArg(
-        default=False, help="quantise the base to nf4 by bitsandbytes: QDoRA, or QLoRA with --method lora"
+    model_name_or_path: str = field(metadata={"help": "Hub id or local folder of the base model"})
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "file name inside the model folder, for a model in GGUF format"}
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "dtype of the base weights"}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "quantise the base to nf4 by bitsandbytes: QDoRA, or QLoRA with --method lora"}
     )
 
-    method: Literal["dora", "lora", "peft_dora", "full"] = HfArg(
-        default="dora", help="what is trained; full trains every parameter"
+    method: Literal["dora", "lora", "peft_dora", "full"] = field(
+        default="dora", metadata={"help": "what is trained; full trains every parameter"}
     )
-    r: int = HfArg(default=16, help="rank of the adapter")
-    lora_alpha: float = HfArg(default=32, help="scaling numerator: the update is multiplied by lora_alpha / r")
-    lora_dropout: float = HfArg(default=0.0, help="dropout before A")
-    target_modules: list[str] | str = HfArg(
-        default="all-linear", help="module names, a regular expression, or all-linear"
+    r: int = field(default=16, metadata={"help": "rank of the adapter"})
+    lora_alpha: float = field(
+        default=32, metadata={"help": "scaling numerator: the update is multiplied by lora_alpha / r"}
     )
-    exclude_modules: list[str] | str | None = HfArg(default=None, help="modules to leave out of target_modules")
-    magnitude_only_modules: list[str] | str | None = HfArg(
-        default=None, help="dora: modules that train the magnitude alone"
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before A"})
+    target_modules: list[str] | str = field(
+        default="all-linear", metadata={"help": "module names, a regular expression, or all-linear"}
     )
-    detach_norm: bool = HfArg(
-        default=True, help="dora: treat the norm as a constant in backward (section 4.3 of the paper)"
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "modules to leave out of target_modules"}
     )
-    dropout_mode: Literal["branch", "paper"] = HfArg(default="branch", help="dora: what dropout acts on")
-    use_rslora: bool = HfArg(default=False, help="scale by lora_alpha / sqrt(r)")
-    init_lora_weights: str = HfArg(
-        default="true", help="initialisation of A and B: true, false, or a name as in PEFT's LoraConfig"
+    magnitude_only_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "dora: modules that train the magnitude alone"}
     )
-    lr_magnitude: float | None = HfArg(default=None, help="dora: learning rate of the magnitudes, if it differs")
-    merge: bool = HfArg(default=False, help="also save the model with the adapter merged in, to output_dir/merged")
+    detach_norm: bool = field(
+        default=True, metadata={"help": "dora: treat the norm as a constant in backward (section 4.3 of the paper)"}
+    )
+    dropout_mode: Literal["branch", "paper"] = field(default="branch", metadata={"help": "dora: what dropout acts on"})
+    use_rslora: bool = field(default=False, metadata={"help": "scale by lora_alpha / sqrt(r)"})
+    init_lora_weights: str = field(
+        default="true", metadata={"help": "initialisation of A and B: true, false, or a name as in PEFT's LoraConfig"}
+    )
+    lr_magnitude: float | None = field(
+        default=None, metadata={"help": "dora: learning rate of the magnitudes, if it differs"}
+    )
+    merge: bool = field(
+        default=False, metadata={"help": "also save the model with the adapter merged in, to output_dir/merged"}
+    )
 
     def __post_init__(self) -> None:
         check_ranges(vars(self))
@@ -115,23 +126,33 @@ class DataArguments:
         ValueError: for a value out of range, or options that contradict each other.
     """
 
-    dataset: str = HfArg(help="Hub id, a .json, .jsonl, .csv or .parquet file, or a folder of such files")
-    dataset_config: str | None = HfArg(default=None, help="configuration name of a Hub data set")
-    train_split: str = HfArg(default="train", help="split to train on; a file has the one split train")
-    eval_dataset: str | None = HfArg(
-        default=None, help="data to evaluate on, given like dataset; its split is eval_split"
+    dataset: str = field(metadata={"help": "Hub id, a .json, .jsonl, .csv or .parquet file, or a folder of such files"})
+    dataset_config: str | None = field(default=None, metadata={"help": "configuration name of a Hub data set"})
+    train_split: str = field(default="train", metadata={"help": "split to train on; a file has the one split train"})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "data to evaluate on, given like dataset; its split is eval_split"}
     )
-    eval_split: str = HfArg(default="train", help="split of eval_dataset to evaluate on")
-    eval_size: int = HfArg(default=0, help="without eval_dataset: records to hold out of the training data")
-    format: Literal["auto", "instruction", "prompt_completion", "chat"] = HfArg(
+    eval_split: str = field(default="train", metadata={"help": "split of eval_dataset to evaluate on"})
+    eval_size: int = field(
+        default=0, metadata={"help": "without eval_dataset: records to hold out of the training data"}
+    )
+    format: Literal["auto", "instruction", "prompt_completion", "chat"] = field(
         default="auto",
-        help="records of instruction/input/output, prompt/completion (texts or lists of messages), or messages; "
-        "auto looks at the first one",
+        metadata={
+            "help": "records of instruction/input/output, prompt/completion (texts or lists of messages), or messages; "
+            "auto looks at the first one"
+        },
     )
-    max_length: int = HfArg(default=512, help="longest sequence in tokens; longer ones are cut")
-    packing: bool = HfArg(default=False, help="fill blocks of max_length with several whole records instead of padding")
-    max_train_samples: int | None = HfArg(default=None, help="use only the first so many training records")
-    max_eval_samples: int | None = HfArg(default=None, help="use only the first so many evaluation records")
+    max_length: int = field(default=512, metadata={"help": "longest sequence in tokens; longer ones are cut"})
+    packing: bool = field(
+        default=False, metadata={"help": "fill blocks of max_length with several whole records instead of padding"}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "use only the first so many training records"}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "use only the first so many evaluation records"}
+    )
 
     def __post_init__(self) -> None:
         check_ranges(vars(self))

@@ -1,9 +1,9 @@
 """One record to token ids, with a loss on the answer only.
 
 Three kinds of record are read: `instruction`/`input`/`output` (prompted in the style of Stanford Alpaca);
-`prompt`/`completion`, two texts or two lists of messages; and `messages`, a list of `role`/`content`. Messages go through
-the tokenizer's chat template. Labels are -100 on everything that the model does not have to say; the answer ends with
-the end-of-sequence token.
+`prompt`/`completion`, two texts or two lists of messages; and `messages`, a list of `role`/`content`. Messages go
+through the tokenizer's chat template. Labels are -100 on everything that the model does not have to say; the answer
+ends with the end-of-sequence token.
 """
 
 import re
@@ -72,8 +72,8 @@ def encode_chat(
         num_given: messages at the start that are the prompt, of which nothing is learned.
 
     Raises:
-        ValueError: for a conversation without assistant turn, a message without its keys, an empty answer, or a template
-            that cannot be split into turns.
+        ValueError: for a conversation without assistant turn, a message without its keys, an empty answer, or a
+            template that cannot be split into turns.
     """
     check_messages(messages)
     turns = [at for at, message in enumerate(messages) if at >= num_given and message["role"] == "assistant"]

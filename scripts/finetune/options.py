@@ -33,8 +33,8 @@ GROUPS = ("model", "adapter", "data", "training", "training: all other options o
 # Our own words if TrainingArguments' do not say what happens here.
 HELP = {
     "output_dir": "folder for checkpoints, adapter, loss curve and evaluation results",
-    "resume_from_checkpoint": "true: continue from the newest whole checkpoint in output_dir, if there is one; or a path",
-    "eval_strategy": "no, steps or epoch; steps if eval_steps is given. Evaluation data are evaluated at the end anyway",
+    "resume_from_checkpoint": "true: continue from the newest whole checkpoint in output_dir, if any; or a path",
+    "eval_strategy": "no, steps or epoch; steps if eval_steps is given; at the end there is one anyway",
     "save_strategy": "checkpoints: no, steps, epoch or best; steps if save_steps is given",
     "push_to_hub": "upload adapter, tokenizer, loss curve and results at the end",
     "hub_model_id": "repository to push to, as owner/name; default: the name of output_dir",
@@ -184,7 +184,7 @@ class OptionParser(HfArgumentParser):
             kinds = kinds_of(self.hints[name])
             if isinstance(value, list) and not takes_list(kinds):
                 self.error(f"{path}: {name}: expected one value, found a list.")
-            if isinstance(value, dict) and dict not in {typing.get_origin(kind) or kind for kind in kinds}:
+            if isinstance(value, dict) and not takes_mapping(kinds):
                 self.error(f"{path}: {name}: expected one value, found a mapping.")
             if value == []:
                 self.error(f"{path}: {name}: expected at least one value, found an empty list.")
@@ -199,6 +199,10 @@ def kinds_of(hint: Any) -> tuple[Any, ...]:
 
 def takes_list(kinds: Sequence[Any]) -> bool:
     return any(typing.get_origin(kind) is list for kind in kinds)
+
+
+def takes_mapping(kinds: Sequence[Any]) -> bool:
+    return any((typing.get_origin(kind) or kind) is dict or dataclasses.is_dataclass(kind) for kind in kinds)
 
 
 def settle(value: Any, hint: Any) -> Any:
@@ -219,7 +223,7 @@ def as_word(value: Any) -> str:
 
 def reader(convert: Callable[[str], Any], choices: Sequence[str] | None) -> Callable[[str], Any]:
     """A type for argparse: `convert` with `null` for None, and errors that say what was expected."""
-    expected = {int: "a whole number", float: "a finite number"}.get(convert, "another value")
+    expected = {int: "a whole number", float: "a finite number"}.get(convert, getattr(convert, "__name__", "a mapping"))
 
     def read(text: str) -> Any:
         if text == "null":
@@ -229,7 +233,7 @@ def reader(convert: Callable[[str], Any], choices: Sequence[str] | None) -> Call
             hint = f" Did you mean {close[0]}?" if close else ""
             raise argparse.ArgumentTypeError(f"expected one of {', '.join(choices)}, found {text!r}.{hint}")
         try:
-            value = json.loads(text) if typing.get_origin(convert) is dict else convert(text)
+            value = convert(**json.loads(text)) if takes_mapping([convert]) else convert(text)
         except (ValueError, TypeError):
             value = math.nan
         if isinstance(value, float) and not math.isfinite(value):

@@ -1,4 +1,4 @@
-"""What ends a fine-tune run before a model is loaded: output folder, trackers, Hub, precision, packages, and bad data."""
+"""What ends a fine-tune run before a model is loaded: output folder, trackers, Hub, precision, packages, data."""
 
 import contextlib
 import json

@@ -124,6 +124,8 @@ def test_numbers_without_a_dot_in_yaml(config_file: Path) -> None:
         (["--deepspeed", "no/such/file.json"], "[Dd]eep[Ss]peed"),
         (["--accelerator_config", '{"xyzzy": 1}'], "xyzzy"),
         (["--lr_scheduler_kwargs", "{broken"], "property name"),
+        (["--liger_kernel_config", "rope"], "liger_kernel_config: expected dict, found 'rope'"),
+        (["--debug", "everything"], "debug: expected DebugOption, found 'everything'"),
         (["stray"], "unexpected 'stray'"),
     ],
 )
@@ -181,6 +183,9 @@ def test_every_value_of_yaml_arrives(config_file: Path) -> None:
         "eval_steps": None,
         "output_dir": 2024,
         "optim": "sgd",
+        "liger_kernel_config": {"rope": False},
+        "parallelism_config": {"dp_replicate_size": 2},
+        "debug": ["underflow_overflow"],
     }
     config_file.write_text(yaml.safe_dump(REQUIRED | values), encoding="utf-8")
     config = parse(config_file)
@@ -188,7 +193,8 @@ def test_every_value_of_yaml_arrives(config_file: Path) -> None:
     assert (config.exclude_modules, initialisation(config.init_lora_weights)) == (["lm_head"], False)
     assert (config.use_rslora, config.lr_scheduler_kwargs, config.adam_beta2) == (True, {"num_cycles": 2}, 0.98)
     assert (config.report_to, config.eval_steps, config.output_dir) == (["tensorboard"], None, "2024")
-    assert config.optim == "sgd"
+    assert (config.optim, config.liger_kernel_config) == ("sgd", {"rope": False})
+    assert (config.parallelism_config.dp_replicate_size, config.debug) == (2, ["underflow_overflow"])
 
 
 def test_no_file_is_needed() -> None:

@@ -1,4 +1,4 @@
-"""Records to tokens: labels on the answer only, chat turns, conversational completions, and errors that name the key."""
+"""Records to tokens: labels on the answer only, chat turns, conversational completions, errors that name the key."""
 
 import json
 from pathlib import Path
@@ -160,5 +160,5 @@ def test_a_template_that_refuses_is_quoted(tokenizer: PreTrainedTokenizerFast) -
 
 def test_messages_need_a_template(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="record 0: .*the tokenizer has no chat template, which messages need"):
+    with pytest.raises(ValueError, match=r"record 0: .*the tokenizer has no chat template, which messages need"):
         encode_record(TURNS, 0, source="a", kind="prompt_completion", tokenizer=tokenizer, max_length=512)
