@@ -30,7 +30,7 @@ from datasets import Dataset
 from huggingface_hub import upload_folder
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from common.errors import plain_errors
+from common.errors import OptionError, plain_errors
 from common.files import write_json
 from finetune.arguments import DataArguments, ModelArguments
 from finetune.checkpoints import (
@@ -103,6 +103,10 @@ def build_trainer(
         processing_class=tokenizer,
         lr_magnitude=model.lr_magnitude if model.method == "dora" else None,
     )
+    if args.deepspeed and not trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "deepspeed: accelerate does not take it up, such as with ACCELERATE_USE_CPU; see its settings."
+        )
     if model.merge and trainer.is_fsdp_enabled:
         raise ValueError("merge: not possible on weights sharded by FSDP; merge the saved adapter in one process.")
     return trainer
@@ -167,8 +171,8 @@ def run(
         trainer = build_trainer(model, args, tokenizer, train_dataset, eval_dataset)
         if is_main:
             write_json(Path(args.output_dir) / SETTINGS, settings_of(model, data))
-    # From here on only a full disk is the user's to mend.
-    with plain_errors(OSError, traceback=shows_traceback):
+    # From here on a full disk and the optimizer's options are the user's to mend.
+    with plain_errors(OSError, OptionError, traceback=shows_traceback):
         metrics = train(trainer, checkpoint)
         leave_process_group(trainer)
         if not is_main:

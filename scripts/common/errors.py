@@ -7,6 +7,10 @@ import sys
 from collections.abc import Iterator
 
 
+class OptionError(ValueError):
+    """An option that turned out impossible only when it was put to use."""
+
+
 def one_line(error: BaseException) -> str:
     """An error's message without its line breaks."""
     return " ".join(str(error).split()) or type(error).__name__

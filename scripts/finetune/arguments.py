@@ -172,8 +172,9 @@ def training_values(given: Mapping[str, Any]) -> dict[str, Any]:
     has_accelerator = torch.accelerator.is_available()
     values = {**TRAINING_DEFAULTS, "dataloader_pin_memory": has_accelerator, **given}
     values["report_to"] = values["report_to"] or "none"
-    # Without this, processes started on a machine that has no accelerator would not find each other.
-    values["use_cpu"] = values.get("use_cpu", False) or not has_accelerator
+    # Without this, processes started on a machine that has no accelerator would not find each other; DeepSpeed's have
+    # a way of their own, and with it would train without DeepSpeed.
+    values["use_cpu"] = values.get("use_cpu", False) or not (has_accelerator or values.get("deepspeed"))
     for kind in ("eval", "save"):
         if f"{kind}_strategy" not in given and given.get(f"{kind}_steps") is not None:
             values[f"{kind}_strategy"] = "steps"

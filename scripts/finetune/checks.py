@@ -20,6 +20,8 @@ def check_options(model: ModelArguments, data: DataArguments, args: TrainingArgu
     has_evaluation = data.eval_dataset is not None or data.eval_size > 0
     if args.eval_strategy != "no" and not has_evaluation:
         raise ValueError("eval_steps and eval_strategy need evaluation data: give eval_dataset or eval_size.")
+    if args.deepspeed and args.use_cpu:
+        raise ValueError("deepspeed and use_cpu exclude each other: Trainer would leave DeepSpeed out.")
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 needs a GPU, for its loss scaling does not run on a CPU: use bf16, or neither.")
     if model.dtype == "float16" and args.bf16:

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from common.errors import OptionError
 from dora_peft import param_groups
 from finetune.encoding import IGNORE
 
@@ -28,19 +29,23 @@ class AnswerTrainer(Trainer):
         """Trainer's own, of the groups of `dora_peft.param_groups`.
 
         Raises:
-            ValueError: there is a rate for the magnitudes, and the optimizer makes groups of its own.
+            OptionError: the optimizer lacks a package or an option, or makes its own groups although lr_magnitude is
+                given.
         """
         if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
             return super().create_optimizer(*args)
         model = args[0] if args and args[0] is not None else self.model
-        optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+        try:
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+        except (ImportError, ValueError) as error:
+            raise OptionError(f"optim: {error}") from error
         is_plain = isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
         # GaLore, LOMO and their like come with their own parameters.
         if is_plain and not {"params", "model", "optimizer_dict"} & kwargs.keys():
             kwargs["params"] = param_groups(model, self.args.weight_decay, self.lr_magnitude)
         elif self.lr_magnitude is not None:
-            raise ValueError(
-                f"lr_magnitude: {self.args.optim.value} makes its own parameter groups; leave one of them out."
+            raise OptionError(
+                f"lr_magnitude: the optimizer {self.args.optim.value} makes its own groups; leave it out."
             )
         # Trainer takes a class with its arguments from here, `params` among them.
         self.optimizer_cls_and_kwargs = optimizer_class, kwargs

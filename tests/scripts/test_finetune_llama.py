@@ -283,6 +283,18 @@ def test_optimizers_leave_the_magnitudes_undecayed(
     assert len(losses) == 2
 
 
+def test_an_optimizer_with_groups_of_its_own_takes_no_rate_for_magnitudes(tmp_path: Path, refused: Refused) -> None:
+    pytest.importorskip("lomo_optim")
+    with refused("lr_magnitude: the optimizer adalomo makes its own groups; leave it out"):
+        finetune(make_config(tmp_path), "--optim", "adalomo", "--lr_magnitude", 0.1)
+
+
+def test_an_optimizer_that_cannot_be_made_is_one_line(tmp_path: Path, refused: Refused) -> None:
+    # neither its package nor its target modules are there
+    with refused("optim: .*[Gg]a[Ll]ore"):
+        finetune(make_config(tmp_path), "--optim", "galore_adamw")
+
+
 def test_compiled_training_has_the_losses_of_eager_training(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     finetune(config, "--output_dir", tmp_path / "eager")

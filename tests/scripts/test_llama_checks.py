@@ -17,6 +17,7 @@ from transformers.integrations import integration_utils
 
 import finetune_llama
 from finetune import checks
+from finetune.options import build_parser
 
 Refused = Callable[[str], contextlib.AbstractContextManager[None]]
 
@@ -200,6 +201,13 @@ def test_options_that_cannot_be_met(
 ) -> None:
     with refused(message):
         finetune(config, "--output_dir", tmp_path / "new", *flags)
+
+
+def test_deepspeed_is_not_left_out_in_silence(config: Path, tmp_path: Path) -> None:
+    model, data, args, _ = build_parser("").parse([str(config), "--output_dir", str(tmp_path)])
+    args.deepspeed = "zero2.json"
+    with pytest.raises(ValueError, match="deepspeed and use_cpu exclude each other"):
+        checks.check_options(model, data, args)
 
 
 def test_4_bit_needs_bitsandbytes(

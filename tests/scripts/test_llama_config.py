@@ -231,6 +231,8 @@ def test_checkpointing_under_both_names(config_file: Path, flag: str) -> None:
 def test_a_machine_without_accelerator_uses_the_cpu(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert training_values({"use_cpu": False})["use_cpu"] is True
+    # which would leave DeepSpeed out
+    assert training_values({"deepspeed": "zero2.json"})["use_cpu"] is False
     assert parse(config_file, "--bf16").dataloader_pin_memory is False
 
 
