@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 
 import dora_peft
 from benchmarks.measure import enable_checkpointing
@@ -36,10 +36,10 @@ from common.arguments import positive
 from common.files import write_json
 from common.machine import describe_machine
 from common.memory import MIB, PeakMemory, record_saved_bytes
-from finetune.config import FinetuneConfig
+from finetune.arguments import DataArguments, ModelArguments
 from finetune.data import AnswerCollator, load_datasets
 from finetune.model import build_model, count_parameters, load_tokenizer
-from finetune.options import build_parser, parse_config
+from finetune.options import USUAL_TRAINING, build_parser
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora"},
@@ -51,14 +51,14 @@ WARMUP_STEPS = 2
 Batch = dict[str, torch.Tensor]
 
 
-def make_steps(config: FinetuneConfig, dataset: Any, pad_token_id: int, count: int) -> list[list[Batch]]:
+def make_steps(args: TrainingArguments, dataset: Any, pad_token_id: int, count: int) -> list[list[Batch]]:
     """The batches of `count` optimizer steps, in the order of the data, from the start again when it ends."""
-    collate, size = AnswerCollator(pad_token_id), config.per_device_train_batch_size
+    collate, size = AnswerCollator(pad_token_id), args.per_device_train_batch_size
     batches = [
         collate([dataset[i % len(dataset)] for i in range(first, first + size)])
-        for first in range(0, count * config.gradient_accumulation_steps * size, size)
+        for first in range(0, count * args.gradient_accumulation_steps * size, size)
     ]
-    per_step = config.gradient_accumulation_steps
+    per_step = args.gradient_accumulation_steps
     return [batches[i : i + per_step] for i in range(0, len(batches), per_step)]
 
 
@@ -67,30 +67,32 @@ def count_tokens(batch: Batch) -> int:
     return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
 
 
-def choose_device(config: FinetuneConfig) -> torch.device:
+def choose_device(args: TrainingArguments) -> torch.device:
     """The GPU if there is one and `use_cpu` does not forbid it."""
-    return torch.device("cuda" if torch.cuda.is_available() and not config.use_cpu else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
 
 
-def measure(config: FinetuneConfig, num_steps: int, label: str) -> dict[str, Any]:
+def measure(
+    model_args: ModelArguments, data: DataArguments, args: TrainingArguments, num_steps: int, label: str
+) -> dict[str, Any]:
     """Train for some steps and measure them.
 
     Returns:
         `trainable_parameters`, `saved_mib`, `peak_mib`, medians `time_s` and `tokens_per_s`, `step_times_s`,
         `first_loss` and `last_loss`.
     """
-    tokenizer = load_tokenizer(config)
-    dataset, _ = load_datasets(dataclasses.replace(config, eval_dataset=None, eval_size=0, eval_steps=None), tokenizer)
-    steps = make_steps(config, dataset, tokenizer.pad_token_id, WARMUP_STEPS + num_steps)
-    device = choose_device(config)
-    set_seed(config.seed)
-    model = build_model(config, tokenizer).to(device).train()
-    if config.gradient_checkpointing:
+    tokenizer = load_tokenizer(model_args)
+    dataset, _ = load_datasets(dataclasses.replace(data, eval_dataset=None, eval_size=0), tokenizer, args.seed)
+    steps = make_steps(args, dataset, tokenizer.pad_token_id, WARMUP_STEPS + num_steps)
+    device = choose_device(args)
+    set_seed(args.seed)
+    model = build_model(model_args, tokenizer).to(device).train()
+    if args.gradient_checkpointing:
         enable_checkpointing(model)
-    lr_magnitude = config.lr_magnitude if config.method == "dora" else None
-    groups = dora_peft.param_groups(model, config.weight_decay, lr_magnitude)
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.bf16)
+    lr_magnitude = model_args.lr_magnitude if model_args.method == "dora" else None
+    groups = dora_peft.param_groups(model, args.weight_decay, lr_magnitude)
+    optimizer = torch.optim.AdamW(groups, lr=args.learning_rate)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
     memory, times, rates, losses = PeakMemory(device), [], [], []
     saved_mib = 0.0
@@ -212,24 +214,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="where to write the figures (default: memory.json in output_dir)")
     parser.add_argument("--plot", type=Path, help="where to draw the bar chart (default: memory.png in output_dir)")
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
-    try:
-        config, options = parse_config(argv, parser)
-    except ValueError as error:
-        parser.error(str(error))
+    model, data, args, options = parser.parse(argv)
     if options.worker is not None:
-        config = dataclasses.replace(config, **VARIANTS[options.worker])
-        options.json.write_text(json.dumps(measure(config, options.steps, options.worker)), encoding="utf-8")
+        model = dataclasses.replace(model, **VARIANTS[options.worker])
+        figures = measure(model, data, args, options.steps, options.worker)
+        options.json.write_text(json.dumps(figures), encoding="utf-8")
         return
 
     results = {name: run_worker(name, argv) for name in options.methods}
     check_losses(results)
-    device = choose_device(config)
+    device = choose_device(args)
     machine = describe_machine(device)
-    json_path = options.json or Path(config.output_dir) / "memory.json"
-    report = {**machine, "steps": options.steps, "config": dataclasses.asdict(config), "methods": results}
+    json_path = options.json or Path(args.output_dir) / "memory.json"
+    training = {name: value for name, value in args.to_dict().items() if name in USUAL_TRAINING}
+    config = dataclasses.asdict(model) | dataclasses.asdict(data) | training
+    report = {**machine, "steps": options.steps, "config": config, "methods": results}
     write_json(json_path, report)
-    plot_path = options.plot or Path(config.output_dir) / "memory.png"
-    draw_bars(results, f"{Path(config.model_name_or_path).name}, r={config.r}, {machine['device']}", plot_path)
+    plot_path = options.plot or Path(args.output_dir) / "memory.png"
+    draw_bars(results, f"{Path(model.model_name_or_path).name}, r={model.r}, {machine['device']}", plot_path)
     print(format_table(results))
     versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
     peak = "peak of the allocator" if device.type == "cuda" else "growth of the resident set over the loaded model"

@@ -1,37 +1,58 @@
 """Fine-tune a LLaMA, or any causal language model of transformers, with DoRA, LoRA, PEFT's DoRA, or in full.
 
-    python scripts/finetune_llama.py CONFIG.yaml [--field value ...]
+    python scripts/finetune_llama.py CONFIG.yaml [--option value ...]
     accelerate launch --config_file configs/accelerate/ddp.yaml scripts/finetune_llama.py configs/llama3_8b_r16.yaml
 
-`configs/` holds the settings; `--help` lists the fields, each of which can be overridden on the command line. On a
-laptop without GPU, with the model and the data of `scripts/prepare_smollm2.py` and `scripts/prepare_cmudict.py`:
+`configs/` holds the settings. Options are those of the model with its adapter, of the data, and all of transformers'
+TrainingArguments, by the same names in YAML and on the command line, which wins: `--optim`, `--torch_compile`,
+`--deepspeed`, `--report_to`. `--load_in_4bit` makes it QDoRA. On a laptop without GPU, with the model and the data of
+`scripts/prepare_smollm2.py` and `scripts/prepare_cmudict.py`:
 
     python scripts/finetune_llama.py configs/smollm2_135m.yaml --method dora --max_steps 60
 
-Expected result: a falling loss, and in `output_dir` the adapter with its tokenizer, `loss.png`, `eval_results.json`,
-`trainer_state.json` with every logged loss, and with `--merge` the folder `merged`. A run that was killed goes on from
-its last checkpoint with `--resume_from_checkpoint true`, and its losses are those of a run that was not.
+Expected result: one training sequence as the model sees it, a falling loss, and in `output_dir` the adapter with its
+tokenizer, `loss.png`, `eval_results.json`, `trainer_state.json` with every logged loss, and with `--merge` the folder
+`merged`. A run that was killed goes on from its last checkpoint with `--resume_from_checkpoint true`, and its losses
+are those of a run that was not; a folder that holds another run's output is refused. What is wrong with options, data
+or model is said in one line, with status 2 for options and 1 for the rest; `--log_level debug` shows a traceback.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import create_repo, upload_folder
-from transformers import set_seed
+from datasets import Dataset
+from huggingface_hub import upload_folder
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from common.errors import OptionError, plain_errors
+from common.files import write_json
+from finetune.arguments import DataArguments, ModelArguments
 from finetune.checkpoints import (
+    SETTINGS,
+    check_output_dir,
+    check_same_method,
     find_checkpoint,
+    kind_of,
     staged,
     whole_checkpoints,
 )
+from finetune.checks import check_options, prepare_repository
 from finetune.data import AnswerCollator, load_datasets
 from finetune.model import build_model, count_parameters, load_tokenizer
-from finetune.options import build_parser, parse_config
-from finetune.trainer import AnswerTrainer, leave_process_group, training_arguments
+from finetune.options import build_parser
+from finetune.sample import show_sample
+from finetune.trainer import AnswerTrainer, leave_process_group
+
+# What may change when a run goes on from a checkpoint.
+FREE_TO_CHANGE = ("lr_magnitude", "merge", "eval_dataset", "eval_split", "max_eval_samples")
+# Of what a run leaves: local paths, and what the adapter makes again.
+NOT_UPLOADED = ["checkpoint-*/*", "merged/*", "training_args.bin", SETTINGS]
 
 
 def draw_loss(log_history: Sequence[dict[str, Any]], title: str) -> bytes:
@@ -52,80 +73,146 @@ def draw_loss(log_history: Sequence[dict[str, Any]], title: str) -> bytes:
     return buffer.getvalue()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = build_parser(__doc__)
-    try:
-        config, _ = parse_config(argv, parser)
-        checkpoint = find_checkpoint(config)
-    except ValueError as error:
-        parser.error(str(error))
-    output_dir = Path(config.output_dir)
-    args = training_arguments(config)
-    is_main = args.process_index == 0
-    say = print if is_main else lambda *_: None
-    for name in config.unused_options():
-        say(f"note: {name} has no meaning for method {config.method} and is not used")
-    if is_main and config.push_to_hub:
-        # Now rather than after hours of training: a missing token or a name that is taken shows here.
-        create_repo(config.hub_model_id, exist_ok=True)
+def settings_of(model: ModelArguments, data: DataArguments) -> dict[str, Any]:
+    """What a run has to share with an earlier one to go on with it."""
+    values = dataclasses.asdict(model) | dataclasses.asdict(data) | {"weights": kind_of(model.method)}
+    return {name: value for name, value in values.items() if name not in FREE_TO_CHANGE}
 
-    tokenizer = load_tokenizer(config)
-    with args.main_process_first(desc="tokenizing"):
-        train_dataset, eval_dataset = load_datasets(config, tokenizer)
-    set_seed(config.seed)
-    model = build_model(config, tokenizer)
-    num_trainable, num_all = count_parameters(model)
-    say(f"{config.method}: {num_trainable:,} of {num_all:,} parameters are trained ({num_trainable / num_all:.2%})")
-    say(f"{len(train_dataset)} sequences to train on, {len(eval_dataset or [])} to evaluate on")
+
+def build_trainer(
+    model: ModelArguments,
+    args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+) -> AnswerTrainer:
+    """The trainer of a new model, which it describes in a line."""
+    set_seed(args.seed)
+    adapted = build_model(model, tokenizer)
+    num_trainable, num_all = count_parameters(adapted)
+    if args.process_index == 0:
+        print(
+            f"{model.method}: {num_trainable:,} of {num_all:,} parameters are trained ({num_trainable / num_all:.2%})"
+        )
     trainer = AnswerTrainer(
-        model=model,
+        model=adapted,
         args=args,
         data_collator=AnswerCollator(tokenizer.pad_token_id),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        lr_magnitude=config.lr_magnitude if config.method == "dora" else None,
+        lr_magnitude=model.lr_magnitude if model.method == "dora" else None,
     )
-    if config.merge and trainer.is_fsdp_enabled:
+    if args.deepspeed and not trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "deepspeed: accelerate does not take it up, such as with ACCELERATE_USE_CPU; see its settings."
+        )
+    if model.merge and trainer.is_fsdp_enabled:
         raise ValueError("merge: not possible on weights sharded by FSDP; merge the saved adapter in one process.")
+    return trainer
 
-    if checkpoint is not None:
-        say(f"continuing from {checkpoint}")
+
+def train(trainer: AnswerTrainer, checkpoint: Path | None) -> dict[str, float]:
+    """Train, evaluate and save the adapter or the model; on every process.
+
+    Returns:
+        Losses and number of steps.
+    """
+    output_dir, is_main = Path(trainer.args.output_dir), trainer.args.process_index == 0
     with whole_checkpoints(output_dir) if is_main else contextlib.nullcontext():
         result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     # Trainer turned the cache off for training; a saved model should generate with it.
-    model.config.use_cache = True
+    trainer.model.config.use_cache = True
     with staged(output_dir) if is_main else contextlib.nullcontext(output_dir) as folder:
         trainer.save_model(str(folder))
-    model.config.use_cache = False
+    trainer.model.config.use_cache = False
     history, last_step = trainer.state.log_history, trainer.state.global_step
     metrics = next((entry for entry in history if "eval_loss" in entry and entry["step"] == last_step), {})
-    if eval_dataset is not None and not metrics:
+    if trainer.eval_dataset is not None and (not metrics or trainer.args.load_best_model_at_end):
         metrics = trainer.evaluate()
-    leave_process_group(trainer)
-    if not is_main:
-        return
+    return metrics | {"train_loss": result.training_loss, "step": last_step}
 
-    metrics = metrics | {"train_loss": result.training_loss, "step": last_step}
+
+def save_results(trainer: AnswerTrainer, method: str, metrics: dict[str, float]) -> None:
+    """Write the logged losses, their plot and the metrics beside the adapter."""
+    output_dir = Path(trainer.args.output_dir)
     with staged(output_dir) as folder:
         folder.mkdir()
         trainer.state.save_to_json(str(folder / "trainer_state.json"))
-        (folder / "loss.png").write_bytes(draw_loss(trainer.state.log_history, f"{config.method}, {output_dir.name}"))
+        (folder / "loss.png").write_bytes(draw_loss(trainer.state.log_history, f"{method}, {output_dir.name}"))
         (folder / "eval_results.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     print("  ".join(f"{name} {metrics[name]:.4f}" for name in ("train_loss", "eval_loss") if name in metrics))
     print(f"saved to {output_dir}")
-    if config.merge and config.method != "full":
-        with staged(output_dir / "merged") as folder:
-            merged = model.merge_and_unload()
-            merged.config.use_cache = True
-            merged.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-        print(f"merged model saved to {output_dir / 'merged'}")
-    if config.push_to_hub:
-        # training_args.bin holds local paths.
-        private = ["checkpoint-*/*", "merged/*", "training_args.bin"]
-        upload_folder(repo_id=config.hub_model_id, folder_path=output_dir, ignore_patterns=private)
-        print(f"pushed to {config.hub_model_id}")
+
+
+def save_merged(trainer: AnswerTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Merge the adapter into the model and save both as one."""
+    target = Path(trainer.args.output_dir) / "merged"
+    with staged(target) as folder:
+        merged = trainer.model.merge_and_unload()
+        merged.config.use_cache = True
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    print(f"merged model saved to {target}")
+
+
+def run(
+    model: ModelArguments, data: DataArguments, args: TrainingArguments, checkpoint: Path | None, repository: str | None
+) -> None:
+    """One run with options that were checked."""
+    is_main, shows_traceback = args.process_index == 0, args.log_level == "debug"
+    with plain_errors(ValueError, OSError, ImportError, traceback=shows_traceback):
+        tokenizer = load_tokenizer(model)
+        with args.main_process_first(desc="tokenizing"):
+            train_dataset, eval_dataset = load_datasets(data, tokenizer, args.seed)
+        if is_main:
+            print(f"{len(train_dataset)} sequences to train on, {len(eval_dataset or [])} to evaluate on")
+            print(show_sample(train_dataset[0], tokenizer, coloured=sys.stdout.isatty()), flush=True)
+        trainer = build_trainer(model, args, tokenizer, train_dataset, eval_dataset)
+        if is_main:
+            write_json(Path(args.output_dir) / SETTINGS, settings_of(model, data))
+    # From here on a full disk and the optimizer's options are the user's to mend.
+    with plain_errors(OSError, OptionError, traceback=shows_traceback):
+        metrics = train(trainer, checkpoint)
+        leave_process_group(trainer)
+        if not is_main:
+            return
+        save_results(trainer, model.method, metrics)
+        if model.merge and model.method != "full":
+            save_merged(trainer, tokenizer)
+    if repository is not None:
+        upload_folder(
+            repo_id=repository,
+            folder_path=args.output_dir,
+            ignore_patterns=NOT_UPLOADED,
+            token=args.hub_token,
+            revision=args.hub_revision,
+        )
+        print(f"pushed to {repository}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = build_parser(__doc__)
+    model, data, args, _ = parser.parse(argv)
+    output_dir, repository = Path(args.output_dir), None
+    try:
+        check_options(model, data, args)
+        checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
+        if checkpoint is not None:
+            check_same_method(checkpoint, model.method)
+        if args.process_index == 0:
+            check_output_dir(output_dir, settings_of(model, data), args.resume_from_checkpoint)
+            for name in model.unused_options():
+                print(f"note: {name} has no meaning for method {model.method} and is not used")
+            if args.push_to_hub:
+                repository = prepare_repository(args)
+            if checkpoint is not None:
+                print(f"continuing from {checkpoint}")
+    except ValueError as error:
+        parser.error(str(error))
+    # The whole folder goes to the Hub at the end; Trainer would push what it saves, local paths included.
+    args.push_to_hub = False
+    run(model, data, args, checkpoint, repository)
 
 
 if __name__ == "__main__":

@@ -33,14 +33,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_llama(folder: Path) -> Path:
-    """Save a LLaMA of some ten thousand parameters and its tokenizer to `folder`."""
+def make_llama(folder: Path, width: int = 32) -> Path:
+    """Save a LLaMA, of some ten thousand parameters unless it is wider, and its tokenizer to `folder`."""
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=width,
+        intermediate_size=width * 3 // 2,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -1,16 +1,15 @@
-"""Trainer with the loss per answer token, its arguments, and how it leaves a group of processes."""
+"""Trainer with the loss per answer token, and how it leaves a group of processes."""
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from common.errors import OptionError
 from dora_peft import param_groups
-from finetune.config import FinetuneConfig
-from finetune.data import IGNORE
+from finetune.encoding import IGNORE
 
 
 class AnswerTrainer(Trainer):
@@ -26,18 +25,42 @@ class AnswerTrainer(Trainer):
         )
         self.lr_magnitude = lr_magnitude
 
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            groups = param_groups(self.model if model is None else model, self.args.weight_decay, self.lr_magnitude)
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = optimizer_class(groups, **kwargs)
-        return self.optimizer
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        """Trainer's own, of the groups of `dora_peft.param_groups`.
+
+        Raises:
+            OptionError: the optimizer lacks a package or an option, or makes its own groups although lr_magnitude is
+                given.
+        """
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+            return super().create_optimizer(*args)
+        model = args[0] if args and args[0] is not None else self.model
+        try:
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+        except (ImportError, ValueError) as error:
+            raise OptionError(f"optim: {error}") from error
+        is_plain = isinstance(optimizer_class, type) and issubclass(optimizer_class, torch.optim.Optimizer)
+        # GaLore, LOMO and their like come with their own parameters.
+        if is_plain and not {"params", "model", "optimizer_dict"} & kwargs.keys():
+            kwargs["params"] = param_groups(model, self.args.weight_decay, self.lr_magnitude)
+        elif self.lr_magnitude is not None:
+            raise OptionError(
+                f"lr_magnitude: the optimizer {self.args.optim.value} makes its own groups; leave it out."
+            )
+        # Trainer takes a class with its arguments from here, `params` among them.
+        self.optimizer_cls_and_kwargs = optimizer_class, kwargs
+        try:
+            return super().create_optimizer(*args)
+        finally:
+            self.optimizer_cls_and_kwargs = None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         output = super().evaluation_loop(*args, **kwargs)
         # Trainer's own figure depends on the batch size, and with several processes on the records that fill up the
         # last batch: 2.6 % off for 6 records in two processes.
-        output.metrics["eval_loss"] = output.metrics.pop("eval_answer_loss")
+        if "eval_answer_loss" in output.metrics:
+            # It is not there with prediction_loss_only.
+            output.metrics["eval_loss"] = output.metrics.pop("eval_answer_loss")
         return output
 
 
@@ -63,45 +86,6 @@ def mean_answer_loss(prediction: EvalPrediction) -> dict[str, float]:
     """The mean loss over all answer tokens of an evaluation."""
     total, count = prediction.predictions.sum(axis=0, dtype="float64")
     return {"answer_loss": float(total / count)}
-
-
-def training_arguments(config: FinetuneConfig) -> TrainingArguments:
-    """The configuration in the Trainer's terms."""
-    checkpointing: dict[str, Any] = {}
-    if config.gradient_checkpointing:
-        # transformers renamed the two in the course of version 5 and warns about the older names.
-        known = {field.name for field in dataclasses.fields(TrainingArguments)}
-        kind = "activation" if "activation_checkpointing" in known else "gradient"
-        checkpointing = {f"{kind}_checkpointing": True, f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}
-    return TrainingArguments(
-        output_dir=config.output_dir,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        per_device_eval_batch_size=config.per_device_eval_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        num_train_epochs=config.num_train_epochs,
-        max_steps=config.max_steps,
-        warmup_steps=config.warmup_steps,
-        lr_scheduler_type=config.lr_scheduler_type,
-        max_grad_norm=config.max_grad_norm,
-        bf16=config.bf16,
-        # Without this, processes started on a machine that has no accelerator would not find each other.
-        use_cpu=config.use_cpu or not torch.accelerator.is_available(),
-        seed=config.seed,
-        logging_steps=config.logging_steps,
-        logging_first_step=True,
-        eval_strategy="no" if config.eval_steps is None else "steps",
-        eval_steps=config.eval_steps,
-        save_strategy="no" if config.save_steps is None else "steps",
-        save_steps=config.save_steps or 500,
-        save_total_limit=config.save_total_limit,
-        report_to=config.report_to,
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        **checkpointing,
-    )
 
 
 def leave_process_group(trainer: Trainer) -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from finetune.data import format_instruction
+from finetune.encoding import format_instruction
 
 # The answers of each task, in the order of the paper's tables.
 TASKS: dict[str, tuple[str, ...]] = {

@@ -26,15 +26,16 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from peft import get_peft_model
 from torch import nn
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.bases import share_weights
 from common.files import digest
-from finetune.config import FinetuneConfig
-from finetune.data import IGNORE, AnswerCollator, load_records, tokenize_records
+from finetune.arguments import DataArguments, ModelArguments, training_values
+from finetune.data import AnswerCollator, load_records, tokenize_records
+from finetune.encoding import IGNORE
 from finetune.model import adapter_config, load_base_model, load_tokenizer
-from finetune.trainer import AnswerTrainer, training_arguments
+from finetune.trainer import AnswerTrainer
 from reproduction import commonsense as reproduce_commonsense
 from reproduction import memory as reproduce_memory
 from reproduction.common import Options, Plan, Runs, at_edge, difference, draw_detach, draw_ranks, lowest
@@ -104,27 +105,31 @@ class Laboratory:
         disable_progress_bars()
         disable_progress_bar()
 
-    def config(self, trial: Trial, output_dir: str = "outputs/reproduce") -> FinetuneConfig:
-        plan = self.plan
-        return FinetuneConfig(
+    def model(self, trial: Trial) -> ModelArguments:
+        return ModelArguments(
             model_name_or_path=str(self.folder),
             gguf_file=self.gguf_file,
             dtype="float32" if trial.method == "full" else str(self.dtype).removeprefix("torch."),
-            bf16=self.dtype is torch.bfloat16,
             **METHODS[trial.method],
             r=max(trial.rank, 1),
             lora_alpha=2.0 * max(trial.rank, 1),
-            dataset=trial.task,
-            max_length=64,
-            output_dir=output_dir,
-            learning_rate=trial.rate,
-            per_device_train_batch_size=plan.batch,
-            per_device_eval_batch_size=100,
-            max_steps=plan.steps,
-            warmup_steps=max(1, plan.steps // 10),
-            seed=trial.seed,
-            logging_steps=plan.steps,
         )
+
+    def training(self, trial: Trial, output_dir: str) -> TrainingArguments:
+        plan = self.plan
+        values = {
+            "output_dir": output_dir,
+            "bf16": self.dtype is torch.bfloat16,
+            "learning_rate": trial.rate,
+            "per_device_train_batch_size": plan.batch,
+            "per_device_eval_batch_size": 100,
+            "max_steps": plan.steps,
+            "warmup_steps": max(1, plan.steps // 10),
+            "seed": trial.seed,
+            "logging_steps": plan.steps,
+            "disable_tqdm": not sys.stderr.isatty(),
+        }
+        return TrainingArguments(**training_values(values))
 
     def settings(self) -> dict[str, Any]:
         """What the result of a run depends on beside its `Trial`."""
@@ -132,11 +137,11 @@ class Laboratory:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.config(ANY))
+        return load_tokenizer(self.model(ANY))
 
     @cached_property
     def base(self) -> Any:
-        model = load_base_model(self.config(ANY), self.tokenizer).to(self.dtype)
+        model = load_base_model(self.model(ANY), self.tokenizer).to(self.dtype)
         model.config.use_cache = False
         return model.to(self.options.device).requires_grad_(False)
 
@@ -169,26 +174,25 @@ class Laboratory:
                 load_records(str(test), None, "train"),
             ]
             parts[2] = parts[2].select(range(min(plan.num_test, len(parts[2]))))
-            encoded = [tokenize_records(part, str(train), self.tokenizer, self.config(ANY)) for part in parts]
+            data = DataArguments(dataset=task, max_length=64)
+            encoded = [tokenize_records(part, str(train), self.tokenizer, data) for part in parts]
             self.tasks[task] = (encoded[0], encoded[1], encoded[2])
         return self.tasks[task]
 
-    def build(self, config: FinetuneConfig) -> nn.Module:
+    def build(self, trial: Trial) -> nn.Module:
         """A model to train: the shared base with an adapter, or a copy of it."""
-        set_seed(config.seed)
-        if config.method == "full":
+        set_seed(trial.seed)
+        if trial.method == "full":
             return copy.deepcopy(self.base).float().requires_grad_(True)
-        return get_peft_model(share_weights(self.base), adapter_config(config))
+        return get_peft_model(share_weights(self.base), adapter_config(self.model(trial)))
 
     def train(self, trial: Trial, callbacks: Sequence[TrainerCallback] = ()) -> nn.Module:
         """The model after `plan.steps` optimizer steps."""
         train, _, _ = self.data(trial.task)
         with tempfile.TemporaryDirectory() as folder:
-            config = self.config(trial, folder)
-            args = dataclasses.replace(training_arguments(config), disable_tqdm=not sys.stderr.isatty())
             trainer = AnswerTrainer(
-                model=self.build(config),
-                args=args,
+                model=self.build(trial),
+                args=self.training(trial, folder),
                 data_collator=AnswerCollator(self.tokenizer.pad_token_id),
                 train_dataset=train,
                 callbacks=list(callbacks),

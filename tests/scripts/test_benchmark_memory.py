@@ -13,7 +13,7 @@ from torch import nn
 
 import benchmark_memory
 from benchmark_memory import VARIANTS, check_losses, format_table, make_steps, record_saved_bytes
-from finetune.options import build_parser, parse_config
+from finetune.options import build_parser
 
 FLOAT = 4
 
@@ -49,9 +49,9 @@ def test_saved_bytes_of_a_sequence() -> None:
 
 def test_steps_go_round_the_data(tmp_path: Path) -> None:
     path = make_config(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=2)
-    config, _ = parse_config([str(path)], build_parser(""))
+    _, _, args, _ = build_parser("").parse([str(path)])
     rows = [{"input_ids": [token], "labels": [token]} for token in range(3)]
-    steps = make_steps(config, rows, 0, 2)
+    steps = make_steps(args, rows, 0, 2)
     assert [[batch["input_ids"].flatten().tolist() for batch in step] for step in steps] == [
         [[0, 1], [2, 0]],
         [[1, 2], [0, 1]],

@@ -12,7 +12,7 @@ from commonsense_fixtures import make_record, write_list
 from finetune_fixtures import make_tokenizer
 
 import prepare_commonsense
-from finetune.data import IGNORE, encode_record
+from finetune.encoding import IGNORE, encode_record
 from prepare import commonsense
 from prepare.commonsense import MARKER, TASKS, build_prompt, extract_answer
 

@@ -1,7 +1,6 @@
-"""Records to tokens: labels on the answer only, chat turns, packing, and errors that name the record."""
+"""Files to batches: formats, cutting, packing, held-out records, and errors that name file, line and record."""
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,76 +10,26 @@ import torch
 from finetune_fixtures import make_llama, make_tokenizer, make_words, write_jsonl
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from finetune.config import FinetuneConfig
-from finetune.data import IGNORE, AnswerCollator, encode_chat, load_datasets, load_records, pack_records
+from finetune.arguments import DataArguments
+from finetune.data import AnswerCollator, load_datasets, load_records, pack_records
+from finetune.encoding import IGNORE
 
-CHAT = [
-    {"role": "user", "content": "hi"},
-    {"role": "assistant", "content": "hello"},
-    {"role": "user", "content": "bye"},
-    {"role": "assistant", "content": "see you"},
-]
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer()
+    tokenizer = make_tokenizer()
+    tokenizer.name_or_path = "tiny"
+    return tokenizer
 
 
-def config_for(path: Path, **values: Any) -> FinetuneConfig:
-    return FinetuneConfig(model_name_or_path="tiny", dataset=str(path), output_dir="out", **values)
+def load(path: Path, tokenizer: PreTrainedTokenizerFast, **values: Any) -> tuple[Any, Any]:
+    return load_datasets(DataArguments(dataset=str(path), **values), tokenizer, seed=42)
 
 
 def answer(tokenizer: PreTrainedTokenizerFast, row: dict[str, list[int]]) -> str:
     return tokenizer.decode([label for label in row["labels"] if label != IGNORE])
-
-
-def test_prompt_completion(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "2+2=", "completion": "4"}])
-    train, _ = load_datasets(config_for(path), tokenizer)
-    assert tokenizer.decode(train[0]["input_ids"]) == "2+2=4<|im_end|>"
-    assert answer(tokenizer, train[0]) == "4<|im_end|>"
-
-
-def test_instruction_with_and_without_input(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    records = [
-        {"instruction": "Add.", "input": "1 2", "output": "3"},
-        {"instruction": "Go.", "input": "", "output": "ok"},
-    ]
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps(records), encoding="utf-8")
-    train, _ = load_datasets(config_for(path), tokenizer)
-    texts = [tokenizer.decode(row["input_ids"]) for row in train]
-    assert "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n3<|im_end|>" in texts[0]
-    assert "### Input" not in texts[1]
-    assert [answer(tokenizer, row) for row in train] == ["3<|im_end|>", "ok<|im_end|>"]
-
-
-def test_chat_trains_on_every_assistant_turn(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": [*CHAT, {"role": "user", "content": "and?"}]}])
-    train, _ = load_datasets(config_for(path), tokenizer)
-    assert answer(tokenizer, train[0]) == "hello<|im_end|>see you<|im_end|>"
-    assert tokenizer.decode(train[0]["input_ids"]).endswith("see you<|im_end|>")
-
-
-def test_chat_template_with_generation_marks(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.chat_template = (
-        "{% for message in messages %}{% if message.role == 'assistant' %}A:{% generation %}{{ message.content }}"
-        "{% endgeneration %}|{% else %}U:{{ message.content }}|{% endif %}{% endfor %}"
-    )
-    ids, labels = encode_chat(CHAT, tokenizer)
-    assert answer(tokenizer, {"labels": labels}) == "hellosee you<|im_end|>"
-    assert tokenizer.decode(ids) == "U:hi|A:hello|U:bye|A:see you<|im_end|>"
-
-
-def test_chat_template_that_rewrites_earlier_turns(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.chat_template = (
-        "{% for message in messages %}{{ message.role }}:{% if loop.last %}!{% endif %}{{ message.content }}\n"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    with pytest.raises(ValueError, match="renders the conversation differently once message 1"):
-        encode_chat(CHAT, tokenizer)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "folder"])
@@ -99,7 +48,7 @@ def test_other_files(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, suffix:
         path = tmp_path / "folder"
         path.mkdir()
         write_jsonl(path / "train.jsonl", records)
-    train, _ = load_datasets(config_for(path), tokenizer)
+    train, _ = load(path, tokenizer)
     assert [answer(tokenizer, row) for row in train] == [f"{record['completion']}<|im_end|>" for record in records]
 
 
@@ -112,7 +61,7 @@ def test_long_records_are_cut_or_dropped(
         {"prompt": "a" * 20, "completion": "b"},
     ]
     path = write_jsonl(tmp_path / "a.jsonl", records)
-    train, _ = load_datasets(config_for(path, max_length=8), tokenizer)
+    train, _ = load(path, tokenizer, max_length=8)
     assert [len(row["input_ids"]) for row in train] == [7, 8]
     out = " ".join(capsys.readouterr().out.split())
     assert "2 of 3 records are longer than max_length 8 and were cut, 1 of them had no answer left" in out
@@ -120,11 +69,11 @@ def test_long_records_are_cut_or_dropped(
 
 def test_eval_size_holds_records_out(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", make_words(10))
-    train, evaluation = load_datasets(config_for(path, eval_size=3, max_train_samples=5, max_eval_samples=2), tokenizer)
+    train, evaluation = load(path, tokenizer, eval_size=3, max_train_samples=5, max_eval_samples=2)
     assert (len(train), len(evaluation)) == (5, 2)
     assert not {tuple(row["input_ids"]) for row in train} & {tuple(row["input_ids"]) for row in evaluation}
     with pytest.raises(ValueError, match="eval_size: expected less than the 10 records"):
-        load_datasets(config_for(path, eval_size=10), tokenizer)
+        load(path, tokenizer, eval_size=10)
 
 
 def test_packing_keeps_whole_records() -> None:
@@ -142,7 +91,7 @@ def test_packed_loss_equals_padded_loss(tmp_path: Path, tokenizer: PreTrainedTok
     path = write_jsonl(tmp_path / "a.jsonl", make_words(7))
     losses = []
     for packing in (False, True):
-        train, _ = load_datasets(config_for(path, packing=packing, max_length=48), tokenizer)
+        train, _ = load(path, tokenizer, packing=packing, max_length=48)
         batch = AnswerCollator(tokenizer.pad_token_id)(list(train))
         assert ("position_ids" in batch) == packing
         losses.append(model(**batch, use_cache=False).loss)
@@ -167,6 +116,13 @@ def test_packed_loss_equals_padded_loss(tmp_path: Path, tokenizer: PreTrainedTok
             {},
             r"record 0: message 0 has the keys \['from', 'content'\]",
         ),
+        # releases of datasets differ in whether they read such a file at all
+        (
+            [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": [1]}],
+            {},
+            "(record 1: completion is a list|cannot load split)",
+        ),
+        ([{"prompt": "a", "completion": ""}], {}, "record 0: the completion is empty"),
         ([{"prompt": "a" * 99, "completion": "b"}], {"max_length": 8}, "no record has an answer within max_length 8"),
     ],
 )
@@ -175,17 +131,17 @@ def test_wrong_records(
 ) -> None:
     path = write_jsonl(tmp_path / "words.jsonl", records)
     with pytest.raises(ValueError, match=f"words.jsonl.*{message}"):
-        load_datasets(config_for(path, **options), tokenizer)
+        load(path, tokenizer, **options)
 
 
 def test_chat_needs_a_template_and_every_format_an_end(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}])
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="tiny: the tokenizer has no chat template"):
-        load_datasets(config_for(path), tokenizer)
+        load(path, tokenizer)
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="tiny: the tokenizer has no eos_token"):
-        load_datasets(config_for(path), tokenizer)
+        load(path, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -193,13 +149,26 @@ def test_chat_needs_a_template_and_every_format_an_end(tmp_path: Path, tokenizer
     [
         ("none.jsonl", None, "no such file or folder"),
         ("a.txt", "x", r"expected a file that ends in \.json"),
-        ("a.jsonl", "{broken", "cannot load split 'train'"),
+        ("a.jsonl", "{broken", r"a.jsonl, line 1: not valid JSON: .* \(column 2\)"),
+        ("a.jsonl", '{"prompt": "a", "completion": "b"}\n\n{"prompt": "a", "compl', "a.jsonl, line 3: not valid JSON"),
+        ("a.jsonl", '{"prompt": "a"}\n[1]\n', "a.jsonl, line 2: expected an object"),
+        ("a.json", '[{"prompt": "a"},\n{"prompt"}]', "a.json, line 2: not valid JSON"),
         ("a.json", "[]", "empty|cannot load"),
+        ("a.jsonl", "\n \n", "empty"),
+        ("a.parquet", "PAR", "cannot load split 'train'"),
     ],
 )
 def test_wrong_files(tmp_path: Path, name: str, text: str | None, message: str) -> None:
     path = tmp_path / name
     if text is not None:
         path.write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_records(str(path), None, "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_in_another_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"prompt": "é", "completion": "b"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a.jsonl: expected a text in UTF-8"):
         load_records(str(path), None, "train")

@@ -143,7 +143,7 @@ def test_answers_do_not_depend_on_the_batch(tiny_llama):
 
 
 def test_evaluation_and_conversation_prompt_as_training_does(tiny_llama):
-    from finetune.data import IGNORE, encode_answer
+    from finetune.encoding import IGNORE, encode_answer
 
     tokenizer = tiny_llama[1]
     prompt, completion = format_prompt("window"), prepare_cmudict.format_completion(["W", "IH"])
