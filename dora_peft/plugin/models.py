@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .._files import staged_directory
+from .._own_entries import MARKER, ROW_RECORDS
 from ..adapters import card
 from ..adapters.undo import restored_on_failure, switched
-from ..config import MARKER, ROW_RECORDS, DoraConfig
+from ..config import DoraConfig
 from ..layers import DoraLayer
 from .configs import into_dora, read_config
 from .patching import Function, patch
