@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from ._field_types import check_types, describe, fits
-from ._files import atomic_write_text
+from ._files import atomic_write_text, saving
 from ._own_entries import LORA_FIELDS, Names, entries_of, pack, read_packed
 from ._refused_fields import IGNORED, REFUSED, REFUSED_INIT, refuse_foreign_fields
 from ._row_ranges import Ranges, checked_record
@@ -204,15 +204,20 @@ class DoraConfig(PeftConfig):
         self.__dict__["_filled_rows"] = None if record is None else checked_record(record, "filled_rows")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: dict[str, str] | None) -> None:
-        """Write `adapter_config.json`, in one rename."""
+        """Write `adapter_config.json`, in one rename.
+
+        Raises:
+            NotSavedError: An OSError: the disk is full or read-only. The old file, if there is one, is as it was.
+            ValueError: `save_directory` is a file.
+        """
         if os.path.isfile(save_directory):
             raise ValueError(f"Expected a directory to save the adapter config in, found the file {save_directory}")
-        os.makedirs(save_directory, exist_ok=True)
         out = self.to_peft_dict()
         out["auto_mapping"] = {**(kwargs.pop("auto_mapping_dict", None) or {}), **out["auto_mapping"]}
         path = os.path.join(save_directory, CONFIG_NAME)
         # sorted at the top only: PEFT takes the first rank_pattern entry that matches, so their order counts
-        atomic_write_text(path, json.dumps(dict(sorted(out.items())), indent=2))
+        with saving("the adapter config", str(save_directory)):
+            atomic_write_text(path, json.dumps(dict(sorted(out.items())), indent=2))
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> DoraConfig:
