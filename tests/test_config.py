@@ -7,8 +7,7 @@ import warnings
 from dataclasses import MISSING, asdict, fields, replace
 
 import pytest
-import torch
-from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from torch import nn
 
@@ -322,36 +321,6 @@ def test_what_to_dict_gives_is_not_the_configs_own():
     assert MARKER in entries["auto_mapping"]
 
 
-def test_to_dict_is_read_with_what_was_changed_in_it():
-    config = DoraConfig(
-        r=4, target_modules=["up"], magnitude_only_modules=["down"], rank_pattern={"up": 2}, detach_norm=False
-    )
-    entries = config.to_dict()
-    for change, expected in [
-        ({"detach_norm": True}, {"detach_norm": True}),
-        ({"magnitude_only_modules": None}, {"magnitude_only_modules": None}),
-        ({"target_modules": ["gate"]}, {"target_modules": {"gate"}}),
-        ({"target_modules": r".*\.gate"}, {"target_modules": r".*\.gate"}),
-        ({"rank_pattern": {"up": 3}}, {"rank_pattern": {"up": 3}}),
-        ({"init_lora_weights": False, "r": 8}, {"init_lora_weights": False, "r": 8}),
-    ]:
-        assert values(DoraConfig(**{**entries, **change})) == values(config) | expected, change
-
-
-def test_an_entry_of_a_newer_package_is_named():
-    entries = DoraConfig(target_modules=["up"]).to_dict()
-    entries["auto_mapping"][MARKER]["something_new"] = 1
-    with pytest.warns(UserWarning, match=r"something_new.*newer dora_peft"):
-        DoraConfig(**entries)
-
-
-def test_entries_of_plain_lora_are_refused():
-    with pytest.raises(ValueError, match="use_dora=False: this class always is DoRA"):
-        DoraConfig(**LoraConfig(target_modules=["up"]).to_dict())
-    theirs = LoraConfig(r=3, target_modules=["up"], use_dora=True, use_rslora=True)
-    assert DoraConfig(**theirs.to_dict()) == DoraConfig(r=3, target_modules=["up"], use_rslora=True)
-
-
 @pytest.mark.parametrize("travel", [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c)), replace])
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
 def test_copies_are_equal(options, travel):
@@ -364,18 +333,3 @@ def test_copies_are_equal(options, travel):
     assert asdict(config).keys() == {f.name for f in fields(DoraConfig)}
     if travel is not replace:
         assert again.to_dict() == config.to_dict()
-
-
-def test_the_records_of_an_adapter_travel_with_to_dict():
-    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("up", "down")})
-    with torch.no_grad():
-        model["up"].weight[1:3] = 0
-    model = get_peft_model(model, DoraConfig(r=2, target_modules=["up"], magnitude_only_modules=["down"]))
-    get_peft_model_state_dict(model)
-    config = model.peft_config["default"]
-    assert config.tied_rows == {"up": [[1, 3]]}
-    again = DoraConfig(**config.to_dict())
-    assert (again.tied_rows, again.filled_rows) == (config.tied_rows, config.filled_rows)
-    assert again.magnitude_only_ranks == config.magnitude_only_ranks == {"^down": 1}
-    with pytest.raises(ValueError, match=r"tied_rows.*of adapter_config\.json"):
-        DoraConfig(auto_mapping={MARKER: {"tied_rows": [1]}})

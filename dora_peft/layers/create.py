@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import norms
 from ..bases import BaseWeight, offload
-from ..bases.inspection import check_creatable
+from ..bases.inspection import FLOATS, check_creatable
 from ..config import DoraConfig
 from ..norms import ties
 from ..ops.merging import is_finite
@@ -132,8 +132,11 @@ def _check_finite(
     """Refuse NaN and infinity: v would be NaN, and m with it. Whoever creates the adapter restores the base weight."""
 
     def broken(tensor: norms.Stored) -> bool:
-        floats = isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_meta
-        return floats and not is_finite(cast(Tensor, tensor).detach())
+        # a quantised one shows in the norm, if at all
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return False
+        plain = cast(Tensor, tensor)
+        return plain.dtype in FLOATS and not plain.is_meta and not is_finite(plain.detach())
 
     found = [name for name, tensor in tensors.items() if broken(tensor)]
     if not found:
