@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from ._field_types import check_types, describe, fits
@@ -148,7 +149,7 @@ class DoraConfig(PeftConfig):
         # PEFT's own checks of the shared fields, and its defaults for the sub-configs.
         checked = self.to_lora_config()
         for name in ("loftq_config", "corda_config", "lora_ga_config"):
-            setattr(self, name, getattr(checked, name))
+            setattr(self, name, _as_sub_config(name, getattr(checked, name)))
 
     @property
     def init_weights(self) -> bool | str:
@@ -255,3 +256,16 @@ class DoraConfig(PeftConfig):
         except ValueError as error:
             folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
             raise ValueError(f"Cannot load a DoRA adapter config from '{folder}': {error}") from error
+
+
+def _as_sub_config(name: str, value: object) -> object:
+    """PEFT's class for a sub-config that was read from a file; PEFT 0.20 leaves it a dictionary."""
+    kind = {"corda_config": CordaConfig, "lora_ga_config": LoraGAConfig}.get(name)
+    if kind is None or not isinstance(value, dict):
+        return value
+    try:
+        return kind(**value)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} must have the entries of PEFT's {kind.__name__}, found {value!r} ({error})."
+        ) from error
