@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-import re
 import warnings
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from ._field_types import check_types, describe, fits
-from ._files import atomic_write_text
+from ._files import atomic_write_text, saving
+from ._own_entries import LORA_FIELDS, Names, entries_of, pack, read_packed
 from ._refused_fields import IGNORED, REFUSED, REFUSED_INIT, refuse_foreign_fields
 from ._row_ranges import Ranges, checked_record
 
-# The key inside `auto_mapping` under which our own fields travel: plain PEFT keeps unknown entries there silently,
-# while an unknown top-level key makes it warn. Its presence marks a folder as written by this package.
-MARKER = "dora_peft"
-# Our entries that describe the saved tensors instead of the adapter's options, so that they are no fields.
-ROW_RECORDS = ("tied_rows", "filled_rows")
 
-_LORA_FIELDS = {f.name: f for f in fields(LoraConfig)}
-_Modules = list[str] | set[str] | str | None
-
-
+@read_packed
 @refuse_foreign_fields
 @dataclass
 class DoraConfig(PeftConfig):
@@ -73,12 +67,10 @@ class DoraConfig(PeftConfig):
     """
 
     r: int = field(default=8, metadata={"help": "Rank of the direction's change"})
-    target_modules: _Modules = field(
+    target_modules: Names = field(
         default=None, metadata={"help": "Module names, a regular expression, or 'all-linear'"}
     )
-    exclude_modules: _Modules = field(
-        default=None, metadata={"help": "Module names or a regular expression to leave out"}
-    )
+    exclude_modules: Names = field(default=None, metadata={"help": "Module names or a regular expression to leave out"})
     lora_alpha: float = field(default=8, metadata={"help": "scaling = lora_alpha / r"})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the low-rank branch"})
     fan_in_fan_out: bool = field(default=False, metadata={"help": "Accepted for compatibility with LoraConfig"})
@@ -99,7 +91,7 @@ class DoraConfig(PeftConfig):
     layer_replication: list[tuple[int, int]] | None = field(default=None, metadata={"help": "Layers to repeat"})
     detach_norm: bool = field(default=True, metadata={"help": "Treat the norm as a constant of the backward pass"})
     dropout_mode: Literal["branch", "paper"] = field(default="branch", metadata={"help": "What dropout acts on"})
-    magnitude_only_modules: _Modules = field(default=None, metadata={"help": "Modules that train the magnitude alone"})
+    magnitude_only_modules: Names = field(default=None, metadata={"help": "Modules that train the magnitude alone"})
     magnitude_key: Literal["weight", "peft"] = field(default="weight", metadata={"help": "Spelling of saved keys"})
 
     # read unconditionally by PEFT and TRL; not fields, because DoRA cannot have them
@@ -157,7 +149,7 @@ class DoraConfig(PeftConfig):
         # PEFT's own checks of the shared fields, and its defaults for the sub-configs.
         checked = self.to_lora_config()
         for name in ("loftq_config", "corda_config", "lora_ga_config"):
-            setattr(self, name, getattr(checked, name))
+            setattr(self, name, _as_sub_config(name, getattr(checked, name)))
 
     @property
     def init_weights(self) -> bool | str:
@@ -170,7 +162,7 @@ class DoraConfig(PeftConfig):
 
     def to_lora_config(self, **overrides: Any) -> LoraConfig:
         """The fields that PEFT's LoraConfig shares, as one; `use_dora` is left off: PEFT creates the factors only."""
-        names = _LORA_FIELDS.keys() - {"peft_type", "auto_mapping", "peft_version"}
+        names = LORA_FIELDS.keys() - {"peft_type", "auto_mapping", "peft_version"}
         shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
         return LoraConfig(**{**shared, **overrides})
 
@@ -178,28 +170,13 @@ class DoraConfig(PeftConfig):
         """What `adapter_config.json` holds: a LoraConfig with `use_dora` that plain PEFT reads without a warning.
 
         Our own fields, and those that had to be changed for plain PEFT, are kept under auto_mapping["dora_peft"].
+        `LoraConfig(**...)` and `DoraConfig(**...)` both take it, the latter to an equal config.
         """
-        own = {
-            "detach_norm": self.detach_norm,
-            "dropout_mode": self.dropout_mode,
-            "magnitude_only_modules": _jsonable(self.magnitude_only_modules),
-            "magnitude_key": self.magnitude_key,
-        }
-        out = {f.name: _jsonable(getattr(self, f.name)) for f in fields(self) if f.name in _LORA_FIELDS}
-        # written only if set: older PEFT versions warn about a field that they do not know
-        newer = ("corda_config", "lora_ga_config", "peft_version")
-        out = {name: value for name, value in out.items() if value is not None or name not in newer}
-        if self.magnitude_only_modules and self.init_lora_weights == "orthogonal":
-            # plain PEFT refuses it for the odd rank of magnitude-only modules; what is loaded needs no initialisation
-            own["init_lora_weights"], out["init_lora_weights"] = "orthogonal", True
-        if self.magnitude_only_modules:
-            own["target_modules"], own["rank_pattern"] = out["target_modules"], dict(self.rank_pattern)
-            out["target_modules"] = _jsonable(_union(self.target_modules, self.magnitude_only_modules))
-            out["rank_pattern"] = {**self.magnitude_only_ranks, **self.rank_pattern}
-        own.update({name: record for name in ROW_RECORDS if (record := getattr(self, name)) is not None})
-        out["peft_type"], out["use_dora"] = "LORA", True
-        out["auto_mapping"] = {**(self.auto_mapping or {}), MARKER: own}
-        return out
+        return copy.deepcopy(pack(self))
+
+    def to_dict(self) -> dict[str, Any]:
+        """`to_peft_dict()`: diffusers, which stores a config beside the weights, reads it back as a LoraConfig."""
+        return self.to_peft_dict()
 
     @property
     def magnitude_only_ranks(self) -> dict[str, int]:
@@ -228,15 +205,20 @@ class DoraConfig(PeftConfig):
         self.__dict__["_filled_rows"] = None if record is None else checked_record(record, "filled_rows")
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: dict[str, str] | None) -> None:
-        """Write `adapter_config.json`, in one rename."""
+        """Write `adapter_config.json`, in one rename.
+
+        Raises:
+            NotSavedError: An OSError: the disk is full or read-only. The old file, if there is one, is as it was.
+            ValueError: `save_directory` is a file.
+        """
         if os.path.isfile(save_directory):
             raise ValueError(f"Expected a directory to save the adapter config in, found the file {save_directory}")
-        os.makedirs(save_directory, exist_ok=True)
         out = self.to_peft_dict()
         out["auto_mapping"] = {**(kwargs.pop("auto_mapping_dict", None) or {}), **out["auto_mapping"]}
         path = os.path.join(save_directory, CONFIG_NAME)
         # sorted at the top only: PEFT takes the first rank_pattern entry that matches, so their order counts
-        atomic_write_text(path, json.dumps(dict(sorted(out.items())), indent=2))
+        with saving("the adapter config", str(save_directory)):
+            atomic_write_text(path, json.dumps(dict(sorted(out.items())), indent=2))
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> DoraConfig:
@@ -249,10 +231,8 @@ class DoraConfig(PeftConfig):
                 "Expected a DoRA adapter, found plain LoRA (use_dora is false in its adapter_config.json). Load it "
                 "with peft.LoraConfig, or train a DoRA adapter."
             )
-        auto_mapping = dict(_entries(kwargs.pop("auto_mapping", None), "auto_mapping"))
-        own = _entries(auto_mapping.pop(MARKER, None), f"auto_mapping[{MARKER!r}]")
-        in_file = _entries(kwargs.get("rank_pattern"), "rank_pattern")
-        kwargs.update({name: value for name, value in own.items() if name in _own_fields(cls)})
+        entries_of(kwargs.get("auto_mapping"), "auto_mapping")
+        entries_of(kwargs.get("rank_pattern"), "rank_pattern")
         known = {f.name for f in fields(cls)} | REFUSED.keys() | IGNORED.keys()
         # a field that PEFT added later, at a value that switches it off, changes nothing
         unknown = sorted(k for k, v in kwargs.items() if k not in known and v not in (None, False, {}, []))
@@ -260,13 +240,7 @@ class DoraConfig(PeftConfig):
             warnings.warn(
                 f"Unexpected keyword arguments {unknown} for class DoraConfig, these are ignored.", stacklevel=2
             )
-        config = cls(auto_mapping=auto_mapping or None, **{k: v for k, v in kwargs.items() if k in known})
-        # The file has more entries than ours: those of the magnitude-only modules.
-        if "rank_pattern" in own:
-            config.magnitude_only_ranks.update({k: v for k, v in in_file.items() if k not in config.rank_pattern})
-        for name in ROW_RECORDS:
-            setattr(config, name, own.get(name))
-        return config
+        return cls(**{name: value for name, value in kwargs.items() if name in known})
 
     @classmethod
     def from_pretrained(
@@ -284,34 +258,14 @@ class DoraConfig(PeftConfig):
             raise ValueError(f"Cannot load a DoRA adapter config from '{folder}': {error}") from error
 
 
-def _entries(value: object, name: str) -> dict[str, Any]:
-    """A dictionary of an adapter_config.json, empty for None."""
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{name} must be a dictionary, found {value!r}. Save or download the adapter again.")
-    return value or {}
-
-
-def _own_fields(cls: type) -> set[str]:
-    return {f.name for f in fields(cls)} - _LORA_FIELDS.keys() | {"target_modules", "rank_pattern", "init_lora_weights"}
-
-
-def _jsonable(value: object) -> object:
-    if is_dataclass(value):
-        return {f.name: _jsonable(getattr(value, f.name)) for f in fields(value)}
-    return sorted(value) if isinstance(value, set) else value
-
-
-def _union(first: _Modules, second: _Modules) -> _Modules:
-    """The target modules that match what either matches."""
-    if not first or not second:
-        return first or second
-    if isinstance(first, set) and isinstance(second, set):
-        return first | second
-    return "|".join(f"(?:{_as_regex(names)})" for names in (first, second))
-
-
-def _as_regex(names: list[str] | set[str] | str) -> str:
-    """A list of module names as the regular expression that PEFT would match in full."""
-    if isinstance(names, str):
-        return names
-    return r"(?:.*\.)?(?:" + "|".join(re.escape(name) for name in sorted(names)) + ")"
+def _as_sub_config(name: str, value: object) -> object:
+    """PEFT's class for a sub-config that was read from a file; PEFT 0.20 leaves it a dictionary."""
+    kind = {"corda_config": CordaConfig, "lora_ga_config": LoraGAConfig}.get(name)
+    if kind is None or not isinstance(value, dict):
+        return value
+    try:
+        return kind(**value)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} must have the entries of PEFT's {kind.__name__}, found {value!r} ({error})."
+        ) from error

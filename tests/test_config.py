@@ -1,8 +1,10 @@
 """DoraConfig: PEFT's names and defaults, what is refused, and what adapter_config.json says to PEFT and to us."""
 
+import copy
 import json
+import pickle
 import warnings
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, replace
 
 import pytest
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -10,8 +12,8 @@ from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from torch import nn
 
 from dora_peft import DoraConfig
+from dora_peft._own_entries import MARKER
 from dora_peft._refused_fields import IGNORED, REFUSED
-from dora_peft.config import MARKER
 from dora_peft.plugin.configs import plain_peft_configs
 
 OWN_FIELDS = {"detach_norm", "dropout_mode", "magnitude_only_modules", "magnitude_key"}
@@ -280,3 +282,54 @@ def test_saving_a_loaded_config_writes_the_same_file(tmp_path):
     DoraConfig.from_pretrained(str(tmp_path)).save_pretrained(tmp_path / "again")
     first, second = (json.loads((f / "adapter_config.json").read_text()) for f in (tmp_path, tmp_path / "again"))
     assert first == second
+
+
+def as_lora(entries):
+    """LoraConfig of these entries, and what it gives itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora = LoraConfig(**entries)
+    return lora, lora.to_dict()
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+def test_to_dict_is_read_by_both_classes(options):
+    """Diffusers stores `to_dict()` as metadata, through JSON, and reads it by `LoraConfig(**...)`."""
+    config = DoraConfig(**options)
+    before = values(config)
+    for entries in (config.to_dict(), json.loads(json.dumps(config.to_dict()))):
+        lora, theirs = as_lora(entries)
+        assert lora.use_dora
+        assert lora.target_modules == (set(names) if isinstance(names := entries["target_modules"], list) else names)
+        # straight, by PEFT's class, and by PEFT's choice of one
+        for again in (DoraConfig(**entries), DoraConfig(**theirs), PeftConfig.from_peft_type(**theirs)):
+            assert type(again) is DoraConfig
+            assert again == config
+            assert again.to_dict() == config.to_dict()
+    assert values(config) == before
+
+
+def test_what_to_dict_gives_is_not_the_configs_own():
+    config = DoraConfig(rank_pattern={"up": 2}, auto_mapping={"parent_library": "nets"}, target_modules=["up"])
+    entries = config.to_dict()
+    entries["rank_pattern"]["up"] = 99
+    entries["auto_mapping"].clear()
+    assert config.rank_pattern == {"up": 2}
+    assert config.auto_mapping == {"parent_library": "nets"}
+    entries = config.to_dict()
+    DoraConfig(**entries)
+    assert MARKER in entries["auto_mapping"]
+
+
+@pytest.mark.parametrize("travel", [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c)), replace])
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+def test_copies_are_equal(options, travel):
+    config = DoraConfig(**options)
+    config.tied_rows = {"up": [[0, 2]]}
+    again = travel(config)
+    assert type(again) is DoraConfig
+    assert again == config
+    assert asdict(again) == asdict(config)
+    assert asdict(config).keys() == {f.name for f in fields(DoraConfig)}
+    if travel is not replace:
+        assert again.to_dict() == config.to_dict()

@@ -9,7 +9,7 @@ from peft import PeftConfig
 
 from dora_peft import DoraConfig
 from dora_peft._field_types import describe, fits
-from dora_peft.config import MARKER
+from dora_peft._own_entries import MARKER
 
 VALUES = [
     True, 5, -1.5, 0, float("inf"), float("nan"), "text", "", None, [1], ["a", 1], [], [["x"]], [[0, 1, 2]],

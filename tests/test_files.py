@@ -1,12 +1,15 @@
 """Files are written completely or not at all."""
 
+import errno
 import os
 import stat
+import tempfile
 import threading
 
 import pytest
+from safetensors import SafetensorError
 
-from dora_peft._files import atomic_write_text, staged_directory
+from dora_peft._files import NotSavedError, atomic_write_text, saving, staged_directory
 
 
 def tree(folder):
@@ -112,3 +115,69 @@ def test_two_writers_of_one_directory_do_not_meet(tmp_path):
         thread.join()
     assert tree(tmp_path)["a.txt"] in texts
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_no_new_directory_stays_if_none_can_be_made_in_it(tmp_path, monkeypatch):
+    """A file system without inodes left."""
+
+    def no_space(**kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", no_space)
+    with pytest.raises(OSError, match="No space left"), staged_directory(str(tmp_path / "a" / "b")):
+        raise AssertionError("the body runs")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("obstacle", ["a directory in place of a file", "a file in place of a directory"])
+def test_what_cannot_be_replaced_is_found_before_the_first_file_is(tmp_path, obstacle):
+    for name in ("a.txt", "z.txt"):
+        (tmp_path / name).write_text("old")
+    if obstacle == "a directory in place of a file":
+        (tmp_path / "m.txt").mkdir()
+    else:
+        (tmp_path / "sub").write_text("mine")
+    before = sorted(str(p) for p in tmp_path.rglob("*")), tree(tmp_path)
+
+    def write():
+        with staged_directory(str(tmp_path)) as staging:
+            os.makedirs(os.path.join(staging, "new"))
+            for name in ("a.txt", "m.txt", "z.txt", "new/b.txt"):
+                atomic_write_text(os.path.join(staging, name), "new")
+            if "sub" in before[1]:
+                os.makedirs(os.path.join(staging, "sub"))
+                atomic_write_text(os.path.join(staging, "sub", "b.txt"), "new")
+
+    with pytest.raises(OSError, match=r"directory|exists"):
+        write()
+    assert (sorted(str(p) for p in tmp_path.rglob("*")), tree(tmp_path)) == before
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FULL, "No space left on device"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "I/O error"),
+        # torch.save's
+        (RuntimeError("[enforce fail at inline_container.cc:672] .\nunexpected pos 1 vs 2"), "unexpected pos 1 vs 2"),
+        (NotSavedError("the config", "/staging", FULL), "No space left on device"),
+    ],
+)
+def test_what_cannot_be_written_is_said_in_one_line(error, said):
+    with pytest.raises(NotSavedError, match=said) as caught, saving("the adapter", "/some/where"):
+        raise error
+    message = str(caught.value)
+    assert message.startswith("Could not save the adapter in '/some/where': ")
+    assert message.count("Could not save") == message.count("Free space") == 1
+    assert "\n" not in message
+    assert caught.value.errno == (errno.ENOSPC if "device" in said else None)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("size mismatch"), ValueError("x"), KeyboardInterrupt()])
+def test_other_errors_are_not_the_disks(error):
+    with pytest.raises(type(error)) as caught, saving("the adapter", "/some/where"):
+        raise error
+    assert caught.value is error

@@ -8,6 +8,9 @@ from huggingface_hub import ModelCard
 
 from ..config import DoraConfig
 
+# Where the project can be found; empty until there is such a place. The card, README and [project.urls] of
+# pyproject.toml name no other: whoever took a name that is free could have it installed in our place.
+PROJECT_ADDRESS = ""
 _START, _END = "<!-- dora_peft: start -->", "<!-- dora_peft: end -->"
 
 
@@ -44,6 +47,7 @@ def _section(config: DoraConfig, base_model: str | None, where: str) -> str:
     auto = {"SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM", "CAUSAL_LM": "AutoModelForCausalLM"}.get(
         str(getattr(config.task_type, "value", config.task_type)), "AutoModel"
     )
+    package = f"[dora_peft]({PROJECT_ADDRESS})" if PROJECT_ADDRESS else "dora_peft"
     return f"""## DoRA adapter
 
 | | |
@@ -62,7 +66,7 @@ from transformers import {auto}
 model = PeftModel.from_pretrained({auto}.from_pretrained("{base}"), "{where}")
 ```
 
-With [dora_peft](https://pypi.org/project/dora-peft/), the tuner that trained it, one line comes first:
+With {package}, the tuner that trained it, one line comes first:
 
 ```python
 import dora_peft

@@ -25,6 +25,9 @@ def remember_weight(base: nn.Module, config: DoraConfig) -> None:
     """Keep a base weight that the initialisation is about to change, on the CPU, until the adapter has been created."""
     changes_base = isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian"
     weight = base._parameters.get("weight")
+    if config.init_lora_weights == "corda" and "eigens" in vars(base):
+        # divided by s in place; the undoing of a failure brings back the object that it finds now
+        vars(base)["eigens"] = copy.deepcopy(vars(base)["eigens"])
     if changes_base and weight is not None and not weight.is_meta and weight.is_floating_point():
         remember(weight, weight.detach().to("cpu", copy=True))
 

@@ -144,7 +144,7 @@ def _figure(title: str, rows: int, columns: Sequence[str], size: tuple[float, fl
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("the figures need matplotlib: pip install 'dora-peft[plot]'") from error
+        raise ImportError("the figures need matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(size[0] * len(columns) + 0.8, size[1] * rows + 0.6), layout="constrained")
     figure.suptitle(title)
     return figure, figure.subplots(

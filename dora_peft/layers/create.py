@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Protocol, cast
 
 import torch
+from peft import LoftQConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 
 from .. import norms
 from ..bases import BaseWeight, offload
-from ..bases.inspection import check_creatable
+from ..bases.inspection import FLOATS, check_creatable
 from ..config import DoraConfig
 from ..norms import ties
+from ..ops.merging import is_finite
 from .kind import ComputingLayer
 from .magnitude import Magnitude
 
@@ -48,6 +51,8 @@ def create(layer: NewLayer, adapter: str, r: int, lora_alpha: float, config: Dor
     with offload.at_hand(base):
         weight = layer.base_weight()
         zero = ties.rows_to_keep_zero(weight, config.init_lora_weights)
+        if _decomposes(config) and not magnitude_only:
+            _check_finite(layer, config, r, lora_alpha, {"W0": layer.original_weight()}, "before")
         initialised = _peft_factors(layer, adapter, r, lora_alpha, config, magnitude_only)
         layer.r[adapter] = r
         layer.lora_alpha[adapter] = lora_alpha
@@ -70,6 +75,8 @@ def create(layer: NewLayer, adapter: str, r: int, lora_alpha: float, config: Dor
             norms.drop(layer, adapter)
         else:
             value = norms.initial(layer, adapter).reshape(shape).clone()
+            found = {"A": factors[0], "B": factors[1], "the norm of W0 + s B A": value}
+            _check_finite(layer, config, r, lora_alpha, found, "after")
         layer.lora_magnitude_vector[adapter] = Magnitude(value)
     for module in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
         if adapter in module:
@@ -114,6 +121,40 @@ def _check_rank(name: str, r: int, weight: BaseWeight) -> None:
         )
 
 
+def _decomposes(config: DoraConfig) -> bool:
+    """Whether the initialisation takes something apart that has to be finite for it, and may write to W0."""
+    return isinstance(config.init_lora_weights, str) and config.init_lora_weights not in ("gaussian", "orthogonal")
+
+
+def _check_finite(
+    layer: NewLayer, config: DoraConfig, r: int, lora_alpha: float, tensors: Mapping[str, norms.Stored], when: str
+) -> None:
+    """Refuse NaN and infinity: v would be NaN, and m with it. Whoever creates the adapter restores the base weight."""
+
+    def broken(tensor: norms.Stored) -> bool:
+        # a quantised one shows in the norm, if at all
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return False
+        plain = cast(Tensor, tensor)
+        return plain.dtype in FLOATS and not plain.is_meta and not is_finite(plain.detach())
+
+    found = [name for name, tensor in tensors.items() if broken(tensor)]
+    if not found:
+        return
+    init = f"init_lora_weights={config.init_lora_weights!r}"
+    if "W0" in found or (not _decomposes(config) and broken(layer.original_weight())):
+        found, when = ["W0"], "before"
+        mend = "Load an intact base model, or leave the module out with exclude_modules."
+    elif lora_alpha == 0:
+        mend = "This initialisation divides by s: take lora_alpha > 0."
+    else:
+        mend = "Repeat what it was computed from (gradients, covariances), or take init_lora_weights=True."
+    raise ValueError(
+        f"Cannot create an adapter on module '{layer.name}': expected finite values, found NaN or infinity in "
+        f"{', '.join(found)} {when} {init} (r={r}, lora_alpha={lora_alpha}). {mend} The base model is unchanged."
+    )
+
+
 def _peft_factors(
     layer: NewLayer, adapter: str, r: int, lora_alpha: float, config: DoraConfig, magnitude_only: bool
 ) -> lora.LoraLayer:
@@ -122,6 +163,9 @@ def _peft_factors(
     lora_config.r, lora_config.lora_alpha = r, lora_alpha  # type: ignore[assignment]
     if magnitude_only:
         lora_config.init_lora_weights = True
+    if lora_config.init_lora_weights == "loftq":
+        # of a dictionary PEFT asks for both entries
+        lora_config.loftq_config = {**vars(LoftQConfig()), **cast(dict[str, object], lora_config.loftq_config)}
     allowed = (True, False, "gaussian", "lora_ga")
     if layer.peft_layer is not lora.Linear and lora_config.init_lora_weights not in allowed:
         raise ValueError(
@@ -129,7 +173,16 @@ def _peft_factors(
             f"({type(layer.get_base_layer()).__name__}); PEFT has it for linear layers only. Use True, False or "
             "'gaussian', or leave the module out with exclude_modules."
         )
-    return layer.peft_layer(layer.get_base_layer(), adapter, config=lora_config, r=r, lora_alpha=lora_alpha)
+    try:
+        return layer.peft_layer(layer.get_base_layer(), adapter, config=lora_config, r=r, lora_alpha=lora_alpha)
+    except (torch.linalg.LinAlgError, ValueError) as error:
+        if not _decomposes(config):
+            raise
+        raise ValueError(
+            f"Cannot create an adapter on module '{layer.name}': init_lora_weights={config.init_lora_weights!r} failed "
+            f"({error}). Repeat what it is computed from (gradients, covariances), or take init_lora_weights=True. The "
+            "base model is unchanged."
+        ) from error
 
 
 def move_adapter(layer: NewLayer, adapter: str, device: torch.device) -> None:

@@ -72,7 +72,7 @@ class implementation:
 def _require_triton() -> None:
     obstacle = None
     if not selfcheck.has_triton():
-        obstacle = "Triton is not installed; install dora-peft[triton]"
+        obstacle = "Triton is not installed (pip install triton)"
     elif not torch.cuda.is_available():
         obstacle = None if interpreted() else "torch sees no GPU"
     elif _can_try():

@@ -24,7 +24,8 @@ What `register`, called when the package is imported, installs:
       .save_pretrained              writes its files in place: they go to a temporary directory first, and the model
                                     card is completed
       ._upload_modified_files       transformers' push_to_hub overwrites that card with a generic one: it is made again
-    load_peft_weights               safetensors' error about a damaged file names neither file nor cure (models.py)
+    load_peft_weights, torch_load   safetensors' and torch's errors about a damaged file name neither file nor cure
+                                    (models.py)
     PeftAdapterMixin                (transformers.py)
       .load_adapter                 reads the file by itself: the checks and conversions of a checkpoint follow it
       .add_adapter, .set_adapter,   leave a half-changed model behind an error or Ctrl-C

@@ -14,7 +14,8 @@ from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME
 
-from ..config import MARKER, DoraConfig
+from .._own_entries import MARKER
+from ..config import DoraConfig
 from .patching import Function, patch, unpatched
 
 # Set while an adapter is loaded into a model that already is DoRA: PEFT's own use_dora folders are then taken as DoRA.

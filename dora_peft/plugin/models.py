@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import inspect
 import os
+import pickle
 import shutil
 from typing import cast
 
 import peft.peft_model
 import peft.utils.save_and_load
+import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
-from .._files import staged_directory
+from .._files import saving, staged_directory
+from .._own_entries import MARKER, ROW_RECORDS
 from ..adapters import card
 from ..adapters.undo import restored_on_failure, switched
-from ..config import MARKER, ROW_RECORDS, DoraConfig
+from ..config import DoraConfig
 from ..layers import DoraLayer
 from .configs import into_dora, read_config
 from .patching import Function, patch
@@ -25,8 +28,16 @@ from .patching import Function, patch
 Path = str | os.PathLike[str]
 
 
+# What torch.load raises for files that are damaged, or that hold something else.
+_DAMAGED = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, AttributeError)
+
+
 class UnreadableAdapterError(ValueError, SafetensorError):
     """An adapter file is truncated or not a safetensors file."""
+
+
+class UnreadablePickleError(ValueError, RuntimeError, pickle.UnpicklingError):
+    """An adapter file that was made by torch.save is damaged, or holds other things than tensors."""
 
 
 class AdapterShapeError(ValueError, RuntimeError):
@@ -45,6 +56,7 @@ def install() -> None:
     # by both names under which PEFT's own functions call it
     for module in (peft.peft_model, peft.utils.save_and_load):
         patch(module, "load_peft_weights", _load_peft_weights)
+    patch(peft.utils.save_and_load, "torch_load", _torch_load)
 
 
 def shape_error(error: RuntimeError, model_id: object) -> AdapterShapeError | None:
@@ -165,12 +177,44 @@ def _load_peft_weights(original: Function) -> Function:
         try:
             return original(model_id, *args, **kwargs)
         except SafetensorError as error:
-            raise UnreadableAdapterError(
-                f"Cannot read {names[0]} of '{model_id}': {error}. The file is truncated or not a safetensors "
-                "file; save or download the adapter again."
-            ) from error
+            raise unreadable(error, model_id) from error
 
     return load_peft_weights
+
+
+def unreadable(error: SafetensorError, model_id: object) -> UnreadableAdapterError:
+    """What to say of safetensors' error, which names neither file nor cure."""
+    return UnreadableAdapterError(
+        f"Cannot read {SAFETENSORS_WEIGHTS_NAME} of '{model_id}': {error}. The file is truncated or not a safetensors "
+        "file; save or download the adapter again."
+    )
+
+
+def _torch_load(original: Function) -> Function:
+    def torch_load(file: object, *args: object, **kwargs: object) -> object:
+        try:
+            found = original(file, *args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except _DAMAGED as error:
+            # torch's words fill a page, and advise to run what the file holds
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            known = [line for line in lines if line.startswith(("Unsupported", "Trying to", "GLOBAL", "Can only"))]
+            said = known[0] if known else "" if isinstance(error, pickle.UnpicklingError) else "".join(lines[:1])
+            raise _no_tensors(file, f"{type(error).__name__}: {said}".rstrip(": .")) from error
+        if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+            raise _no_tensors(file, f"found {str(found)[:60]!r}")
+        return found
+
+    return torch_load
+
+
+def _no_tensors(file: object, found: str) -> UnreadablePickleError:
+    return UnreadablePickleError(
+        f"Cannot read the adapter's tensors from '{file}' ({found}). The file is damaged, or holds other things than "
+        "tensors, which are not unpickled because that runs their code. Save the adapter again where it was made, as "
+        "safetensors (save_pretrained's default), or download it again."
+    )
 
 
 def _save_pretrained(original: Function) -> Function:
@@ -184,20 +228,14 @@ def _save_pretrained(original: Function) -> Function:
         target = str(bound.arguments["save_directory"])
         if os.path.isfile(target):
             raise ValueError(f"Provided path ({target}) should be a directory, not a file")
-        try:
-            with restored_on_failure(self), staged_directory(target) as staging:
-                if os.path.exists(os.path.join(target, "README.md")):
-                    shutil.copy2(os.path.join(target, "README.md"), staging)
-                bound.arguments["save_directory"] = staging
-                original(*bound.args, **bound.kwargs)
-                selected = bound.arguments["selected_adapters"] or [self.active_adapter]
-                name = self.active_adapter if self.active_adapter in selected else selected[0]
-                card.complete_model_card(staging, cast(DoraConfig, self.peft_config[name]))
-        except (OSError, SafetensorError) as error:
-            raise OSError(
-                f"Could not save the adapter in '{target}': {error}. Nothing was written or replaced there. Free "
-                "space, or choose another directory."
-            ) from error
+        with saving("the adapter", target), restored_on_failure(self), staged_directory(target) as staging:
+            if os.path.exists(os.path.join(target, "README.md")):
+                shutil.copy2(os.path.join(target, "README.md"), staging)
+            bound.arguments["save_directory"] = staging
+            original(*bound.args, **bound.kwargs)
+            selected = bound.arguments["selected_adapters"] or [self.active_adapter]
+            name = self.active_adapter if self.active_adapter in selected else selected[0]
+            card.complete_model_card(staging, cast(DoraConfig, self.peft_config[name]))
         return None
 
     return save_pretrained

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from peft.utils import save_and_load
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
@@ -15,7 +16,7 @@ from ..adapters.checkpoint import from_checkpoint, keys_of
 from ..adapters.undo import restored_on_failure
 from ..config import DoraConfig
 from ..layers import DoraLayer, layers_of
-from .models import shape_error
+from .models import shape_error, unreadable
 from .patching import Function, patch
 
 _HUB_OPTIONS = ("token", "revision", "subfolder", "cache_dir")
@@ -47,6 +48,8 @@ def _load_adapter(original: Function) -> Function:
                 if clearer is None:
                     raise
                 raise clearer from error
+            except SafetensorError as error:
+                raise unreadable(error, bound.arguments["peft_model_id"]) from error
 
     return load_adapter
 

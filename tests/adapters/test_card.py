@@ -1,6 +1,7 @@
 """The model card that save_pretrained writes."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dora_peft import DoraConfig
+from dora_peft.adapters import card as card_module
 
 # PEFT 0.20 only: it looks for the config of a base model without a name
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume")
@@ -112,3 +114,28 @@ def test_a_card_without_readable_header_does_not_prevent_saving(tmp_path):
     assert "no header, just text" in text
     assert "dora_peft: start" in text
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("address", ["", "https://example.org/dora_peft"])
+def test_the_card_names_the_projects_address_and_no_other(tmp_path, monkeypatch, address):
+    monkeypatch.setattr(card_module, "PROJECT_ADDRESS", address)
+    get_peft_model(llama(), DoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    ours = section((tmp_path / "README.md").read_text())
+    expected = {"https://arxiv.org/abs/2402.09353"} | ({address} if address else set())
+    assert set(re.findall(r"https?://[^\s)\"]+", ours)) == expected
+    assert not re.search(r"pip install|pypi", ours)
+
+
+def test_nothing_names_a_package_or_an_address_that_does_not_exist():
+    """A name on a package index that nobody owns can be taken by anybody, whose code would then be installed."""
+    root, address = Path(__file__).parents[2], card_module.PROJECT_ADDRESS
+    pyproject = (root / "pyproject.toml").read_text()
+    urls = re.search(r"(?ms)^\[project\.urls\]\n(.*?)(^\[|\Z)", pyproject)
+    assert (urls is not None) == bool(address)
+    assert urls is None or set(re.findall(r'= "(.*?)"', urls[1])) == {address}
+    assert address in (root / "README.md").read_text()
+    files = [root / "README.md", *(p for f in ("dora_peft", "scripts") for p in (root / f).rglob("*.py"))]
+    assert len(files) > 100
+    for file in files:
+        text = file.read_text()
+        assert not re.search(r"install(\s+-\S+)*\s+['\"]?dora[-_]peft|pypi\.org/project/dora", text), file
