@@ -23,7 +23,7 @@ from ..config import DoraConfig
 from ..norms import ties
 from ..ops import choice
 from ..ops.overwritten import Outputs
-from . import create, merge
+from . import called, create, merge
 from .forward import adapt_keeping_output, adapt_mixed, adapt_plainly, drops_base, may_differ_again
 from .kind import Kind
 from .magnitude import Magnitude, warn_about_low_precision
@@ -180,8 +180,14 @@ class DoraLayer(BaseTunerLayer):
         modules = self._modules
         return modules["lora_A"]._modules[adapter].weight, modules["lora_B"]._modules[adapter].weight  # type: ignore[union-attr, return-value]
 
+    def factor_modules(self, adapter: str) -> tuple[nn.Module, nn.Module]:
+        """What holds A and B."""
+        modules = self._modules
+        return modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]  # type: ignore[union-attr, return-value]
+
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r] as matrices over the base weight's rows."""
+        """A [r, in] and B [out, r] as matrices over the base weight's rows, outside of a forward pass."""
+        called.write_weights(*self.factor_modules(adapter), self.lora_magnitude_vector[adapter])
         return self.as_matrices(*self.factor_parameters(adapter))
 
     def as_matrices(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,9 +233,9 @@ class DoraLayer(BaseTunerLayer):
         how = choice.decide(x.device, x.dtype)
         if len(adapters) == 1 and not drops_base(self, adapters[0]):
             if how in ("torch", "triton"):
-                if not may_differ_again(self):
+                if not may_differ_again(self) and not called.has_to_call(self, adapters[0]):
                     return self.adapt_fast(adapters[0], how, x, args, kwargs)
-            elif how == "compiled" and not args and not kwargs:
+            elif how == "compiled" and not args and not kwargs and not called.has_to_call(self, adapters[0]):
                 compiled = self.adapt_compiled(adapters[0], x)
                 if compiled is not None:
                     return compiled
@@ -305,8 +311,9 @@ class DoraLayer(BaseTunerLayer):
     def _freeze_zero_factors(self) -> None:
         for adapter, only in self.magnitude_only.items():
             if only:
-                for factor in self.factor_parameters(adapter):
-                    factor.requires_grad_(False)
+                for held in (self.lora_A, self.lora_B, self.lora_embedding_A, self.lora_embedding_B):
+                    if adapter in held:
+                        held[adapter].requires_grad_(False)
 
     def initial_scaling(self, adapter: str) -> float:
         """s before anyone rescaled the adapter, lora_alpha / r or / sqrt(r): what a checkpoint is written for."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import norms
+from ..bases.inspection import GLOBAL_HOOKS
 from ..ops import choice, torch_names
 from ..ops.constants import LOW_PRECISION
 from ..ops.linear import linear_eval
@@ -50,9 +51,12 @@ def key_of(layer: ComputingLayer, holder: Holder, x: Tensor, adapter: str) -> Fo
         return None
     modules, active, base = holder._modules, holder._active_adapter, layer.base_layer
     try:
-        lora_A = modules["lora_A"]._modules[adapter]._parameters["weight"]  # type: ignore[union-attr]
-        lora_B = modules["lora_B"]._modules[adapter]._parameters["weight"]  # type: ignore[union-attr]
-        magnitude = modules["lora_magnitude_vector"]._modules[adapter]._parameters["weight"]  # type: ignore[union-attr]
+        to_rank: nn.Module = modules["lora_A"]._modules[adapter]  # type: ignore[union-attr, assignment]
+        from_rank: nn.Module = modules["lora_B"]._modules[adapter]  # type: ignore[union-attr, assignment]
+        own: nn.Module = modules["lora_magnitude_vector"]._modules[adapter]  # type: ignore[union-attr, assignment]
+        # a computed one is no parameter
+        lora_A, lora_B = to_rank._parameters["weight"], from_rank._parameters["weight"]
+        magnitude = own._parameters["weight"]
         dropout, weight, bias = layer.lora_dropout[adapter], base._parameters["weight"], base._parameters["bias"]
     except KeyError:
         return None
@@ -81,6 +85,15 @@ def key_of(layer: ComputingLayer, holder: Holder, x: Tensor, adapter: str) -> Fo
         layer.dropout_mode[adapter],
         type(dropout),
         getattr(dropout, "p", 0.0),
+        dropout.training,
+        # the modules, whose hooks a shortcut asks for
+        dropout,
+        to_rank,
+        from_rank,
+        own,
+        type(to_rank).forward,
+        type(from_rank).forward,
+        type(own).forward,
     )
     return key, lora_A, lora_B, magnitude
 
@@ -110,10 +123,20 @@ class Shortcut:
         self.base, self.weight, self.options = layer.base_layer, weight, options
         self.stored, self.bias = self.base.get_parameter("weight"), self.base._parameters["bias"]
         self.by_kernels = norms.computes_by_kernels(found[1], self.stored)
+        factors, own = layer.factor_modules(adapter), layer.lora_magnitude_vector[adapter]
+        self.attributes = [vars(module) for module in (*factors, own, layer.lora_dropout[adapter])]
 
     def __call__(self, layer: ComputingLayer, holder: Holder, x: Tensor) -> Tensor | None:
         """The output for x, None if something has changed since."""
         adapter, options = self.adapter, self.options
+        # what has to be called is not read, see called.py
+        if any(GLOBAL_HOOKS):
+            return None
+        for held in self.attributes:
+            if held["_forward_hooks"] or held["_forward_pre_hooks"] or "forward" in held:
+                return None
+            if held["_backward_hooks"] or held["_backward_pre_hooks"]:
+                return None
         found = key_of(layer, holder, x, adapter)
         if found is None or found[0] != self.key:
             return None

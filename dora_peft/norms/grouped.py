@@ -49,6 +49,8 @@ class GroupedLayer(AdaptedLayer, Protocol):
     @property
     def active_adapters(self) -> list[str]: ...
 
+    def factor_modules(self, adapter: str) -> tuple[nn.Module, nn.Module]: ...
+
 
 @dataclass(frozen=True, slots=True)
 class _Value:
@@ -170,7 +172,9 @@ class _Model:
         self.layers = [weakref.ref(modules[name]) for name in names]
         # modules whose hooks run between those of the model and a layer's own check
         between = {name.rsplit(".", up)[0] for name in names for up in range(name.count(".") + 1)} - {""}
-        between |= {f"{name}.base_layer" for name in names}
+        own = ("lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
+        inside = {f"{name}.{part}.{adapter}" for name in names for part in own for adapter in modules[name].r}
+        between |= inside | {f"{name}.base_layer" for name in names}
         self.hooks = [
             hooks
             for name in sorted(between & modules.keys())
@@ -300,10 +304,15 @@ def _state(layer: GroupedLayer) -> _Key | None:
         return None
     if device.version is None or device.version != version(stored) or device.address != stored.data_ptr():
         return None
-    factors = layer.factor_parameters(adapters[0])
+    factors = [_parameter(holder, adapters[0]) for holder in layer.factor_modules(adapters[0])]
     if any(type(factor) is not nn.Parameter or factor.is_inference() for factor in factors):
         return None
-    return adapters[0], *map(_layout, factors), id(norm), id(device)
+    return adapters[0], *map(_layout, cast(list[Tensor], factors)), id(norm), id(device)
+
+
+def _parameter(holder: nn.Module, adapter: str) -> nn.Parameter | None:
+    """A or B as a parameter of what holds it, None if it is computed (masks, parametrizations); computes nothing."""
+    return holder._parameters.get(adapter if isinstance(holder, nn.ParameterDict) else "weight")
 
 
 def _layout(tensor: Tensor) -> _Key:
