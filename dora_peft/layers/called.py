@@ -123,8 +123,9 @@ def as_input(layer: CalledLayer, adapter: str, x: Tensor) -> Tensor:
     lora_A = layer.factor_modules(adapter)[0]
     if isinstance(lora_A, nn.ParameterDict):
         return x
-    weight = getattr(lora_A, "weight", None)
-    return layer._cast_input_dtype(x, weight.dtype) if isinstance(weight, Tensor) else x
+    # whatever its weight is computed from: that of the last call may be a tensor of a graph that is gone
+    stored = next(lora_A.parameters(), None)
+    return x if stored is None else layer._cast_input_dtype(x, stored.dtype)
 
 
 def branch(layer: CalledLayer, adapter: str, x: Tensor) -> Tensor:

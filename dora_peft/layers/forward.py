@@ -113,7 +113,7 @@ def adapt_keeping_output(
     """The output of the layer with one adapter, keeping less for the backward pass than `adapt` does."""
     if not torch.is_grad_enabled():
         return adapt_plainly(layer, [adapter], how, x, args, kwargs)
-    product, scaling = _pinned_product(layer, args, kwargs), layer.scaling[adapter]
+    product, scaling = _pinned_product(layer, args, kwargs), float(layer.scaling[adapter])
     needed = [x]
     if not layer.magnitude_only[adapter]:
         needed += [_dropped(layer, adapter, x), *layer.factor_parameters(adapter)]

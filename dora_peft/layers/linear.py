@@ -116,7 +116,7 @@ def adapt_linear(
     base_out = None if weight is not None else base_output(layer, x, args, kwargs)
     # after the call: some libraries round it to the dtype of x, for good
     bias = bias_of(layer)
-    scaling, stored = layer.scaling[adapter], layer.original_weight()
+    scaling, stored = float(layer.scaling[adapter]), layer.original_weight()
     by_kernels = norms.computes_by_kernels(lora_A, stored)
     known = norms.fresh(layer, adapter, lora_A, lora_B, scaling, stored, by_kernels)
     if not layer.training and not torch.is_grad_enabled():
@@ -182,5 +182,7 @@ class Linear(DoraLayer, nn.Module):
             return None
         p = dropout_probability(self, adapter)
         c = scale_of(self, adapter, differentiable=True, how="compiled")
-        factors = self.factor_parameters(adapter)
-        return linear_operator(x, weight, bias_of(self), *factors, c, self.scaling[adapter], p, self.number)
+        (lora_A, lora_B), scaling = self.factor_parameters(adapter), self.scaling[adapter]
+        if isinstance(scaling, Tensor):
+            lora_B, scaling = lora_B * scaling, 1.0
+        return linear_operator(x, weight, bias_of(self), lora_A, lora_B, c, scaling, p, self.number)

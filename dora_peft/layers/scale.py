@@ -48,7 +48,7 @@ def scale_of(
         lora_A, lora_B = layer.as_matrices(*layer.factor_parameters(adapter))
         if lora_A.requires_grad or lora_B.requires_grad:
             squared = norms.base_squared(layer)
-            value = weight_norm(layer.base_weight(), squared, lora_A, lora_B, layer.scaling[adapter], value)
+            value = weight_norm(layer.base_weight(), squared, lora_A, lora_B, float(layer.scaling[adapter]), value)
     return scale(magnitude, value, known.tied)
 
 

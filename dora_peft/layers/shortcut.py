@@ -54,6 +54,7 @@ def key_of(layer: ComputingLayer, holder: Holder, x: Tensor, adapter: str) -> Fo
         to_rank: nn.Module = modules["lora_A"]._modules[adapter]  # type: ignore[union-attr, assignment]
         from_rank: nn.Module = modules["lora_B"]._modules[adapter]  # type: ignore[union-attr, assignment]
         own: nn.Module = modules["lora_magnitude_vector"]._modules[adapter]  # type: ignore[union-attr, assignment]
+        added = to_rank._parameters["bias"], from_rank._parameters["bias"]
         # a computed one is no parameter
         lora_A, lora_B = to_rank._parameters["weight"], from_rank._parameters["weight"]
         magnitude = own._parameters["weight"]
@@ -91,6 +92,7 @@ def key_of(layer: ComputingLayer, holder: Holder, x: Tensor, adapter: str) -> Fo
         to_rank,
         from_rank,
         own,
+        added,
         type(to_rank).forward,
         type(from_rank).forward,
         type(own).forward,
@@ -185,6 +187,9 @@ def shortcut_for(
     found = key_of(layer, holder, x, adapter)
     # what a captured graph's pass took may not be what the next one takes
     if found is None or not choice.is_decided(x.device):
+        return None
+    # after prepare_model_for_compiled_hotswap
+    if isinstance(layer.scaling[adapter], Tensor):
         return None
     # magnitudes in low precision are looked at in each pass, see magnitude.py; evaluation trains nothing
     if folded is None and (not layer.detach_norm[adapter] or found[3].dtype in LOW_PRECISION):

@@ -295,9 +295,11 @@ def _state(layer: GroupedLayer) -> _Key | None:
     if layer._disable_adapters or layer.merged_adapters:
         return None
     adapters = [name for name in layer.active_adapters if name in layer.lora_magnitude_vector]
-    norm = layer._norms.get(adapters[0]) if len(adapters) == 1 else None
+    # a scaling that is a tensor would have to be waited for
+    scaling = layer.scaling[adapters[0]] if len(adapters) == 1 else None
+    norm = None if scaling is None or isinstance(scaling, Tensor) else layer._norms.get(adapters[0])
     device = None if norm is None else norm.device
-    if norm is None or device is None or device.scaling != layer.scaling[adapters[0]]:
+    if norm is None or device is None or device.scaling != scaling:
         return None
     stored = layer.original_weight()
     if device.weight() is not stored or not isinstance(stored, Tensor):

@@ -28,8 +28,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..bases.input_gradient import differentiated_twice
 from .chunks import does_one_pass, in_chunks, in_one_pass
 from .constants import DROWNED, TINY
 from .content import version
@@ -124,8 +124,9 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise differentiated_twice()
         weight = ctx.weight
         if weight is not None and ctx.weight_version is not None and weight._version != ctx.weight_version:
             raise RuntimeError(

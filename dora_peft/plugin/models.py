@@ -8,6 +8,7 @@ import shutil
 from typing import cast
 
 import peft.peft_model
+import peft.utils.hotswap
 import peft.utils.save_and_load
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -42,8 +43,8 @@ def install() -> None:
     patch(PeftModel, "set_adapter", _set_adapter)
     patch(PeftModel, "save_pretrained", _save_pretrained)
     patch(PeftModel, "_upload_modified_files", _upload_modified_files)
-    # by both names under which PEFT's own functions call it
-    for module in (peft.peft_model, peft.utils.save_and_load):
+    # by all names under which PEFT's own functions call it
+    for module in (peft.peft_model, peft.utils.save_and_load, peft.utils.hotswap):
         patch(module, "load_peft_weights", _load_peft_weights)
 
 
