@@ -83,6 +83,7 @@ class DoraModel(BaseTuner):
             with restored_on_failure(model):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
                 targets.check_found(model, adapter_name, self.peft_config[adapter_name])
+                targets.keep_called(model)
                 self._introduce_layers(model)
                 norms.gather(model)
         except ValueError as error:

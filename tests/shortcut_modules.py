@@ -27,6 +27,14 @@ def dropout_switched_apart(mode):
         assert torch.equal(layer(x), layer(x)) == (mode == "training")
 
 
+def class_of_dropout(mode):
+    """Of the same probability, but with nothing that drops."""
+    _, layer, x = prepared(mode, dropout=0.5)
+    layer.lora_dropout["default"].__class__ = nn.Identity
+    with torch.set_grad_enabled(mode == "training"):
+        assert torch.equal(layer(x), layer(x))
+
+
 def replaced(mode, name, make):
     """Another module of the same class and content, with a hook: it is called."""
     _, layer, x = prepared(mode, dropout=0.5)

@@ -147,9 +147,10 @@ def test_no_warning_where_no_magnitude_is_decayed(kind):
 
 def test_the_warning_finds_magnitudes_that_are_computed():
     model = adapted()
-    nn.utils.prune.l1_unstructured(model.base_model.model.lin.lora_magnitude_vector["default"], "weight", 0.5)
+    masked = model.base_model.model.lin.lora_magnitude_vector["default"]
+    nn.utils.prune.l1_unstructured(masked, "weight", 0.5)
     with pytest.warns(UserWarning, match="weight decay to DoRA magnitudes"):
-        train_one_step(model, torch.optim.AdamW(model.parameters(), weight_decay=0.1))
+        train_one_step(model, torch.optim.AdamW(masked.parameters(), weight_decay=0.1))
 
 
 @pytest.mark.parametrize("own", [True, False])

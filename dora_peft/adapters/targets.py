@@ -110,6 +110,24 @@ def wrapped(target: nn.Module, adapter_name: str, parent: nn.Module, key: str, o
     return cast(nn.Module, cls(target, adapter_name, name=key, **options))
 
 
+def keep_called(model: nn.Module) -> None:
+    """Have torch's own transformer layers call the layers inside them.
+
+    In evaluation without gradients they have a way of their own, which reads the weights of linear1 and linear2: there
+    an adapter would do nothing, in silence (torch 2.13; PEFT's LoRA does nothing there).
+    """
+    for module in model.modules():
+        if not isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+            continue
+        if any(isinstance(inner, DoraLayer) for inner in module.modules()):
+            if isinstance(module, nn.TransformerEncoder):
+                # nested tensors go that way alone
+                module.use_nested_tensor = False
+            else:
+                # for torch "an activation that the way does not know"; nothing else reads it
+                module.activation_relu_or_gelu = 0
+
+
 def check_found(model: nn.Module, adapter_name: str, config: DoraConfig) -> None:
     """Refuse an adapter that was created on no module.
 

@@ -68,7 +68,6 @@ def key_of(layer: ComputingLayer, holder: Holder, x: Tensor, adapter: str) -> Fo
         active if type(active) is str else tuple(active),
         holder._disable_adapters,
         bool(holder.merged_adapters),
-        holder.training,
         torch.is_grad_enabled(),
         choice.selected,
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
@@ -86,6 +85,7 @@ def key_of(layer: ComputingLayer, holder: Holder, x: Tensor, adapter: str) -> Fo
         layer.dropout_mode[adapter],
         type(dropout),
         getattr(dropout, "p", 0.0),
+        # and with it that of the layer, see called.py
         dropout.training,
         # the modules, whose hooks a shortcut asks for
         dropout,

@@ -18,7 +18,7 @@ KINDS = ["linear", "Conv1D", "embedding", "conv2d"]
 
 
 def computed(kind, how, symbols="ABm", **options):
-    model = adapted(kind, torch.float64, **options).double().eval()
+    model = adapted(kind, torch.float64, fan_in_fan_out=kind == "Conv1D", **options).double().eval()
     attach(dora(model), how, symbols)
     return model
 
@@ -74,7 +74,7 @@ def test_loading_into_a_computed_tensor_is_refused(how, tmp_path):
         lambda: model.load_adapter(str(tmp_path), "default"),
         lambda: model.hotswap_adapter(str(tmp_path)),
     ):
-        with pytest.raises(ValueError, match="computed from|same tensors"):
+        with pytest.raises(ValueError, match=r"computed from|same tensors"):
             load()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     undo()

@@ -1,6 +1,7 @@
 """The shortcut of a linear layer: everything that closes it is needed, and is tested here.
 
-The last tests take one part after the other out of the key: some scenario of shortcut_fixtures.py or shortcut_modules.py has to fail then.
+The last tests take one part after the other out of the key: some scenario of shortcut_fixtures.py or
+shortcut_modules.py has to fail then.
 """
 
 import ast

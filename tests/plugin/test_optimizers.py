@@ -96,7 +96,7 @@ def test_lorafa_projects_b_and_trains_m_apart():
                 state = optimizer.state[f"base_model.model.{name.replace('lora', 'lo_ra')}.lora"]
                 # bf16 products, and (1 - beta1) of the gradient
                 torch.testing.assert_close(state["exp_avg_B"], 0.1 * projected, rtol=0.05, atol=0.05 * projected.std())
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert {n for n in moved if "lora_" in n} == {
         f"base_model.model.exploration_{x}.{part}.default.weight"

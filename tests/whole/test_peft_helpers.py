@@ -5,7 +5,6 @@ import pytest
 import torch
 from model_fixtures import (
     NAMES,
-    adapter_parameters,
     config,
     dense,
     dense_output,
