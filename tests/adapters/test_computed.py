@@ -10,7 +10,6 @@ from layer_fixtures import One, adapted, base_of, distance, dora, example
 from model_fixtures import config, mlp, same, saved_second, train
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
 
 from dora_peft.plugin.configs import plain_peft_configs
 
@@ -111,52 +110,3 @@ def test_merging_says_that_hooks_do_not_run(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.merge_adapter()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_resetting_starts_anew(kind):
-    model = adapted(kind, torch.float64).double()
-    layer, x = dora(model), example(model)
-    base, parameters = base_of(model)(x).detach(), {n: id(p) for n, p in model.named_parameters()}
-    model(x), model(x)
-    layer.reset_lora_parameters("default", False)
-    assert distance(model(x), base) > 1e-2
-    for init in (True, "gaussian"):
-        if init == "gaussian" and kind != "linear":
-            continue
-        before = layer.factor_parameters("default")[0].detach().clone()
-        layer.reset_lora_parameters("default", init)
-        assert distance(model(x), base) < 1e-6
-        assert {n: id(p) for n, p in model.named_parameters()} == parameters
-        assert not torch.equal(layer.factor_parameters("default")[0], before)
-        v = torch.linalg.vector_norm(layer.base_weight().dense(), dim=1)
-        torch.testing.assert_close(layer.magnitude("default").detach().flatten(), v)
-        for p in layer.factor_parameters("default"):
-            assert p.requires_grad
-        with torch.no_grad():
-            layer.factor_parameters("default")[0].normal_()
-            layer.factor_parameters("default")[1].normal_()
-
-
-def test_what_cannot_be_reset():
-    model = adapted("linear")
-    layer = dora(model)
-    with pytest.raises(ValueError, match="'pissa'"):
-        layer.reset_lora_parameters("default", "pissa")
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="merged"):
-        layer.reset_lora_parameters("default", True)
-    model.unmerge_adapter()
-    attach(layer, "mask", "B")
-    with pytest.raises(ValueError, match="computed from others"):
-        layer.reset_lora_parameters("default", True)
-
-
-def test_magnitudes_alone_stay_alone_when_reset():
-    model = get_peft_model(One(nn.Linear(4, 3)), config(target_modules=None, magnitude_only_modules=["layer"]))
-    layer = dora(model)
-    with torch.no_grad():
-        layer.magnitude("default").mul_(2)
-    layer.reset_lora_parameters("default", True)
-    assert not any(p.any() for p in layer.factor_parameters("default"))
-    torch.testing.assert_close(layer.magnitude("default"), layer.base_layer.weight.norm(dim=1))
