@@ -54,7 +54,7 @@ def key_of(layer: ComputingLayer, holder: Holder, x: Tensor, adapter: str) -> Fo
         to_rank: nn.Module = modules["lora_A"]._modules[adapter]  # type: ignore[union-attr, assignment]
         from_rank: nn.Module = modules["lora_B"]._modules[adapter]  # type: ignore[union-attr, assignment]
         own: nn.Module = modules["lora_magnitude_vector"]._modules[adapter]  # type: ignore[union-attr, assignment]
-        added = to_rank._parameters["bias"], from_rank._parameters["bias"]
+        added = to_rank._parameters["bias"] is not None or from_rank._parameters["bias"] is not None
         # a computed one is no parameter
         lora_A, lora_B = to_rank._parameters["weight"], from_rank._parameters["weight"]
         magnitude = own._parameters["weight"]
