@@ -123,6 +123,11 @@ def prepare_ranks(model: nn.Module, configs: Mapping[str, object], target_rank: 
     for layer in _layers(model).values():
         groups = getattr(layer.get_base_layer(), "groups", 1)
         for adapter, r in layer.r.items():
+            if not all(isinstance(factor, nn.Parameter) for factor in layer.factor_parameters(adapter)):
+                raise ValueError(
+                    f"Cannot fill adapter '{adapter}' of module '{layer.name}' up: its factors are computed from others "
+                    "(prune, parametrize). Remove the masks or parametrizations first."
+                )
             if not layer.magnitude_only[adapter] and (r > target_rank or target_rank % groups):
                 raise ValueError(
                     f"Cannot fill adapter '{adapter}' of module '{layer.name}' up to rank {target_rank}: expected its "
@@ -164,11 +169,6 @@ def _fill_layer_up(layer: DoraLayer, adapter: str, rank: int) -> None:
     scaling, groups = layer.initial_scaling(adapter), getattr(layer.get_base_layer(), "groups", 1)
     holders, factors = layer.factor_modules(adapter), layer.factor_parameters(adapter)
     for is_A, (holder, factor) in zip((True, False), zip(holders, factors, strict=True), strict=True):
-        if not isinstance(factor, nn.Parameter):
-            raise ValueError(
-                f"Cannot fill adapter '{adapter}' of module '{layer.name}' up: its factors are computed from others "
-                "(prune, parametrize). Remove the masks or parametrizations first."
-            )
         filled = nn.Parameter(_filled(factor.detach(), rank, is_A, groups), requires_grad=factor.requires_grad)
         if isinstance(holder, nn.ParameterDict):
             holder[adapter] = filled

@@ -114,7 +114,7 @@ def computed_once(calls: bool) -> AbstractContextManager[None]:
     Args:
         calls: Nothing happens if not.
     """
-    # a compiler cannot follow, and computes twice only what is equal
+    # a compiler cannot follow: there each use computes, and a weight that iterates (spectral_norm) is one step further
     return parametrize.cached() if calls and not torch.compiler.is_compiling() else nullcontext()
 
 

@@ -178,6 +178,8 @@ def move_adapter(layer: NewLayer, adapter: str, device: torch.device) -> None:
         if adapter not in held or device.type == "meta":
             continue
         item = held[adapter]
-        for tensor in [item] if isinstance(item, nn.Parameter) else [*item.parameters(), *item.buffers()]:
+        # of a computed one (masks, parametrizations) what it is computed from
+        whole = held if isinstance(item, Tensor) else item
+        for tensor in [item] if isinstance(item, nn.Parameter) else [*whole.parameters(), *whole.buffers()]:
             if not tensor.is_meta:
                 tensor.data = tensor.data.to(device)

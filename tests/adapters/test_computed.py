@@ -83,6 +83,15 @@ def test_loading_into_a_computed_tensor_is_refused(how, tmp_path):
 
 
 @pytest.mark.parametrize("how", COMPUTED)
+def test_loading_into_a_computed_embedding_is_refused(how, tmp_path):
+    adapted("embedding", torch.float64).double().save_pretrained(tmp_path)
+    model = computed("embedding", how)
+    for load in (lambda: model.load_adapter(str(tmp_path), "default"), lambda: model.hotswap_adapter(str(tmp_path))):
+        with pytest.raises(ValueError, match=r"Cannot load DoRA adapter.*computed from"):
+            load()
+
+
+@pytest.mark.parametrize("how", COMPUTED)
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_takes_the_values_of_now(kind, how):
     model = computed(kind, how)

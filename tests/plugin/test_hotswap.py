@@ -175,6 +175,10 @@ def test_a_rank_that_is_no_room_is_refused():
     grouped = adapted("conv2d-grouped")
     with pytest.raises(ValueError, match="2 groups"):
         prepare_model_for_compiled_hotswap(grouped, target_rank=5)
+    torch.nn.utils.prune.l1_unstructured(model.base_model.model.down.lora_B["default"], "weight", 0.5)
+    with pytest.raises(ValueError, match="'down' up: its factors are computed"):
+        prepare_model_for_compiled_hotswap(model, target_rank=4)
+    assert model.base_model.model.up.r["default"] == 2
 
 
 def test_another_kind_of_config_is_refused():
