@@ -125,8 +125,8 @@ def prepare_ranks(model: nn.Module, configs: Mapping[str, object], target_rank: 
         for adapter, r in layer.r.items():
             if not all(isinstance(factor, nn.Parameter) for factor in layer.factor_parameters(adapter)):
                 raise ValueError(
-                    f"Cannot fill adapter '{adapter}' of module '{layer.name}' up: its factors are computed from others "
-                    "(prune, parametrize). Remove the masks or parametrizations first."
+                    f"Cannot fill adapter '{adapter}' of module '{layer.name}' up: its factors are computed from "
+                    "others (prune, parametrize). Remove the masks or parametrizations first."
                 )
             if not layer.magnitude_only[adapter] and (r > target_rank or target_rank % groups):
                 raise ValueError(
