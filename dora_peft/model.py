@@ -22,7 +22,6 @@ from .adapters.merge import check_merge, merge_layers, remember_token_tables, un
 from .adapters.names import exactly
 from .adapters.undo import restored_on_failure, switched
 from .bases import scratch
-from .bases.peft_names import all_linear
 from .config import DoraConfig
 from .layers import DoraLayer, merge_checks
 from .layers.magnitude import Magnitude
@@ -84,6 +83,7 @@ class DoraModel(BaseTuner):
             with restored_on_failure(model):
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
                 targets.check_found(model, adapter_name, self.peft_config[adapter_name])
+                targets.keep_called(model)
                 self._introduce_layers(model)
                 norms.gather(model)
         except ValueError as error:
@@ -112,8 +112,10 @@ class DoraModel(BaseTuner):
         config = cast(DoraConfig, peft_config)
         if config.layer_replication:
             replicate_layers(model, config.layer_replication)
-        if config.magnitude_only_modules == "all-linear":
-            config.magnitude_only_modules = all_linear(model, config)
+        for field in ("target_modules", "magnitude_only_modules"):
+            value = getattr(config, field)
+            if isinstance(value, str) and value.lower() == "all-linear":
+                setattr(config, field, targets.all_linear(model, config))
         config.magnitude_only_ranks.clear()
 
     @staticmethod
@@ -296,7 +298,7 @@ class DoraModel(BaseTuner):
             torch_device: Where to read the checkpoint to; PEFT's choice if None.
 
         Raises:
-            ValueError: The adapter is merged, or the checkpoint targets other modules, has other ranks, or other
+            ValueError: The adapter is merged, or the checkpoint targets other modules, has larger ranks, or other
                 options that change the output; the old adapter is then untouched.
         """
         hotswap.swap(self.model, self.peft_config, path, adapter_name, torch_device)

@@ -64,13 +64,38 @@ def _warn_about_decay(optimizer: torch.optim.Optimizer, *_: object) -> None:
     if optimizer in _seen:
         return
     _seen.add(optimizer)
-    decayed = {id(p) for group in optimizer.param_groups if group.get("weight_decay") for p in group["params"]}
-    if decayed and any(id(m.weight) in decayed for m in Magnitude.all()):
+    decayed = {
+        id(p): group["weight_decay"]
+        for group in optimizer.param_groups
+        if group.get("weight_decay")
+        for p in group["params"]
+    }
+    found = [decayed[id(p)] for m in Magnitude.all() for p in m.parameters() if id(p) in decayed] if decayed else []
+    if found:
+        own = f"torch.optim.AdamW(dora_peft.param_groups(model, weight_decay={float(found[0]):g}), lr=...)"
         warnings.warn(
             "The optimizer applies weight decay to DoRA magnitudes, which shrinks the adapted weights themselves. "
-            "Build it from dora_peft.param_groups(model, weight_decay=...) to leave them out.",
+            f"Leave them out with an optimizer of your own, optimizer = {own}. Trainer and TRL's trainers take it as "
+            "Trainer(model, ..., optimizers=(optimizer, None)), with a scheduler in the place of None if you have one. "
+            "Make the model with get_peft_model first then, and give the trainer no peft_config.",
             stacklevel=2,
         )
+
+
+def at_common_rate(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float) -> None:
+    """Take the magnitudes out of an optimizer's groups, into one of their own with this learning rate and no decay.
+
+    Args:
+        optimizer: One that has not made a step; nothing happens if it has none of the model's magnitudes.
+        model: The model that they belong to.
+        lr: Their learning rate.
+    """
+    own = {id(p) for m in model.modules() if isinstance(m, Magnitude) for p in m.parameters()}
+    moved = [p for group in optimizer.param_groups for p in group["params"] if id(p) in own]
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in own]
+    if moved:
+        optimizer.add_param_group({"params": moved, "lr": lr, "weight_decay": 0.0})
 
 
 register_optimizer_step_pre_hook(_warn_about_decay)

@@ -124,7 +124,7 @@ def test_a_model_without_trainable_parameters_is_an_error():
 def test_decaying_a_magnitude_warns_once_per_optimizer():
     model = adapted()
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
-    with pytest.warns(UserWarning, match=r"weight decay to DoRA magnitudes.*param_groups"):
+    with pytest.warns(UserWarning, match=r"DoRA magnitudes.*param_groups\(model, weight_decay=0\.1\).*optimizers=\("):
         train_one_step(model, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -143,3 +143,37 @@ def test_no_warning_where_no_magnitude_is_decayed(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train_one_step(model, optimizer)
+
+
+def test_the_warning_finds_magnitudes_that_are_computed():
+    model = adapted()
+    masked = model.base_model.model.lin.lora_magnitude_vector["default"]
+    nn.utils.prune.l1_unstructured(masked, "weight", 0.5)
+    with pytest.warns(UserWarning, match="weight decay to DoRA magnitudes"):
+        train_one_step(model, torch.optim.AdamW(masked.parameters(), weight_decay=0.1))
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_trainer_takes_the_optimizer_as_the_warning_says(own, tmp_path):
+    """`optimizers=(optimizer, None)`: the magnitudes are not decayed, and the scheduler is the trainer's own."""
+    transformers = pytest.importorskip("transformers")
+
+    class Labelled(Net):
+        def forward(self, ids, labels=None):
+            return {"loss": super().forward(ids).square().sum()}
+
+    torch.manual_seed(0)
+    model = get_peft_model(Labelled(), DoraConfig(r=2, target_modules=["embed", "lin", "conv"]))
+    options = {"max_steps": 2, "report_to": [], "weight_decay": 0.5, "use_cpu": True, "learning_rate": 1e-3}
+    arguments = transformers.TrainingArguments(str(tmp_path), save_strategy="no", disable_tqdm=True, **options)
+    optimizer = torch.optim.AdamW(param_groups(model, weight_decay=0.5), lr=1e-3)
+    data = [{"ids": torch.arange(6), "labels": torch.zeros(())}] * 4
+    trainer = transformers.Trainer(model, arguments, train_dataset=data, optimizers=(optimizer if own else None, None))
+    if own:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*weight decay.*")
+            trainer.train()
+        assert trainer.lr_scheduler is not None
+    else:
+        with pytest.warns(UserWarning, match=r"weight_decay=0\.5.*optimizers=\(optimizer, None\)"):
+            trainer.train()

@@ -1,7 +1,8 @@
 """What is done with the adapters of a whole model, and how they travel to files, from files and between each other.
 
 targets.py       which modules an adapter goes on
-checkpoint.py    its tensors in a file that plain PEFT reads; peft_rows.py rows of norm 0 in it, names.py its keys
+checkpoint.py    its tensors in a file that plain PEFT reads; peft_rows.py rows of norm 0 in it, names.py its keys,
+                 computed.py masks and parametrizations
 card.py          the model card beside it
 initial.py       rewritten for a base weight without what its initialisation changed
 hotswap.py       another checkpoint in an adapter's place

@@ -20,7 +20,7 @@ from ..config import DoraConfig
 from ..layers import DoraLayer, layers_of
 from ..norms import ties
 from ..ops.norm import factored_norm_squared, floor
-from . import peft_rows
+from . import computed, peft_rows
 
 MAGNITUDE = "lora_magnitude_vector"
 
@@ -46,6 +46,7 @@ def to_checkpoint(
         name = name.removeprefix("_fsdp_wrapped_module.")
         prefix = f"{name}." if name else ""
         m_key = f"{prefix}{MAGNITUDE}{infix}.weight"
+        computed.to_values(layer, adapter, prefix, infix, out)
         if m_key not in out or out[m_key].is_meta:
             complete = False
             continue
@@ -146,6 +147,7 @@ def from_checkpoint(
     """
     out = {f"{k}.weight" if k.endswith(MAGNITUDE) else k: v for k, v in tensors.items()}
     layers = layers_of(model, adapter)
+    computed.check_loadable(layers, adapter)
     problems = _problems_of_tensors(out)
     rows = _recorded_rows(layers, config, problems)
     for name, _ in layers:

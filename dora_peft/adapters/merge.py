@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
 from tqdm import tqdm
 
-from ..layers import DoraLayer, merge_checks
+from ..layers import DoraLayer, called, merge_checks
 from .undo import remember
 
 
@@ -27,11 +29,27 @@ def check_merge(model: nn.Module, adapter_names: list[str] | None, for_good: boo
     concerned = [layer for _, layer in layers if layer.adapters_to_merge(adapter_names)]
     for layer in concerned:
         layer.check_mergeable(brought_in=False)
+    watched = [layer.name for layer in concerned if _is_watched(layer, layer.adapters_to_merge(adapter_names))]
+    if watched:
+        warnings.warn(
+            "Hooks on lora_A, lora_B, dropout or magnitude do not run while an adapter is merged, and what they change "
+            f"is not in the merged weight: {', '.join(watched[:3])}{' ...' * (len(watched) > 3)}.",
+            stacklevel=3,
+        )
     owners = merge_checks.owners_of_weights(model)
     for layer in concerned:
         shared = owners.get(id(layer.original_weight()), [])
         if len(shared) > 1 and not layer.merged:
             merge_checks.warn_of_untying(layer, shared, for_good)
+
+
+def _is_watched(layer: DoraLayer, adapters: list[str]) -> bool:
+    """Whether a module of these adapters has hooks of the user's."""
+    return any(
+        called.has_hooks(module)
+        for name in adapters
+        for module in (*layer.factor_modules(name), layer.lora_dropout[name], layer.lora_magnitude_vector[name])
+    )
 
 
 def merge_layers(

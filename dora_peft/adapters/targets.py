@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TypedDict, cast
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
+from transformers import PreTrainedModel
 
+from ..bases import peft_names
 from ..config import DoraConfig
 from ..layers import DoraLayer, layer_class
 
@@ -36,14 +39,42 @@ def is_magnitude_only(config: DoraConfig, key: str) -> bool:
     return bool(check_target_module_exists(as_targets, key))
 
 
+def all_linear(model: nn.Module, config: DoraConfig) -> set[str]:
+    """The names of all linear layers that an adapter can go on, but the output layer.
+
+    What the model does not call is left out with a warning: the output layer of nn.MultiheadAttention, and those of
+    Mamba models.
+    """
+    names = peft_names.all_linear(model, config)
+    inside = {
+        f"{name}.{child}" if name else child
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for child, _ in module.named_children()
+    }
+    left_out = {name for name in names if name in inside or _is_read(model, name.rpartition(".")[2])}
+    if left_out:
+        warnings.warn(
+            f"'all-linear' leaves out {', '.join(sorted(left_out)[:3])}{' ...' * (len(left_out) > 3)}: the model uses "
+            "their weights without calling them (nn.MultiheadAttention, Mamba), so an adapter would never run.",
+            stacklevel=2,
+        )
+    return names - left_out
+
+
+def _is_read(model: nn.Module, target_name: str) -> bool:
+    """Whether modules of this name are read and not called, in a Mamba-based model."""
+    return getattr(getattr(model, "config", None), "model_type", None) in _MAMBA_TYPES and target_name in _MAMBA_MODULES
+
+
 def check_called(model: nn.Module, target_name: str) -> None:
     """Refuse a module whose weight the model uses without calling the module.
 
     Raises:
         ValueError: It is one of a Mamba-based model.
     """
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type in _MAMBA_TYPES and target_name in _MAMBA_MODULES:
+    if _is_read(model, target_name):
+        model_type = cast(PreTrainedModel, model).config.model_type
         raise ValueError(
             f"Module '{target_name}' is incompatible with Mamba-based models (model_type='{model_type}'), which "
             "use its weight without calling it. Remove it from target_modules, or add it to exclude_modules."
@@ -77,6 +108,24 @@ def wrapped(target: nn.Module, adapter_name: str, parent: nn.Module, key: str, o
             "target_modules or leave the module out with exclude_modules."
         )
     return cast(nn.Module, cls(target, adapter_name, name=key, **options))
+
+
+def keep_called(model: nn.Module) -> None:
+    """Have torch's own transformer layers call the layers inside them.
+
+    In evaluation without gradients they have a way of their own, which reads the weights of linear1 and linear2: there
+    an adapter would do nothing, in silence (torch 2.13; PEFT's LoRA does nothing there).
+    """
+    for module in model.modules():
+        if not isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer)):
+            continue
+        if any(isinstance(inner, DoraLayer) for inner in module.modules()):
+            if isinstance(module, nn.TransformerEncoder):
+                # nested tensors go that way alone
+                module.use_nested_tensor = False
+            else:
+                # for torch "an activation that the way does not know"; nothing else reads it
+                module.activation_relu_or_gelu = 0
 
 
 def check_found(model: nn.Module, adapter_name: str, config: DoraConfig) -> None:

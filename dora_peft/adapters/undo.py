@@ -156,7 +156,9 @@ def _tensors_of(modules: list[nn.Module], adapter_name: str) -> list[nn.Paramete
             held = getattr(module, name, None)
             if isinstance(held, (nn.ModuleDict, nn.ParameterDict)) and adapter_name in held:
                 tensors = held[adapter_name]
-                found += [tensors] if isinstance(tensors, nn.Parameter) else tensors.parameters()
+                # a computed one (masks, parametrizations) is a tensor without a name of its own
+                whole = held if isinstance(tensors, Tensor) else tensors
+                found += [tensors] if isinstance(tensors, nn.Parameter) else whole.parameters()
     return found
 
 

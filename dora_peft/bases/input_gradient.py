@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from .base import BaseWeight
@@ -75,6 +74,14 @@ def _try(layer: nn.Module) -> bool:
     return bool(((grad.double() * x.detach().double()).sum() - expected).abs() <= TOLERANCE * expected)
 
 
+def differentiated_twice() -> RuntimeError:
+    """What a backward pass raises that is itself recorded: its gradients would be constants in that graph."""
+    return RuntimeError(
+        "Differentiating twice through a DoRA layer (create_graph=True) needs an output by plain operations. Compute "
+        'the forward pass inside `with dora_peft.implementation("reference"):`, or leave create_graph out.'
+    )
+
+
 class _OverWeight(torch.autograd.Function):
     """y = layer(x) as given, with dx = g W0."""
 
@@ -84,8 +91,9 @@ class _OverWeight(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise differentiated_twice()
         dx = None
         if ctx.needs_input_grad[0]:
             weight = ctx.seam()

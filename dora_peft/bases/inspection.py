@@ -7,6 +7,7 @@ import weakref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from .offload import is_away
 
@@ -20,7 +21,19 @@ _compute_dtypes: weakref.WeakKeyDictionary[nn.Module, tuple[list[torch.dtype], t
 )
 # Whether a layer that is called without its bias computes a linear map.
 _separable: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+# The hooks of all modules at once, which `torch.nn.modules.module.register_module_forward_hook` and its like fill.
+GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
 _PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def has_global_hooks() -> bool:
+    """Whether somebody watches the calls of all modules, so that none may be left out."""
+    return any(GLOBAL_HOOKS)
 
 
 def parts(layer: nn.Module) -> list[Tensor] | None:
@@ -81,7 +94,7 @@ def _without_bias(layer: nn.Module) -> nn.Module | None:
         None if the twin could differ from the layer: hooks, a forward of this very object, or a bias that is
         neither a parameter nor a buffer.
     """
-    if "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks:
+    if "forward" in layer.__dict__ or layer._forward_hooks or layer._forward_pre_hooks or has_global_hooks():
         return None
     twin = object.__new__(type(layer))
     twin.__dict__.update(layer.__dict__)

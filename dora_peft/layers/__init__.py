@@ -6,6 +6,7 @@ create.py      making an adapter on a layer
 forward.py     the output of any kind of layer
 scale.py       c = m / v
 linear.py, embedding.py, conv.py   the kinds
+called.py      when the adapter's modules have to be called: hooks, masks, parametrizations
 shortcut.py    the pass of a linear layer that computes as it did last time
 magnitude.py   m as a module
 merge.py, merge_checks.py   writing W' into the base layer

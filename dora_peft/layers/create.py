@@ -39,8 +39,10 @@ class NewLayer(ComputingLayer, Protocol):
     lora_embedding_B: nn.ParameterDict
     lora_magnitude_vector: nn.ModuleDict
     fan_in_fan_out: bool
+    merged_adapters: list[str]
 
     def factor_parameters(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]: ...
+    def magnitude(self, adapter: str) -> nn.Parameter: ...
 
 
 def create(layer: NewLayer, adapter: str, r: int, lora_alpha: float, config: DoraConfig, magnitude_only: bool) -> None:
@@ -83,6 +85,43 @@ def create(layer: NewLayer, adapter: str, r: int, lora_alpha: float, config: Dor
             offload.keep_resident(module[adapter])
     offload.keep_resident(layer.lora_embedding_A)
     offload.keep_resident(layer.lora_embedding_B)
+
+
+def reset(layer: NewLayer, adapter: str, init_lora_weights: bool | str) -> None:
+    """Initialise an adapter anew, in place: A and B as PEFT does, m = ||W0 + s B A||. False changes nothing, as there.
+
+    Raises:
+        ValueError: The initialisation would change the base weight, the adapter is merged, or its tensors are computed.
+    """
+    base, factors = layer.get_base_layer(), layer.factor_parameters(adapter)
+    magnitude = layer.magnitude(adapter)
+    if init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        raise ValueError(
+            f"init_lora_weights must be True, False, 'gaussian' or 'orthogonal' to reset an adapter, found "
+            f"{init_lora_weights!r}. Others change the base weight: create another adapter."
+        )
+    if any(not isinstance(tensor, nn.Parameter) for tensor in (*factors, magnitude)):
+        raise ValueError(
+            f"Cannot reset adapter '{adapter}' of module '{layer.name}': its tensors are computed from others (prune, "
+            "parametrize). Remove the masks or parametrizations first."
+        )
+    if layer.merged_adapters:
+        raise ValueError(
+            f"Cannot reset adapter '{adapter}' of module '{layer.name}' while it is merged. Unmerge first."
+        )
+    if init_lora_weights is False:
+        return
+    config = DoraConfig(init_lora_weights=init_lora_weights)
+    with offload.at_hand(base), torch.no_grad():
+        initialised = _peft_factors(
+            layer, adapter, layer.r[adapter], layer.lora_alpha[adapter], config, layer.magnitude_only[adapter]
+        )
+        for name, factor in zip("AB", factors, strict=True):
+            made = getattr(initialised, f"lora_{name}" if layer.kind.calls else f"lora_embedding_{name}")[adapter]
+            factor.copy_(made.weight if layer.kind.calls else made)
+        zero = ties.rows_to_keep_zero(layer.base_weight(), init_lora_weights)
+        _finish_factors(layer, factors, layer.magnitude_only[adapter], zero)
+        magnitude.copy_(norms.initial(layer, adapter).reshape(magnitude.shape))
 
 
 def _finish_factors(
@@ -192,6 +231,8 @@ def move_adapter(layer: NewLayer, adapter: str, device: torch.device) -> None:
         if adapter not in held or device.type == "meta":
             continue
         item = held[adapter]
-        for parameter in [item] if isinstance(item, nn.Parameter) else item.parameters():
-            if not parameter.is_meta:
-                parameter.data = parameter.data.to(device)
+        # of a computed one (masks, parametrizations) what it is computed from
+        whole = held if isinstance(item, Tensor) else item
+        for tensor in [item] if isinstance(item, nn.Parameter) else [*whole.parameters(), *whole.buffers()]:
+            if not tensor.is_meta:
+                tensor.data = tensor.data.to(device)

@@ -17,6 +17,7 @@ class EmbeddingKind(Kind):
     """How embeddings differ from the other kinds."""
 
     drops = False
+    calls = False
 
     def multiplies(self, base: nn.Module, forward: object) -> bool:
         # with max_norm it writes to its weight
@@ -51,6 +52,9 @@ class Embedding(DoraLayer, nn.Module):
 
     peft_layer = lora.Embedding
     kind: Kind = EmbeddingKind()
+
+    def factor_modules(self, adapter: str) -> tuple[nn.Module, nn.Module]:
+        return self.lora_embedding_A, self.lora_embedding_B
 
     def factor_parameters(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         return self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import input_gradient, offload
-from ..bases.inspection import linear_map
+from ..bases.inspection import has_global_hooks, linear_map
 from ..ops import choice
 from ..ops.compose import as_now, compose, compose_keeping_output, compose_paper
 from ..ops.content import version
+from . import called
 from .kind import ComputingLayer
 from .scale import scale_of
 
@@ -48,15 +49,31 @@ def adapt(
     dtype: torch.dtype,
 ) -> Tensor:
     """c * (z + s B A x) + b in `dtype`, for z without b: a rounded output with b may have lost what m needs."""
-    c = layer.kind.per_channel(layer.get_base_layer(), scale_of(layer, adapter, differentiable=True, how=how))
-    dropped = _dropped(layer, adapter, x)
-    low_rank = None
-    if not layer.magnitude_only[adapter]:
-        factors = layer.factor_parameters(adapter)
-        low_rank = layer.kind.low_rank(layer, dropped, *factors, layer.scaling[adapter]).to(z.dtype)
+    calls = called.has_to_call(layer, adapter)
+    low_rank = magnitude = None
+    with called.computed_once(calls):
+        dropped = _dropped(layer, adapter, called.as_input(layer, adapter, x) if calls else x)
+        if calls:
+            low_rank = _called_branch(layer, adapter, dropped).to(z.dtype)
+            magnitude = called.magnitude(layer, adapter)
+        elif not layer.magnitude_only[adapter]:
+            factors = layer.factor_parameters(adapter)
+            low_rank = layer.kind.low_rank(layer, dropped, *factors, layer.scaling[adapter]).to(z.dtype)
+        # of the weights that the calls have left
+        c = scale_of(layer, adapter, differentiable=True, how=how, magnitude=magnitude)
+    c = layer.kind.per_channel(layer.get_base_layer(), c)
     if drops_base(layer, adapter):
-        return compose_paper(z, base_product(layer, dropped, (), {})[0], low_rank, c, bias, dtype)
+        return compose_paper(z, base_product(layer, dropped.to(x.dtype), (), {})[0], low_rank, c, bias, dtype)
     return compose(z if low_rank is None else z + low_rank, c, bias, dtype)
+
+
+def _called_branch(layer: ComputingLayer, adapter: str, dropped: Tensor) -> Tensor:
+    """s B A x by calling the modules of A and B; of an embedding, whose factors are no modules, by their values now."""
+    scaling = layer.scaling[adapter]
+    if layer.kind.calls:
+        return called.branch(layer, adapter, dropped) * scaling
+    called.write_weights(*layer.factor_modules(adapter))
+    return layer.kind.low_rank(layer, dropped, *layer.factor_parameters(adapter), scaling)
 
 
 def adapt_mixed(layer: MixedLayer, x: Tensor, names: object, args: Arguments, kwargs: Keywords) -> Tensor:
@@ -96,7 +113,7 @@ def adapt_keeping_output(
     """The output of the layer with one adapter, keeping less for the backward pass than `adapt` does."""
     if not torch.is_grad_enabled():
         return adapt_plainly(layer, [adapter], how, x, args, kwargs)
-    product, scaling = _pinned_product(layer, args, kwargs), layer.scaling[adapter]
+    product, scaling = _pinned_product(layer, args, kwargs), float(layer.scaling[adapter])
     needed = [x]
     if not layer.magnitude_only[adapter]:
         needed += [_dropped(layer, adapter, x), *layer.factor_parameters(adapter)]
@@ -140,7 +157,8 @@ def may_differ_again(layer: ComputingLayer) -> bool:
     Hooks of the user's may draw random numbers, count, or be gone by then. So may the forward of a subclass.
     """
     base = layer.base_layer
-    return bool(base._forward_hooks or base._forward_pre_hooks) or layer.kind.computes_otherwise(base)
+    watched = bool(base._forward_hooks or base._forward_pre_hooks) or has_global_hooks()
+    return watched or layer.kind.computes_otherwise(base)
 
 
 def base_product(layer: ComputingLayer, x: Tensor, args: Arguments, kwargs: Keywords) -> tuple[Tensor, torch.dtype]:
@@ -220,6 +238,8 @@ def dense_weight(layer: ComputingLayer) -> Tensor | None:
     if not layer.kind.multiplies(base, type(base).forward) or "forward" in base.__dict__:
         return None
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+        return None
+    if has_global_hooks():
         return None
     weight = base._parameters.get("weight")
     if weight is None or type(weight) not in (Tensor, nn.Parameter):

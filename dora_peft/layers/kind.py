@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..norms import AdaptedLayer
@@ -17,7 +18,8 @@ class ComputingLayer(AdaptedLayer, Protocol):
     Attributes:
         kind: How it computes.
         base_layer: What it wraps, perhaps another wrapper.
-        lora_dropout, detach_norm, dropout_mode: The options of each adapter.
+        lora_dropout, lora_magnitude_vector: Modules of each adapter.
+        detach_norm, dropout_mode: The options of each adapter.
         _outputs: What is known about the layer's outputs.
     """
 
@@ -32,7 +34,13 @@ class ComputingLayer(AdaptedLayer, Protocol):
     def detach_norm(self) -> Mapping[str, bool]: ...
     @property
     def dropout_mode(self) -> Mapping[str, str]: ...
+    @property
+    def lora_magnitude_vector(self) -> nn.ModuleDict: ...
 
+    def factor_modules(self, adapter: str) -> tuple[nn.Module, nn.Module]:
+        """What holds A and B: a module of each, or the dictionary of an embedding's."""
+
+    def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor: ...
     def _get_embed_scale(self) -> Tensor | float | None: ...
 
 
@@ -41,6 +49,8 @@ class Kind:
 
     # Whether dropout acts on the input; ids have none.
     drops = True
+    # Whether A and B are modules; an embedding's are parameters.
+    calls = True
 
     def multiplies(self, base: nn.Module, forward: object) -> bool:
         """Whether `multiply` computes what this forward method of a base layer does, but for b."""

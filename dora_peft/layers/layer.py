@@ -23,7 +23,7 @@ from ..config import DoraConfig
 from ..norms import ties
 from ..ops import choice
 from ..ops.overwritten import Outputs
-from . import create, merge
+from . import called, create, merge
 from .forward import adapt_keeping_output, adapt_mixed, adapt_plainly, drops_base, may_differ_again
 from .kind import Kind
 from .magnitude import Magnitude, warn_about_low_precision
@@ -170,6 +170,10 @@ class DoraLayer(BaseTunerLayer):
         self._shortcut = None
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """Initialise an adapter anew, in place; see `create.reset`."""
+        create.reset(self, adapter_name, init_lora_weights)
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter's tensors; PEFT's own also casts them to the base's dtype, and fp32 factors lose 16 bits."""
         create.move_adapter(self, adapter_name, self.base_weight().device if device is None else device)
@@ -180,8 +184,14 @@ class DoraLayer(BaseTunerLayer):
         modules = self._modules
         return modules["lora_A"]._modules[adapter].weight, modules["lora_B"]._modules[adapter].weight  # type: ignore[union-attr, return-value]
 
+    def factor_modules(self, adapter: str) -> tuple[nn.Module, nn.Module]:
+        """What holds A and B."""
+        modules = self._modules
+        return modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]  # type: ignore[union-attr, return-value]
+
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r] as matrices over the base weight's rows."""
+        """A [r, in] and B [out, r] as matrices over the base weight's rows, outside of a forward pass."""
+        called.write_weights(*self.factor_modules(adapter), self.lora_magnitude_vector[adapter])
         return self.as_matrices(*self.factor_parameters(adapter))
 
     def as_matrices(self, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,9 +237,9 @@ class DoraLayer(BaseTunerLayer):
         how = choice.decide(x.device, x.dtype)
         if len(adapters) == 1 and not drops_base(self, adapters[0]):
             if how in ("torch", "triton"):
-                if not may_differ_again(self):
+                if not may_differ_again(self) and not called.has_to_call(self, adapters[0]):
                     return self.adapt_fast(adapters[0], how, x, args, kwargs)
-            elif how == "compiled" and not args and not kwargs:
+            elif how == "compiled" and not args and not kwargs and not called.has_to_call(self, adapters[0]):
                 compiled = self.adapt_compiled(adapters[0], x)
                 if compiled is not None:
                     return compiled
@@ -303,19 +313,20 @@ class DoraLayer(BaseTunerLayer):
         self._freeze_zero_factors()
 
     def _freeze_zero_factors(self) -> None:
-        for adapter, only in self.magnitude_only.items():
-            if only:
-                for factor in self.factor_parameters(adapter):
-                    factor.requires_grad_(False)
+        for adapter in [name for name, only in self.magnitude_only.items() if only]:
+            for held in (self.lora_A, self.lora_B, self.lora_embedding_A, self.lora_embedding_B):
+                if adapter in held:
+                    held[adapter].requires_grad_(False)
 
     def initial_scaling(self, adapter: str) -> float:
         """s before anyone rescaled the adapter, lora_alpha / r or / sqrt(r): what a checkpoint is written for."""
         return float(self.lora_alpha[adapter] / reference.alpha_divisor(self.r[adapter], self.use_rslora[adapter]))
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the adapter's scaling to `scale` times its initial one."""
+        """Set the adapter's scaling to `scale` times its initial one; in place where it is a tensor, see hotswap.py."""
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.initial_scaling(adapter)
+            value, old = scale * self.initial_scaling(adapter), self.scaling[adapter]
+            self.scaling[adapter] = old.fill_(value) if isinstance(old, Tensor) else value
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters by `scale`; the norm follows."""
@@ -325,12 +336,11 @@ class DoraLayer(BaseTunerLayer):
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters by `scale`, or reset it if None."""
-        for adapter in self.active_adapters:
-            if adapter in self.scaling:
-                if scale is None:
-                    self.set_scale(adapter, 1.0)
-                else:
-                    self.scaling[adapter] /= scale
+        for adapter in [name for name in self.active_adapters if name in self.scaling]:
+            if scale is None:
+                self.set_scale(adapter, 1.0)
+            else:
+                self.scaling[adapter] /= scale
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return self.base_weight().has_rows and self.kind.merge_obstacle(self.get_base_layer()) is None

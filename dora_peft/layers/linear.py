@@ -117,7 +117,7 @@ def adapt_linear(
     base_out = None if weight is not None else base_output(layer, x, args, kwargs)
     # after the call: some libraries round it to the dtype of x, for good
     bias = bias_of(layer)
-    scaling, stored = layer.scaling[adapter], layer.original_weight()
+    scaling, stored = float(layer.scaling[adapter]), layer.original_weight()
     by_kernels = norms.computes_by_kernels(lora_A, stored)
     known = norms.fresh(layer, adapter, lora_A, lora_B, scaling, stored, by_kernels)
     if not layer.training and not torch.is_grad_enabled():
@@ -183,17 +183,24 @@ class Linear(DoraLayer, nn.Module):
         if not choice.uses_kernels(x.device, x.dtype, weight.dtype):
             return self._composed_in_graph(adapter, x, weight) if p == 0 else None
         c = scale_of(self, adapter, differentiable=True, how="compiled")
-        factors = self.factor_parameters(adapter)
-        return linear_operator(x, weight, bias_of(self), *factors, c, self.scaling[adapter], p, self.number)
+        (lora_A, lora_B), scaling = self._factors_and_number(adapter)
+        return linear_operator(x, weight, bias_of(self), lora_A, lora_B, c, scaling, p, self.number)
 
     def _composed_in_graph(self, adapter: str, x: Tensor, weight: Tensor) -> Tensor | None:
         """The output of a training pass that computes v itself, None where it is looked up."""
-        factors, magnitude = self.factor_parameters(adapter), self.magnitude(adapter)
+        factors, scaling = self._factors_and_number(adapter)
+        magnitude = self.magnitude(adapter)
         if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or not self.detach_norm[adapter]:
             return None
         if not can_compose(weight, x, *factors, magnitude) or norms.traced_ties(self, adapter) is not None:
             return None
-        scaling = self.scaling[adapter]
         composed, norm = composed_norm(weight, *factors, scaling)
         z = composed_product(x, *factors, weight, composed, scaling)
         return compose(z, magnitude / norm, bias_of(self), x.dtype)
+
+    def _factors_and_number(self, adapter: str) -> tuple[tuple[Tensor, Tensor], float]:
+        """A, B and s, which prepare_model_for_compiled_hotswap makes a tensor: it goes into B then."""
+        (lora_A, lora_B), scaling = self.factor_parameters(adapter), self.scaling[adapter]
+        if isinstance(scaling, Tensor):
+            return (lora_A, lora_B * scaling), 1.0
+        return (lora_A, lora_B), scaling

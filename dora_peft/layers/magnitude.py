@@ -45,6 +45,10 @@ class Magnitude(nn.Module):
                 # another thread has just made or copied a model
                 continue
 
+    def forward(self) -> Tensor:
+        """m as stored; called only where a hook or a mask is on this module, see called.py."""
+        return self.weight
+
     def cast(self, dtype: torch.dtype) -> None:
         """Change the dtype, low precision included: on explicit request only."""
         self.asked = dtype

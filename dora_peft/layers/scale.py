@@ -19,15 +19,17 @@ def scale_of(
     differentiable: bool = False,
     how: choice.How | None = None,
     known: norms.Snapshot | None = None,
+    magnitude: Tensor | None = None,
 ) -> Tensor:
     """c [out]; with the norm's gradient if `differentiable` and the adapter's config ask for it.
 
     Args:
         how: What `choice.decide` said, if the caller has asked.
         known: The adapter's norm, if the caller has just asked for it.
+        magnitude: m, if it is another than the layer holds.
     """
     how = choice.decide(torch.device("cpu")) if how is None else how
-    magnitude = layer.magnitude(adapter).view(-1)
+    magnitude = (layer.magnitude(adapter) if magnitude is None else magnitude).view(-1)
     trained = differentiable and not layer.detach_norm[adapter]
     if how == "dense":
         # v by plain operations: a transform's A and B are no parameters, and a recording has to hold for others. The
@@ -50,7 +52,7 @@ def scale_of(
         lora_A, lora_B = layer.as_matrices(*layer.factor_parameters(adapter))
         if lora_A.requires_grad or lora_B.requires_grad:
             squared = norms.base_squared(layer)
-            value = weight_norm(layer.base_weight(), squared, lora_A, lora_B, layer.scaling[adapter], value)
+            value = weight_norm(layer.base_weight(), squared, lora_A, lora_B, float(layer.scaling[adapter]), value)
     return scale(magnitude, value, known.tied)
 
 

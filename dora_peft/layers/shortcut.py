@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import norms
+from ..bases.inspection import GLOBAL_HOOKS
 from ..ops import choice, torch_names
 from ..ops.constants import LOW_PRECISION
 from ..ops.linear import linear_eval
@@ -51,9 +52,13 @@ def key_of(layer: ComputingLayer, holder: Holder, x: Tensor, adapter: str) -> Fo
         return None
     modules, active, base = holder._modules, holder._active_adapter, layer.base_layer
     try:
-        lora_A = modules["lora_A"]._modules[adapter]._parameters["weight"]  # type: ignore[union-attr]
-        lora_B = modules["lora_B"]._modules[adapter]._parameters["weight"]  # type: ignore[union-attr]
-        magnitude = modules["lora_magnitude_vector"]._modules[adapter]._parameters["weight"]  # type: ignore[union-attr]
+        to_rank: nn.Module = modules["lora_A"]._modules[adapter]  # type: ignore[union-attr, assignment]
+        from_rank: nn.Module = modules["lora_B"]._modules[adapter]  # type: ignore[union-attr, assignment]
+        own: nn.Module = modules["lora_magnitude_vector"]._modules[adapter]  # type: ignore[union-attr, assignment]
+        added = to_rank._parameters["bias"] is not None or from_rank._parameters["bias"] is not None
+        # a computed one is no parameter
+        lora_A, lora_B = to_rank._parameters["weight"], from_rank._parameters["weight"]
+        magnitude = own._parameters["weight"]
         dropout, weight, bias = layer.lora_dropout[adapter], base._parameters["weight"], base._parameters["bias"]
     except KeyError:
         return None
@@ -64,7 +69,6 @@ def key_of(layer: ComputingLayer, holder: Holder, x: Tensor, adapter: str) -> Fo
         active if type(active) is str else tuple(active),
         holder._disable_adapters,
         bool(holder.merged_adapters),
-        holder.training,
         torch.is_grad_enabled(),
         choice.selected,
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
@@ -82,6 +86,17 @@ def key_of(layer: ComputingLayer, holder: Holder, x: Tensor, adapter: str) -> Fo
         layer.dropout_mode[adapter],
         type(dropout),
         vars(dropout).get("p", 0.0),
+        # and with it that of the layer, see called.py
+        dropout.training,
+        # the modules, whose hooks a shortcut asks for
+        dropout,
+        to_rank,
+        from_rank,
+        own,
+        added,
+        type(to_rank).forward,
+        type(from_rank).forward,
+        type(own).forward,
     )
     return key, lora_A, lora_B, magnitude
 
@@ -111,10 +126,20 @@ class Shortcut:
         self.base, self.weight, self.options = layer.base_layer, weight, options
         self.stored, self.bias = self.base.get_parameter("weight"), self.base._parameters["bias"]
         self.by_kernels = norms.computes_by_kernels(found[1], self.stored)
+        factors, own = layer.factor_modules(adapter), layer.lora_magnitude_vector[adapter]
+        self.attributes = [vars(module) for module in (*factors, own, layer.lora_dropout[adapter])]
 
     def __call__(self, layer: ComputingLayer, holder: Holder, x: Tensor) -> Tensor | None:
         """The output for x, None if something has changed since."""
         adapter, options = self.adapter, self.options
+        # what has to be called is not read, see called.py
+        if any(GLOBAL_HOOKS):
+            return None
+        for held in self.attributes:
+            if held["_forward_hooks"] or held["_forward_pre_hooks"] or "forward" in held:
+                return None
+            if held["_backward_hooks"] or held["_backward_pre_hooks"]:
+                return None
         found = key_of(layer, holder, x, adapter)
         if found is None or found[0] != self.key:
             return None
@@ -169,6 +194,9 @@ def shortcut_for(
     found = key_of(layer, holder, x, adapter)
     # what a captured graph's pass took may not be what the next one takes
     if found is None or not choice.is_decided(x.device):
+        return None
+    # after prepare_model_for_compiled_hotswap
+    if isinstance(layer.scaling[adapter], Tensor):
         return None
     # magnitudes in low precision are looked at in each pass, unless that was asked for, see magnitude.py; evaluation
     # trains nothing

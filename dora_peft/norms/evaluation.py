@@ -29,7 +29,7 @@ def folded(layer: AdaptedLayer, adapter: str, known: Snapshot) -> Folded:
     with torch.inference_mode(False), torch.no_grad():
         held = Bits(magnitude)
         c = scale(held.copy.view(-1), known.value, known.tied)
-        scaling, alpha = layer.scaling[adapter], 1.0
+        scaling, alpha = float(layer.scaling[adapter]), 1.0
         if not choice.uses_kernels(lora_B.device, dtype):
             scaling, alpha = 1.0, float(scaling)
         product = fold(lora_B.detach(), c, scaling).to(dtype)

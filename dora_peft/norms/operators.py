@@ -70,14 +70,17 @@ def traced(layer: AdaptedLayer, adapter: str) -> tuple[Tensor, Tensor | None]:
     """v [out] without gradient and the tied rows, while torch.compile traces the layer."""
     tied = traced_ties(layer, adapter)
     lora_A, lora_B = layer.factor_parameters(adapter)
-    stored = layer.original_weight()
+    stored, scaling = layer.original_weight(), layer.scaling[adapter]
+    if isinstance(scaling, Tensor):
+        # after prepare_model_for_compiled_hotswap: not a part of the graph
+        lora_B, scaling = lora_B * scaling, 1.0
     dense = stored if isinstance(stored, Tensor) and type(stored) in (Tensor, nn.Parameter) else None
     dense = dense if dense is not None and dense.is_floating_point() else None
     value = torch.ops.dora_peft.weight_norm(
         lora_A.detach(),
         lora_B.detach(),
         None if dense is None else dense.detach(),
-        float(layer.scaling[adapter]),
+        float(scaling),
         layer.number,
         adapter,
         layer.magnitude(adapter).numel(),

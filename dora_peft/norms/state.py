@@ -27,7 +27,7 @@ _checking = False
 
 def up_to_date(layer: AdaptedLayer, adapter: str) -> Snapshot:
     """v of an adapter, refreshed if A, B, s or W0 hold something else than when it was computed. No gradient."""
-    factors, scaling, stored = layer.factor_parameters(adapter), layer.scaling[adapter], layer.original_weight()
+    factors, scaling, stored = layer.factor_parameters(adapter), float(layer.scaling[adapter]), layer.original_weight()
     return up_to_date_for(layer, adapter, factors, scaling, stored)
 
 
@@ -282,7 +282,7 @@ def initial(layer: AdaptedLayer, adapter: str) -> Tensor:
     lora_A, lora_B = layer.factor_parameters(adapter)
     with _undisturbed(lora_A.device.type):
         base = base_norm(layer)
-        value = _compute(layer, adapter, base.squared, lora_A, lora_B, layer.scaling[adapter], None)
+        value = _compute(layer, adapter, base.squared, lora_A, lora_B, float(layer.scaling[adapter]), None)
         zero = value == 0
         settle_as(layer, adapter, zero if bool(zero.any()) else None)
     return value

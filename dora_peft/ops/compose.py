@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from ..bases.input_gradient import differentiated_twice
 from .constants import DROWNED, TINY
 from .kept_output import KeptOutput
 from .overwritten import Outputs
@@ -64,8 +64,9 @@ class _Compose(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise differentiated_twice()
         c, bias, *rest = ctx.saved_tensors
         need_z, need_c, need_bias = ctx.needs_input_grad[:3]
         d_z = d_c = d_bias = None

@@ -27,8 +27,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..bases.input_gradient import differentiated_twice
 from . import linear_by_kernels
 from .content import version
 from .dropout import dropout_mask
@@ -118,8 +118,9 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise differentiated_twice()
         check_unchanged(ctx)
         if not torch.is_autocast_enabled(grad.device.type):
             *gradients, d_c = _by_torch(ctx, grad)

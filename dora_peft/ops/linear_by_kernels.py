@@ -11,8 +11,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..bases.input_gradient import differentiated_twice
 from . import torch_names
 from .content import version
 from .kept_output import KeptOnDevice, KeptOutput, is_kept_plainly
@@ -80,9 +80,8 @@ class _LinearByKernels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # to be differentiated again it would have to be recorded, of which `once_differentiable` takes care
         if torch.is_grad_enabled():
-            return _backward_once(ctx, grad)
+            raise differentiated_twice()
         return _backward(ctx, grad)
 
 
@@ -110,9 +109,6 @@ def _backward(ctx, grad):
         # that of m = c v
         d_c = d_c / ctx.norm
     return *gradients, d_c, None, None, None
-
-
-_backward_once = once_differentiable(_backward)
 
 
 def _gradients(ctx, grad):

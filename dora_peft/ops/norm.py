@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..bases import BaseWeight, scratch
+from ..bases.input_gradient import differentiated_twice
 from . import choice
 from .constants import CANCELLATION
 from .products import Products, compose_weight, multiply_many
@@ -172,8 +172,9 @@ class _WeightNorm(torch.autograd.Function):
         return norm.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            raise differentiated_twice()
         lora_A, lora_B, norm = ctx.saved_tensors
         weight, s = ctx.weight, ctx.scaling
         with torch.autocast(grad.device.type, enabled=False):

@@ -24,6 +24,10 @@ What `register`, called when the package is imported, installs:
       .save_pretrained              writes its files in place: they go to a temporary directory first, and the model
                                     card is completed
       ._upload_modified_files       transformers' push_to_hub overwrites that card with a generic one: it is made again
+    peft.utils.hotswap              its functions know PEFT's LoRA layers alone (hotswap.py)
+    create_loraplus_optimizer,      know A and B alone, and treat m as B or as A (optimizers.py)
+    create_lorafa_optimizer
+    PeftMixedModel's check          lists the kinds it takes, without a reason (mixed.py)
     load_peft_weights, torch_load   safetensors' and torch's errors about a damaged file name neither file nor cure
                                     (models.py)
     PeftAdapterMixin                (transformers.py)
@@ -62,7 +66,7 @@ from ..bases.offload import staying_add_hook
 from ..config import DoraConfig
 from ..layers import DoraLayer
 from ..model import DoraModel
-from . import configs, models, peft_020, transformers
+from . import configs, hotswap, mixed, models, optimizers, peft_020, transformers
 from .patching import patch
 from .peft_type import add_peft_type
 
@@ -87,6 +91,9 @@ def register() -> None:
     configs.install()
     models.install()
     transformers.install()
+    hotswap.install()
+    mixed.install()
+    optimizers.install()
     patch(accelerate.hooks, "add_hook_to_module", staying_add_hook)
     if not hasattr(BaseTuner, "_get_adapter_state_dict"):
         peft_020.install()

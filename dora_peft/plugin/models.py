@@ -9,6 +9,7 @@ import shutil
 from typing import cast
 
 import peft.peft_model
+import peft.utils.hotswap
 import peft.utils.save_and_load
 import torch
 from peft import PeftConfig, PeftModel
@@ -53,8 +54,8 @@ def install() -> None:
     patch(PeftModel, "set_adapter", _set_adapter)
     patch(PeftModel, "save_pretrained", _save_pretrained)
     patch(PeftModel, "_upload_modified_files", _upload_modified_files)
-    # by both names under which PEFT's own functions call it
-    for module in (peft.peft_model, peft.utils.save_and_load):
+    # by all names under which PEFT's own functions call it
+    for module in (peft.peft_model, peft.utils.save_and_load, peft.utils.hotswap):
         patch(module, "load_peft_weights", _load_peft_weights)
     patch(peft.utils.save_and_load, "torch_load", _torch_load)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -41,6 +42,13 @@ def unpatch(owner: object, name: str) -> None:
     """Give `owner.name` back what `patch` replaced; nothing happens if it is not patched."""
     current = inspect.getattr_static(owner, name)
     setattr(owner, name, getattr(current, _ORIGINAL, current))
+
+
+def patch_everywhere(name: str, make: Callable[[Function], Function], package: str = "peft") -> None:
+    """`patch` a function in every module of a package that has imported it under its own name."""
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] == package and callable(vars(module).get(name)):
+            patch(module, name, make)
 
 
 @contextmanager

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from types import ModuleType
-
 from torch import Tensor, nn
 
 from ..adapters.checkpoint import from_checkpoint, to_checkpoint
 from ..config import DoraConfig
-from .patching import Function, patch
+from .patching import Function, patch_everywhere
 
 
 def install() -> None:
     """Patch both functions in every module of PEFT that has imported them."""
-    for module in _importers("get_peft_model_state_dict"):
-        patch(module, "get_peft_model_state_dict", _get_state_dict)
-    for module in _importers("set_peft_model_state_dict"):
-        patch(module, "set_peft_model_state_dict", _set_state_dict)
+    patch_everywhere("get_peft_model_state_dict", _get_state_dict)
+    patch_everywhere("set_peft_model_state_dict", _set_state_dict)
 
 
 def _get_state_dict(original: Function) -> Function:
@@ -63,9 +57,3 @@ def _config(model: nn.Module, adapter_name: str) -> DoraConfig | None:
     """The adapter's config if it is DoRA."""
     configs = getattr(model, "peft_config", {})
     return configs[adapter_name] if isinstance(configs[adapter_name], DoraConfig) else None
-
-
-def _importers(name: str) -> Iterator[ModuleType]:
-    for module_name, module in list(sys.modules.items()):
-        if module_name.partition(".")[0] == "peft" and name in vars(module):
-            yield module

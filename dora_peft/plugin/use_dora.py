@@ -21,6 +21,7 @@ from .. import norms
 from ..bases import BaseWeight, base_weight, unpack_for_gradient
 from ..bases.inspection import stored_weight
 from ..bases.offload import at_hand
+from ..layers import called
 from ..layers.conv import ConvKind
 from ..layers.embedding import EmbeddingKind
 from ..layers.forward import adapt_keeping_output, adapt_plainly, drops_base, may_differ_again
@@ -160,6 +161,13 @@ def _kind(module: PeftLayer) -> Kind:
     return ConvKind() if isinstance(module, lora.layer._ConvNd) else LinearKind()
 
 
+def _factor_modules(module: PeftLayer, adapter: str) -> tuple[nn.Module, nn.Module]:
+    """What holds A and B."""
+    if isinstance(module, lora.Embedding):
+        return module.lora_embedding_A, module.lora_embedding_B
+    return module.lora_A[adapter], module.lora_B[adapter]
+
+
 def _obstacle(module: PeftLayer) -> str | None:
     """Why PEFT has to compute this layer now; None if this package can."""
     if not isinstance(module, tuple(_peft_classes())):
@@ -180,6 +188,9 @@ def _obstacle(module: PeftLayer) -> str | None:
         return "lora_bias"
     if choice.transforming():
         return "a torch.func transform"
+    holder, dropout = module.lora_magnitude_vector[active[0]], module.lora_dropout[active[0]]
+    if called.are_called(_factor_modules(module, active[0]), holder, dropout, module.training):
+        return "hooks, masks or parametrizations on its factors or dropout"
     return None
 
 
@@ -246,6 +257,10 @@ class View:
         return self.module.lora_dropout
 
     @property
+    def lora_magnitude_vector(self) -> nn.ModuleDict:
+        return self.module.lora_magnitude_vector
+
+    @property
     def dropout_mode(self) -> Mapping[str, str]:
         return _Always("branch" if _state == "branch" else "paper")
 
@@ -257,6 +272,12 @@ class View:
 
     def base_weight(self, weight: Tensor | None = None) -> BaseWeight:
         return base_weight(self.get_base_layer(), self.name, weight)
+
+    def factor_modules(self, adapter: str) -> tuple[nn.Module, nn.Module]:
+        return _factor_modules(self.module, adapter)
+
+    def _cast_input_dtype(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.module._cast_input_dtype(x, dtype)
 
     def factor_parameters(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
         module = self.module

@@ -1,9 +1,13 @@
 """Which modules an adapter goes on, and what is said of the others."""
 
+import warnings
+
 import pytest
+import torch
+from peft import get_peft_model
 from torch import nn
 
-from dora_peft import DoraConfig
+from dora_peft import DoraConfig, DoraLayer
 from dora_peft.adapters import targets
 
 
@@ -81,3 +85,85 @@ def test_an_error_says_what_could_be_adapted():
     error = targets.with_names(ValueError("Target modules x not found in the base model."), Block())
     assert "Modules of Block that can be adapted are named up;" in str(error)
     assert targets.with_names(ValueError("something else"), Block()) is None
+
+
+class Attending(nn.Module):
+    """One of torch's own transformers, whose attention reads the weight of its output layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.encoder(x))
+
+
+@pytest.mark.parametrize(
+    ("field", "written"),
+    [
+        ("target_modules", "all-linear"),
+        ("target_modules", "ALL-LINEAR"),
+        ("magnitude_only_modules", "all-linear"),
+    ],
+)
+def test_all_linear_skips_what_is_not_called(field, written):
+    model = Attending()
+    with pytest.warns(UserWarning, match=r"leaves out encoder\.self_attn\.out_proj"):
+        model = get_peft_model(model, DoraConfig(r=2, **{field: written}))
+    adapted = {n.removeprefix("base_model.model.") for n, m in model.named_modules() if isinstance(m, DoraLayer)}
+    assert adapted == {"encoder.linear1", "encoder.linear2", "head"}
+
+
+def test_all_linear_without_attention_says_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_peft_model(nn.Sequential(nn.Linear(3, 4)), DoraConfig(r=2, target_modules="all-linear"))
+    assert isinstance(model.base_model.model[0], DoraLayer)
+
+
+def test_all_linear_skips_what_mamba_never_calls():
+    model = Block("mamba2")
+    model.out_proj = nn.Linear(4, 3)
+    with pytest.warns(UserWarning, match="leaves out out_proj"):
+        assert targets.all_linear(model, DoraConfig()) == {"up"}
+
+
+def test_naming_the_output_layer_of_attention_is_still_refused():
+    with pytest.raises(ValueError, match="uses its weight without calling it"):
+        get_peft_model(Attending(), DoraConfig(r=2, target_modules=["out_proj"]))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_adapter_inside_torchs_transformer_runs(training, grad):
+    """In evaluation without gradients torch has a way of its own, which reads the weights of linear1 and linear2."""
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="leaves out"):
+        model = get_peft_model(Attending(), DoraConfig(r=2, target_modules="all-linear")).train(training)
+    x = torch.randn(2, 5, 8)
+    with torch.set_grad_enabled(grad):
+        before = model(x)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name and "encoder" in name:
+                    parameter.normal_()
+        after = model(x)
+    assert (after - before).abs().max() > 1e-2
+
+
+def test_a_padded_batch_through_torchs_encoder():
+    """Which in evaluation turns it into nested tensors, for the way of its own."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = get_peft_model(nn.TransformerEncoder(layer, 2), DoraConfig(r=2, target_modules=["linear1", "linear2"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    x, padding = torch.randn(2, 5, 8), torch.arange(5) >= torch.tensor([[5], [3]])
+    # without dropout the same, but never by that way
+    expected = model.train()(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        found = model.eval()(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(found[~padding], expected[~padding])

@@ -166,3 +166,10 @@ def test_layers_below_train_with_the_gradient_over_the_weight(how, checkpointing
     assert found.keys() == expected.keys()
     for name, grad in found.items():
         torch.testing.assert_close(grad, expected[name], rtol=2e-2, atol=2e-2 * expected[name].abs().max().item())
+
+
+def test_a_gradient_of_the_gradient_is_refused():
+    layer, x = Packed("detached"), torch.randn(3, 16, requires_grad=True)
+    y = call(layer, lambda: base_weight(layer, "layer"), x)
+    with pytest.raises(RuntimeError, match=r'create_graph=True.*implementation\("reference"\)'):
+        torch.autograd.grad(y.square().sum(), x, create_graph=True)

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from called_fixtures import attach
+from layer_fixtures import One, base_of, distance, dora, example
+from layer_fixtures import adapted as trained
 from peft import get_peft_model
 from torch import nn
 
@@ -57,3 +60,52 @@ def test_an_initialisation_of_linear_layers_is_refused_elsewhere():
     with pytest.raises(ValueError, match=r"'orthogonal' is not available for module '0' \(Conv2d\)"):
         create.create(layer, "second", 2, 4, DoraConfig(init_lora_weights="orthogonal"), False)
     assert "second" not in layer.lora_A
+
+
+@pytest.mark.parametrize("kind", ["linear", "Conv1D", "embedding", "conv2d"])
+def test_resetting_starts_anew(kind):
+    model = trained(kind, torch.float64).double()
+    layer, x = dora(model), example(model)
+    base, parameters = base_of(model)(x).detach(), {n: id(p) for n, p in model.named_parameters()}
+    model(x), model(x)
+    layer.reset_lora_parameters("default", False)
+    assert distance(model(x), base) > 1e-2
+    for init in (True, "gaussian"):
+        if init == "gaussian" and kind != "linear":
+            continue
+        before = layer.factor_parameters("default")[0].detach().clone()
+        layer.reset_lora_parameters("default", init)
+        assert distance(model(x), base) < 1e-6
+        assert {n: id(p) for n, p in model.named_parameters()} == parameters
+        assert not torch.equal(layer.factor_parameters("default")[0], before)
+        v = torch.linalg.vector_norm(layer.base_weight().dense(), dim=1)
+        torch.testing.assert_close(layer.magnitude("default").detach().flatten(), v)
+        for p in layer.factor_parameters("default"):
+            assert p.requires_grad
+        with torch.no_grad():
+            layer.factor_parameters("default")[0].normal_()
+            layer.factor_parameters("default")[1].normal_()
+
+
+def test_what_cannot_be_reset():
+    model = trained("linear")
+    layer = dora(model)
+    with pytest.raises(ValueError, match="'pissa'"):
+        layer.reset_lora_parameters("default", "pissa")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        layer.reset_lora_parameters("default", True)
+    model.unmerge_adapter()
+    attach(layer, "mask", "B")
+    with pytest.raises(ValueError, match="computed from others"):
+        layer.reset_lora_parameters("default", True)
+
+
+def test_magnitudes_alone_stay_alone_when_reset():
+    model = get_peft_model(One(nn.Linear(4, 3)), DoraConfig(r=2, magnitude_only_modules=["layer"]))
+    layer = dora(model)
+    with torch.no_grad():
+        layer.magnitude("default").mul_(2)
+    layer.reset_lora_parameters("default", True)
+    assert not any(p.any() for p in layer.factor_parameters("default"))
+    torch.testing.assert_close(layer.magnitude("default"), layer.base_layer.weight.norm(dim=1))

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from layer_fixtures import Truth, distance, dora, example
+from layer_fixtures import adapted as model_of
 from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import dora_peft
 from dora_peft import DoraConfig
 from dora_peft.layers import forward
 
@@ -92,3 +95,23 @@ def test_a_weight_that_is_written_before_backward_is_named():
         layer.get_base_layer().weight.mul_(2)
     with pytest.raises(RuntimeError, match="base weight of module '0' was changed"):
         y.sum().backward()
+
+
+@pytest.mark.implementation("torch")
+@pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d"])
+def test_differentiating_twice_is_refused_but_by_the_reference(kind):
+    model = model_of(kind, torch.float64).double()
+    layer, x = dora(model), example(model)
+
+    def second(y, A, m):
+        (first,) = torch.autograd.grad(y.square().sum(), A, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), m)[0]
+
+    own = layer.factor_parameters("default")[0], layer.magnitude("default")
+    with pytest.raises(RuntimeError, match=r'create_graph=True.*implementation\("reference"\)'):
+        second(model(x), *own)
+    with dora_peft.implementation("reference"):
+        found = second(model(x), *own)
+    truth = Truth(model, x)
+    A, _, m = truth.parameters["default"]
+    assert distance(found, second(truth.y, A, m)) < 1e-10

@@ -1,6 +1,7 @@
 """The shortcut of a linear layer: everything that closes it is needed, and is tested here.
 
-The last tests take one part after the other out of the key: some scenario of shortcut_fixtures.py has to fail then.
+The last tests take one part after the other out of the key: some scenario of shortcut_fixtures.py or
+shortcut_modules.py has to fail then.
 """
 
 import ast
@@ -10,6 +11,7 @@ import textwrap
 
 import pytest
 import shortcut_fixtures
+import shortcut_modules
 import torch
 from layer_fixtures import One, adapted, dora
 from peft import get_peft_model
@@ -25,7 +27,7 @@ SCENARIOS = {
     **{name: write(name) for name in "ABm"},
     **{
         name: scenario
-        for name, scenario in vars(shortcut_fixtures).items()
+        for name, scenario in (vars(shortcut_fixtures) | vars(shortcut_modules)).items()
         if inspect.isfunction(scenario) and list(inspect.signature(scenario).parameters) == ["mode"]
     },
 }

@@ -197,13 +197,8 @@ def test_a_second_derivative_raises(form, loss):
     # whose own branch is twice differentiable, so x would have a derivative without the rest
     if form == "base_out":
         problem.only("A", "B", "m")
-    found = problem.gradients(loss(problem.y(form)), torch.ones(()), create_graph=True)
-    for name, grad in found.items():
-        # dm = dc / v
-        if name == "m":
-            assert grad.shape == (7,)
-        with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-            grad.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r'create_graph=True.*implementation\("reference"\)'):
+        problem.gradients(loss(problem.y(form)), torch.ones(()), create_graph=True)
 
 
 def hooks_are_active():

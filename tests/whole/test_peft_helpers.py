@@ -1,11 +1,10 @@
-"""PEFT's and transformers' helpers on DoRA models: rescaling, conversion, status reports, LoRA+."""
+"""PEFT's and transformers' helpers on DoRA models: rescaling, conversion, status reports."""
 
 import peft
 import pytest
 import torch
 from model_fixtures import (
     NAMES,
-    adapter_parameters,
     config,
     dense,
     dense_output,
@@ -19,7 +18,6 @@ from model_fixtures import (
 )
 from peft import LoraConfig, PeftModel, get_layer_status, get_model_status, get_peft_model
 from peft.helpers import rescale_adapter_scale
-from peft.optimizers import create_loraplus_optimizer
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 2])
@@ -67,16 +65,3 @@ def test_status_reports():
     assert {layer.name for layer in get_layer_status(model)} == {f"model.{n}" for n in NAMES}
     model.merge_adapter()
     assert get_model_status(model).merged_adapters == ["default"]
-
-
-def test_loraplus_groups_are_those_of_pefts_dora():
-    def rates(model):
-        optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=0.25, loraplus_lr_ratio=4)
-        groups = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
-        return {name: groups[id(p)] for name, p in adapter_parameters(model, "default").items()}
-
-    ours = rates(get_peft_model(mlp(), config()))
-    theirs = rates(get_peft_model(mlp(), LoraConfig(r=2, target_modules=list(NAMES), use_dora=True)))
-    assert ours == theirs
-    assert {rate for name, (rate, _) in ours.items() if "lora_A" in name} == {0.25}
-    assert {rate for name, (rate, _) in ours.items() if "lora_B" in name} == {1.0}
