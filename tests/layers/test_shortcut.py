@@ -111,3 +111,17 @@ def test_there_is_none_before_it_is_decided_what_computes(monkeypatch):
     monkeypatch.undo()
     layer(x)
     assert takes_shortcut(layer, x)
+
+
+@pytest.mark.filterwarnings("ignore:The magnitude of module")
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_magnitude_in_low_precision_leaves_one_if_that_was_asked_for(asked):
+    """Otherwise each pass looks whether somebody has to be told."""
+    base, config = One(nn.Linear(12, 10, dtype=torch.bfloat16)), DoraConfig(r=2, target_modules=["layer"])
+    layer = dora(get_peft_model(base, config, autocast_adapter_dtype=not asked).train())
+    magnitude = layer.lora_magnitude_vector["default"]
+    if not asked:
+        magnitude.weight = nn.Parameter(magnitude.weight.detach().bfloat16())
+    assert magnitude.weight.dtype is torch.bfloat16
+    layer(torch.randn(2, 12, dtype=torch.bfloat16))
+    assert (layer._shortcut is not None) == asked

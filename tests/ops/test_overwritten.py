@@ -236,3 +236,10 @@ def test_a_torch_that_does_not_tell_of_hooks(context, form, monkeypatch):
         truth, leaves = problem.truth()
         probe = randn(2, 3, 7, seed=9)
         assert_equal_gradients(problem.gradients(y, probe), gradients(2 * truth, leaves, probe), FLOOR[FP64])
+
+
+def test_a_device_is_asked_in_the_first_backward_passes_and_then_in_some():
+    """To be told what it found costs the host more than to launch the comparison."""
+    outputs = Outputs("one")
+    asked = [number for number in range(1, 50) if outputs.asks()]
+    assert asked == [1, 2, 3, 4, 16, 32, 48]

@@ -70,7 +70,7 @@ class Launch(NamedTuple):
     """What was launched, see `recorded`; `size` is the grid, `key` what Triton and the tuner distinguish it by."""
 
     kernel: Kernel
-    index: int
+    device: int
     key: tuple[object, ...]
     size: tuple[int, ...]
     args: tuple[Argument, ...]

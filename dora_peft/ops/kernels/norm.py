@@ -9,6 +9,8 @@ imports Triton.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from ...bases import FourBit
 from .elements import stored_arguments
 from .launch import Kernel
 from .norm_rows import ROWS, SAMPLE, bits, conclude, constants, division, mixed_sum, norm_of_rows, sample_of
+from .prepared import Prepared
 from .tuning import cdiv
 
 
@@ -164,13 +167,25 @@ def checked_norm(
         another: Whether W0 is another tensor than before, so that all of it is looked at instead of a sample.
     """
     memory.note_capture()
+    if not (due or another or isinstance(stored, FourBit)):
+        return _Repeated.of(stored, lora_A, lora_B)(memory, stored, lora_A, lora_B, scaling)
+    return _checked(memory, stored, lora_A, lora_B, scaling, due, another)
+
+
+def _checked(
+    memory: Memory,
+    stored: Tensor | FourBit,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    due: bool,
+    another: bool,
+) -> Tensor:
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
-    (height, rank), width = lora_B.shape, lora_A.shape[1]
-    spans, columns = division(height, width)
-    blocks = cdiv(height, ROWS)
-    # the sums, and as int32 who has arrived
-    zeros = torch.zeros(4 + cdiv(blocks + 1, 2), dtype=torch.int64, device=lora_A.device)
-    sums, arrived = zeros[:4], zeros[4:].view(torch.int32)
+    height, width = len(lora_B), lora_A.shape[1]
+    spans, blocks = division(height, width)[0], cdiv(height, ROWS)
+    zeros = torch.zeros(_count_zeros(blocks), dtype=torch.int64, device=lora_A.device)
+    sums = _split_zeros(zeros)[0]
     bits_A, bits_B = bits(lora_A), bits(lora_B)
     bits_W = bits(stored.packed if isinstance(stored, FourBit) else stored)
     _sum(bits_A, bits_B, bits_W, sums, *sample_of(bits_W))
@@ -182,13 +197,80 @@ def checked_norm(
         _sum(bits_A[:0], bits_B[:0], bits_W, sums[1:], bits_W.numel(), 0, 1)
     out = torch.empty_like(memory.remembered)
     partial = torch.empty(spans * height if spans > 1 else 1, dtype=torch.float32, device=out.device)
+    _refresh(
+        memory.known, memory.remembered, memory.base, stored, lora_A, lora_B, scaling, zeros, partial, out, due, another
+    )
+    return out
+
+
+def _refresh(
+    known: Tensor, remembered: Tensor, base: Tensor, stored: Tensor | FourBit, lora_A: Tensor, lora_B: Tensor,
+    scaling: float, zeros: Tensor, partial: Tensor, out: Tensor, due: bool = False, another: bool = False,
+) -> None:  # fmt: skip
+    """Launch the kernel that computes v if it is due."""
+    (height, rank), width = lora_B.shape, lora_A.shape[1]
+    spans, columns = division(height, width)
+    sums, arrived = _split_zeros(zeros)
     weight, absmax, code, layout, options = stored_arguments(stored, out)
-    _checked_norm[(blocks * spans,)](
-        weight, absmax, code, lora_A, lora_B, partial, arrived, sums, memory.known, memory.remembered, memory.base,
-        out, int(due), 4 if another else 3, spans, columns, height, width, rank, scaling, *layout, **options,
+    _checked_norm[(cdiv(height, ROWS) * spans,)](
+        weight, absmax, code, lora_A, lora_B, partial, arrived, sums, known, remembered, base, out, int(due),
+        4 if another else 3, spans, columns, height, width, rank, scaling, *layout, **options,
         **constants(stored, rank), EPSILON=torch.finfo(torch.float32).eps,
     )  # fmt: skip
-    return out
+
+
+def _count_zeros(blocks: int) -> int:
+    """Of int64: the sums, and as int32 who has arrived."""
+    return 4 + cdiv(blocks + 1, 2)
+
+
+def _split_zeros(zeros: Tensor) -> tuple[Tensor, Tensor]:
+    return zeros[:4], zeros[4:].view(torch.int32)
+
+
+class _Repeated:
+    """`checked_norm` of one layout, a dense W0 that is neither due nor another: what a layer that is called by itself
+    asks for in every pass. What follows from shapes, strides and dtypes is worked out once."""
+
+    known: ClassVar[dict[tuple[object, ...], _Repeated]] = {}
+
+    @classmethod
+    def of(cls, stored: Tensor, lora_A: Tensor, lora_B: Tensor) -> _Repeated:
+        key = (
+            stored.get_device(), stored.dtype, stored.shape, stored.stride(), lora_A.get_device(), lora_A.dtype,
+            lora_A.shape, lora_A.stride(), lora_B.get_device(), lora_B.dtype, lora_B.shape, lora_B.stride(),
+        )  # fmt: skip
+        found = cls.known.get(key)
+        if found is None:
+            if len(cls.known) >= 1024:
+                cls.known.clear()
+            found = cls.known[key] = cls(stored, lora_A, lora_B)
+        return found
+
+    def __init__(self, stored: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+        height = len(lora_B)
+        spans = division(height, lora_A.shape[1])[0]
+        self.count, self.parts = _count_zeros(cdiv(height, ROWS)), spans * height if spans > 1 else 1
+        # a copy would be another one each time
+        self.usual = lora_A.is_contiguous() and lora_B.is_contiguous() and stored.get_device() == lora_A.get_device()
+
+        def digest(stored: Tensor, lora_A: Tensor, lora_B: Tensor, zeros: Tensor) -> None:
+            bits_W = bits(stored)
+            _sum(bits(lora_A), bits(lora_B), bits_W, _split_zeros(zeros)[0], *sample_of(bits_W))
+
+        self._digest, self._refresh = Prepared(digest), Prepared(_refresh, {6: "scaling"})
+
+    def __call__(self, memory: Memory, stored: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+        if not self.usual:
+            return _checked(memory, stored, lora_A, lora_B, scaling, False, False)
+        zeros = torch.zeros(self.count, dtype=torch.int64, device=lora_A.device)
+        self._digest.call(stored, lora_A, lora_B, zeros)
+        out = torch.empty_like(memory.remembered)
+        partial = torch.empty(self.parts, dtype=torch.float32, device=out.device)
+        self._refresh.call(
+            memory.known, memory.remembered, memory.base, stored, lora_A, lora_B, float(scaling), zeros, partial, out
+        )  # fmt: skip
+        return out
 
 
 def _sum(bits_A: Tensor, bits_B: Tensor, bits_W: Tensor, sums: Tensor, count: int, start: int, step: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .launch import Argument, Launch
+from .launch import Argument, Constant, Launch
 
 # 32 bits with a sign, which Triton takes whole numbers of by default.
 _LEAST, _MOST = -(2**31), 2**31 - 1
@@ -56,7 +56,8 @@ class Prepared:
         if compiled is None or any(tensor.data_ptr() % 16 for tensor in tensors.values()):
             return None
         varying = {name: number for number, name in self._varying.items()}
-        places, fixed = [], []
+        places: list[str] = []
+        fixed: list[Constant] = []
         for name, value in zip(kernel.arg_names, done.args, strict=False):
             if name in varying:
                 places.append(f"a{varying[name]}")
@@ -81,7 +82,7 @@ class Prepared:
         size = done.size
         x, y, z = size if len(size) == 3 else (*size, 1, 1)[:3]
         return make(
-            launch, kernel, kernel._known, self._launcher, done.index, compiled.run, compiled.function,
+            launch, kernel, kernel._known, self._launcher, done.device, compiled.run, compiled.function,
             compiled.metadata, x, y, z, *fixed,
         )  # fmt: skip
 
