@@ -5,8 +5,8 @@ from pathlib import Path
 
 from setuptools import setup
 
-# First blocks and spans of code, where no link is looked for; then an image or a link whose target has no scheme, its text
-# perhaps with code in it.
+# First blocks and spans of code, where no link is looked for; then an image or a link whose target has no scheme; its
+# text may hold code.
 CODE_OR_LOCAL_LINK = re.compile(
     r"^```.*?^```|`[^`\n]+`|!?\[(?P<text>(?:`[^`\n]*`|[^]`])*)\]\((?![a-z]+:)[^)]*\)", re.DOTALL | re.MULTILINE
 )

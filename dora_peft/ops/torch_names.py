@@ -21,12 +21,6 @@ unsafe_view: Callable[[Tensor, list[int]], Tensor] = torch.ops.aten._unsafe_view
 batch_norm_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.aten.native_batch_norm_backward.default
 
 
-def is_exporting() -> bool:
-    """Whether torch.export traces; public from torch 2.7 on."""
-    ask = getattr(torch.compiler, "is_exporting", None)
-    return ask() if ask is not None else torch.compiler._is_exporting_flag
-
-
 def is_recorded() -> bool:
     """Whether a mode records operations, or computes shapes alone: make_fx, FakeTensorMode."""
     from torch._subclasses.fake_tensor import FakeTensorMode
