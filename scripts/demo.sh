@@ -54,8 +54,8 @@ mkdir -p "$output"
 export PYTHONUNBUFFERED=1
 # A thread that waits for the others sleeps instead of spinning, which makes steps several times slower on a busy machine.
 export OMP_WAIT_POLICY=PASSIVE
-# PEFT and transformers warn of each other's coming changes, which is for the tests to notice and not for a demo to show.
-export PYTHONWARNINGS=ignore::FutureWarning,ignore::UserWarning
+# What other libraries say about themselves, message by message; warnings of this package and all errors come through.
+export PYTHONPATH=$PWD/scripts/quiet${PYTHONPATH:+:$PYTHONPATH}
 
 # once NAME SETTINGS COMMAND...: run the command, unless it ended well before under the same settings; its output is kept.
 once() {

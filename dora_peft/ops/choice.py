@@ -9,7 +9,7 @@ import torch
 
 from . import selfcheck
 from .constants import interpreted
-from .torch_names import is_capturing, is_exporting, is_recorded, jit_state, modes, transforming
+from .torch_names import is_capturing, is_recorded, jit_state, modes, transforming
 
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
 # How one layer computes one forward pass, see `decide`.
@@ -115,7 +115,7 @@ def tracing() -> bool:
     What is recorded has to compute v from A, B and W0: a value that was looked up would be a constant there.
     """
     if torch.compiler.is_compiling():
-        return is_exporting()
+        return torch.compiler.is_exporting()
     return jit_state() is not None or (modes() > 0 and is_recorded())
 
 

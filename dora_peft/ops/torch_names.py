@@ -34,12 +34,6 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Tensor]:
     return function.apply if plain is None else plain.__get__(None, function)
 
 
-def is_exporting() -> bool:
-    """Whether torch.export traces; public from torch 2.7 on."""
-    ask = getattr(torch.compiler, "is_exporting", None)
-    return ask() if ask is not None else torch.compiler._is_exporting_flag
-
-
 def is_recorded() -> bool:
     """Whether a mode records operations, or computes shapes alone: make_fx, FakeTensorMode."""
     from torch._subclasses.fake_tensor import FakeTensorMode

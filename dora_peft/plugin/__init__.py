@@ -35,6 +35,8 @@ What `register`, called when the package is imported, installs:
       .add_adapter, .set_adapter,   leave a half-changed model behind an error or Ctrl-C
       .delete_adapter
     get_, set_peft_model_state_dict in PEFT 0.20, which has no methods of a tuner for the state dict (peft_020.py)
+    warnings                        PEFT to 0.21.2 reads a property that transformers 5.23 renamed, which every model
+                                    with an adapter would warn of. The last filter of all: one that a user sets wins
     accelerate.hooks                `add_hook_to_module` puts a module's tensors on the meta device between calls, and
                                     brings them in around the module's forward pass. An adapter's tensors are read
                                     without one, so they stay (bases/offload.py)
@@ -51,6 +53,8 @@ the length of a call with `adapter_names`: forward pre-hooks on the adapted laye
 """
 
 from __future__ import annotations
+
+import warnings
 
 import accelerate.hooks
 import peft.helpers
@@ -94,6 +98,7 @@ def register() -> None:
     hotswap.install()
     mixed.install()
     optimizers.install()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning, append=True)
     patch(accelerate.hooks, "add_hook_to_module", staying_add_hook)
     if not hasattr(BaseTuner, "_get_adapter_state_dict"):
         peft_020.install()

@@ -1,0 +1,97 @@
+"""What the demo's commands print: what they say themselves, and nothing of other libraries."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from finetune_fixtures import make_config, write_jsonl
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from dora_peft import DoraConfig
+
+ROOT = Path(__file__).parents[2]
+# A bar of progress, or one of datasets that does not know its end.
+BAR = re.compile(r"\d+%\||\d+ examples \[")
+
+
+def messages(folder: Path, *command: str) -> list[str]:
+    """What a command writes to stderr in the demo's environment, without bars of progress."""
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONWARNINGS", "TRITON_INTERPRET")
+    }
+    path = [ROOT / "scripts" / "quiet", ROOT]
+    environment |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(folder)}
+    environment["HF_DATASETS_CACHE"] = str(folder / "cache")
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, cwd=folder, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr
+    return [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip() and not BAR.search(line)]
+
+
+def script(name: str) -> str:
+    return str(ROOT / "scripts" / f"{name}.py")
+
+
+def test_the_demo_puts_the_folder_before_its_commands_and_hides_no_category() -> None:
+    demo = (ROOT / "scripts" / "demo.sh").read_text(encoding="utf-8")
+    assert "export PYTHONPATH=$PWD/scripts/quiet" in demo.partition('"$VENV_PYTHON" scripts/finetune_llama.py')[0]
+    assert "PYTHONWARNINGS" not in demo
+
+
+def test_training_prints_nothing_of_other_libraries(tmp_path: Path) -> None:
+    config = make_config(tmp_path, eval_strategy="steps", eval_steps=1)
+    assert messages(tmp_path, script("finetune_llama"), str(config)) == []
+
+
+def test_evaluation_and_conversation_print_nothing_of_other_libraries(tmp_path: Path) -> None:
+    make_config(tmp_path)
+    base, adapter = str(tmp_path / "model"), str(tmp_path / "adapter")
+    config = DoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(adapter)
+    words = write_jsonl(tmp_path / "words.jsonl", [{"prompt": "Say b a l l:", "completion": " B AO L"}])
+    where = ["--model_name_or_path", base, "--adapter", adapter]
+    assert messages(tmp_path, script("evaluate_spelling"), *where, "--dataset", str(words)) == []
+    talk = ["--task", "spelling", "--compare", "--max_new_tokens", "2", "--say", "ball"]
+    assert messages(tmp_path, script("chat"), *where, *talk) == []
+
+
+@pytest.mark.slow
+def test_the_memory_benchmark_prints_nothing_of_other_libraries(tmp_path: Path) -> None:
+    plot = ["--steps", "1", "--json", str(tmp_path / "memory.json"), "--plot", str(tmp_path / "memory.png")]
+    assert messages(tmp_path, script("benchmark_memory"), str(make_config(tmp_path)), *plot) == []
+
+
+def test_only_the_named_messages_are_kept_out(tmp_path: Path) -> None:
+    said = [
+        ("torchao", "Failed to load a.so: no such library", True),
+        ("torchao", "another message", False),
+        ("torchao.quantization", "Failed to load a.so", False),
+        ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community", True),
+        ("bitsandbytes.backends.cpu.ops", "Failed to load the library", False),
+        ("torch.utils._pytree", "<enum 'KernelPreference'> is an Enum subclass", True),
+        ("torch.utils._pytree", "<enum 'Other'> is an Enum subclass", False),
+        ("dora_peft", "Failed to load the adapter", False),
+    ]
+    code = "import logging\n" + "\n".join(
+        f"logging.getLogger({logger!r}).warning({text!r})" for logger, text, _ in said
+    )
+    assert messages(tmp_path, "-c", code) == [text for _, text, kept_out in said if not kept_out]
+    code = (
+        "import warnings\nwarnings.warn('`is_gradient_checkpointing` is deprecated, see', FutureWarning)\n"
+        "warnings.warn('DoRA: the norm', UserWarning)\nwarnings.warn('another change', FutureWarning)"
+    )
+    shown = [line for line in messages(tmp_path, "-c", code) if "Warning" in line]
+    assert [line.rpartition(": ")[2] for line in shown] == ["the norm", "another change"]
+
+
+def test_a_sitecustomize_that_is_hidden_runs_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys; print('mine', file=sys.stderr)", encoding="utf-8")
+    path = os.pathsep.join([str(ROOT / "scripts" / "quiet"), str(tmp_path)])
+    command = [sys.executable, "-c", "pass"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == ["mine"]
