@@ -3,6 +3,7 @@
 choice, constants, torch_names      which implementation computes, and what the implementations share
 selfcheck, passed                   whether a GPU's kernels can be trusted, and what is remembered of it on disk
 linear, linear_autograd, options    the linear layer: for its callers, as an autograd function, and what that is given
+linear_by_kernels, linear_parts     the same function by Triton's kernels, and what both are made of
 scaled_sum                          c * (z - b) + s u B^T + b
 products, chunks, workspace         which library multiplies, many tokens in parts, memory that is kept for it
 dropout                             its mask
