@@ -134,9 +134,9 @@ def _span(
         byte, statistic = _packed(weight, absmax, rows, in_rows, first, width, blocksize, BLOCK)
         for start in range(first, last, BLOCK):
             here, scales = byte, statistic
-            byte, statistic = _packed(
-                weight, absmax, rows, in_rows & (start + BLOCK < last), start + BLOCK, width, blocksize, BLOCK
-            )
+            # compared row by row: the interpreter of Triton 3.9 takes no mask that combines a number with a row
+            ahead = in_rows & (tl.zeros_like(rows) + start + BLOCK < last)
+            byte, statistic = _packed(weight, absmax, rows, ahead, start + BLOCK, width, blocksize, BLOCK)
             squares += _block(
                 weight, absmax, code, lora_A, factors_B, factor, here, scales, rows, in_rows, start, width, rank,
                 scaling, w_row, w_column, blocksize, READS, FOUR_BIT, HALF, BRAIN, PRECISION, RANKS, WHOLE, ROWS, BLOCK,
