@@ -266,6 +266,4 @@ def _as_sub_config(name: str, value: object) -> object:
     try:
         return kind(**value)
     except TypeError as error:
-        raise ValueError(
-            f"{name} must have the entries of PEFT's {kind.__name__}, found {value!r} ({error})."
-        ) from error
+        raise ValueError(f"{name} must have entries of PEFT's {kind.__name__}, found {value!r} ({error}).") from error
