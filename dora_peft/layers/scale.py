@@ -41,7 +41,7 @@ def scale_of(
         if trained or not _computes_in_graph(layer, adapter):
             value, tied = norms.traced(layer, adapter)
         else:
-            value, tied = dense_norm(layer, adapter).detach(), norms.traced_ties(layer, adapter)
+            value, tied = dense_norm(layer, adapter).detach(), None
         if trained:
             factors = layer.as_matrices(*layer.factor_parameters(adapter))
             value = attach_norm_gradient(value, _dense_matrix(layer), *factors, layer.scaling[adapter])
@@ -57,8 +57,9 @@ def scale_of(
 
 
 def _computes_in_graph(layer: ComputingLayer, adapter: str) -> bool:
-    """Whether the graph of a training pass computes v, see ops/compiled.py; else it is looked up."""
-    if layer.magnitude_only[adapter] or not torch.is_grad_enabled():
+    """Whether the graph of a training pass computes v, see ops/compiled.py; else it is looked up, as where some rows'
+    magnitudes have to follow it."""
+    if layer.magnitude_only[adapter] or not torch.is_grad_enabled() or norms.traced_ties(layer, adapter) is not None:
         return False
     weight = layer.get_base_layer()._parameters.get("weight")
     if weight is None or type(weight) is not nn.Parameter or getattr(layer.get_base_layer(), "groups", 1) > 1:
