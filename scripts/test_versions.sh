@@ -77,5 +77,5 @@ PYTHON
     # Paths of this machine say nothing to others.
     OMP_NUM_THREADS=1 "$environment/bin/python" -m pytest -q -r fEsxX --tb=short --color=no -W ignore::DeprecationWarning \
         -W ignore::FutureWarning "${TESTS[@]}" 2>&1 |
-        sed -e "s#$PWD/##g" -e '/^[.sxXFE]* *\[ *[0-9]*%\]$/d'
+        sed -e "s#$PWD/##g" -e 's#/[^ :]*/lib/python3#lib/python3#g' -e '/^[.sxXFE]* *\[ *[0-9]*%\]$/d'
 } | tee "$log"
