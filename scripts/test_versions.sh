@@ -48,7 +48,8 @@ if [ -z "$tests_only" ]; then
         uv=$PWD/build/env-uv/bin/uv
     fi
     "$uv" venv --clear --python "${PYTHON:-python3}" "$environment"
-    "$uv" pip install --python "$environment/bin/python" --resolution "$resolution" "${requirements[@]}"
+    "$uv" pip install --python "$environment/bin/python" --compile-bytecode --resolution "$resolution" \
+        "${requirements[@]}"
 fi
 
 # Of every package that pyproject.toml names, in any extra, the version that is there.
@@ -72,7 +73,9 @@ PYTHON
     echo
     versions
     echo
-    # One process: a package of few tests. Paths of this machine say nothing to others.
-    OMP_NUM_THREADS=1 "$environment/bin/python" -m pytest -q -r sxX --tb=short --color=no "${TESTS[@]}" 2>&1 |
-        sed -e "s#$PWD/##g" -e '/^[.sxXFE]* *\[ *[0-9]*%\]$/d'
+    # What libraries of these ages say of their own coming changes is no error here, as it is at the pinned versions.
+    # Paths of this machine say nothing to others.
+    OMP_NUM_THREADS=1 "$environment/bin/python" -m pytest -q -r fEsxX --tb=short --color=no -W ignore::DeprecationWarning \
+        -W ignore::FutureWarning "${TESTS[@]}" 2>&1 |
+        sed -e "s#$PWD/##g" -e 's#/[^ :]*/lib/python3#lib/python3#g' -e '/^[.sxXFE]* *\[ *[0-9]*%\]$/d'
 } | tee "$log"

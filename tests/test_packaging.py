@@ -31,6 +31,7 @@ def without_local_links():
 def built(tmp_path_factory) -> tuple[Path, Path]:
     """The source distribution of this tree, and the wheel that it builds by itself."""
     pytest.importorskip("setuptools", minversion="77", reason="the lowest that pyproject.toml builds with")
+    pytest.importorskip("packaging", minversion="24.2", reason="setuptools 77 needs it to read a licence")
     folder = tmp_path_factory.mktemp("packaging")
 
     def build(kind: str, source: Path) -> Path:
