@@ -78,26 +78,14 @@ def key_of(layer: ComputingLayer, holder: Holder, x: Tensor, adapter: str) -> Fo
         "forward" in base.__dict__,
         # with any of them a pass leaves no shortcut
         bool(base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks),
-        id(weight),
-        weight.data_ptr(),
-        weight.requires_grad,
-        id(bias),
-        layer.detach_norm[adapter],
-        layer.dropout_mode[adapter],
-        type(dropout),
-        vars(dropout).get("p", 0.0),
-        # and with it that of the layer, see called.py
-        dropout.training,
+        id(weight), weight.data_ptr(), weight.requires_grad, id(bias),
+        layer.detach_norm[adapter], layer.dropout_mode[adapter],
+        # with dropout's mode that of the layer, see called.py
+        type(dropout), vars(dropout).get("p", 0.0), dropout.training,
         # the modules, whose hooks a shortcut asks for
-        dropout,
-        to_rank,
-        from_rank,
-        own,
-        added,
-        type(to_rank).forward,
-        type(from_rank).forward,
-        type(own).forward,
-    )
+        dropout, to_rank, from_rank, own, added,
+        type(to_rank).forward, type(from_rank).forward, type(own).forward,
+    )  # fmt: skip
     return key, lora_A, lora_B, magnitude
 
 
