@@ -44,8 +44,7 @@ def test_the_demo_puts_the_folder_before_its_commands_and_hides_no_category() ->
 
 
 def test_training_prints_nothing_of_other_libraries(tmp_path: Path) -> None:
-    config = make_config(tmp_path, eval_strategy="steps", eval_steps=1)
-    assert messages(tmp_path, script("finetune_llama"), str(config)) == []
+    assert messages(tmp_path, script("finetune_llama"), str(make_config(tmp_path))) == []
 
 
 def test_evaluation_and_conversation_print_nothing_of_other_libraries(tmp_path: Path) -> None:
