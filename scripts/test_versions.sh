@@ -77,5 +77,5 @@ PYTHON
     # Paths of this machine say nothing to others, nor does what Triton 3.9 has left in memory at the end.
     OMP_NUM_THREADS=1 "$environment/bin/python" -m pytest -q -r fEsxX --tb=short --color=no -W ignore::DeprecationWarning \
         -W ignore::FutureWarning "${TESTS[@]}" 2>&1 |
-        sed -e "s#$PWD/##g" -e 's#/[^ :]*/lib/python3#lib/python3#g' -e '/^nanobind:/,$d' -e '/^[.sxXFE]* *\[ *[0-9]*%\]$/d'
+        sed -e "s#$PWD/##g" -e 's#\(^\|[ "]\)/[^ :]*/lib/python3#\1lib/python3#g' -e '/^nanobind:/,$d' -e '/^[.sxXFE]* *\[ *[0-9]*%\]$/d'
 } | tee "$log"
