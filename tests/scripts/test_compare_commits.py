@@ -147,8 +147,13 @@ def test_an_interruption_leaves_nothing(
 
     monkeypatch.setattr(compare_commits, "run_benchmark", interrupted)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        compare(repository)
+    # a shell starts what runs in its background with Ctrl-C ignored
+    asked = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            compare(repository)
+    finally:
+        signal.signal(signal.SIGINT, asked)
     assert [count for _, count in seen] == [2]
     assert not seen[0][0].exists()
     assert worktrees(repository) == 1

@@ -30,7 +30,9 @@ def messages(folder: Path, *command: str) -> list[str]:
         [sys.executable, *command], env=environment, cwd=folder, capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr
-    return [line for line in re.split(r"[\r\n]+", done.stderr) if line.strip() and not BAR.search(line)]
+    # bars below each other move the cursor
+    lines = re.split(r"[\r\n]+", re.sub(r"\x1b\[\d*[A-Z]", "", done.stderr))
+    return [line for line in lines if line.strip() and not BAR.search(line)]
 
 
 def script(name: str) -> str:
