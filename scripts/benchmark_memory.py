@@ -36,6 +36,7 @@ from common.arguments import positive
 from common.files import write_json
 from common.machine import describe_machine
 from common.memory import MIB, PeakMemory, record_saved_bytes
+from common.plots import COLORS, save_figure
 from finetune.arguments import DataArguments, ModelArguments
 from finetune.data import AnswerCollator, load_datasets
 from finetune.model import build_model, count_parameters, load_tokenizer
@@ -185,12 +186,13 @@ def draw_bars(results: Mapping[str, Mapping[str, Any]], title: str, path: Path) 
     panels = {"peak_mib": "peak memory, MiB", "saved_mib": "saved for backward, MiB", "time_s": "seconds per step"}
     for axes, (key, label) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         names = [name.replace("_", "\n", 1) for name in results]
-        bars = axes.bar(names, [result[key] for result in results.values()], color="tab:blue")
+        # as the method of which it is a variant
+        colors = [COLORS[name.removesuffix("_not_detached")] for name in results]
+        bars = axes.bar(names, [result[key] for result in results.values()], color=colors)
         axes.bar_label(bars, fmt="%.4g")
         axes.set_title(label)
         axes.margins(y=0.15)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def read_variants(text: str) -> list[str]:
