@@ -28,12 +28,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bases.input_gradient import differentiated_twice
 from . import linear_by_kernels
 from .content import version
 from .dropout import dropout_mask
 from .kept_output import KeptOutput
-from .linear_parts import check_unchanged, flattened, in_dtype, magnitude_gradient, scale_and_sum, z_at
+from .linear_parts import flattened, in_dtype, magnitude_gradient, run_backward, scale_and_sum, z_at
 from .options import Options
 from .products import compose_weight, multiply_many, times_transposed
 from .scaled_sum import scaled_sum
@@ -119,18 +118,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            raise differentiated_twice()
-        check_unchanged(ctx)
-        if not torch.is_autocast_enabled(grad.device.type):
-            *gradients, d_c = _by_torch(ctx, grad)
-        else:
-            with torch.autocast(grad.device.type, enabled=False):
-                *gradients, d_c = _by_torch(ctx, grad)
-        if ctx.norm is not None and d_c is not None:
-            # that of m = c v
-            d_c = d_c / ctx.norm
-        return *gradients, d_c, None, None, None, None, None
+        return *run_backward(ctx, grad, _by_torch), None, None, None, None, None
 
 
 def _by_torch(ctx, grad):

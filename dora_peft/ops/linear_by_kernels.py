@@ -12,11 +12,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..bases.input_gradient import differentiated_twice
 from . import torch_names
 from .content import version
 from .kept_output import KeptOnDevice, KeptOutput, is_kept_plainly
-from .linear_parts import check_unchanged, flattened, in_dtype, magnitude_gradient, z_at
+from .linear_parts import flattened, in_dtype, magnitude_gradient, run_backward, z_at
 from .options import Options
 from .torch_names import unsafe_view
 
@@ -80,9 +79,7 @@ class _LinearByKernels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        if torch.is_grad_enabled():
-            raise differentiated_twice()
-        return _backward(ctx, grad)
+        return *run_backward(ctx, grad, _gradients), None, None, None
 
 
 _apply = torch_names.apply_of(_LinearByKernels)
@@ -96,19 +93,6 @@ def _forward(ctx, x, base_out, bias, lora_A, lora_B, c, weight, options, seed):
     ctx.k, base_rows = by_kernels.k, None if weight is not None else flattened(base_out)
     y, u = options.kernels.forward(rows, base_rows, weight, bias, lora_A, lora_B, c, by_kernels)
     return (y if x.dim() == 2 else unsafe_view(y, [*x.shape[:-1], y.shape[-1]])), u
-
-
-def _backward(ctx, grad):
-    check_unchanged(ctx)
-    if not torch.is_autocast_enabled(grad.device.type):
-        *gradients, d_c = _gradients(ctx, grad)
-    else:
-        with torch.autocast(grad.device.type, enabled=False):
-            *gradients, d_c = _gradients(ctx, grad)
-    if ctx.norm is not None and d_c is not None:
-        # that of m = c v
-        d_c = d_c / ctx.norm
-    return *gradients, d_c, None, None, None
 
 
 def _gradients(ctx, grad):

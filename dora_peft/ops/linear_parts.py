@@ -8,18 +8,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..bases.input_gradient import differentiated_twice
 from .chunks import does_one_pass, in_chunks, in_one_pass
 from .constants import DROWNED, TINY
 
 
-def check_unchanged(ctx) -> None:
-    """Raise a RuntimeError if W0 was changed in place since the forward pass of this context."""
+def run_backward(ctx, grad, gradients):
+    """What `gradients(ctx, grad)` gives, the last of it for m if the forward pass got v beside m instead of c.
+
+    Raises:
+        RuntimeError: Asked for second derivatives, or W0 was changed in place since the forward pass of this context.
+    """
+    if torch.is_grad_enabled():
+        raise differentiated_twice()
     weight = ctx.weight
     if weight is not None and ctx.weight_version is not None and weight._version != ctx.weight_version:
         raise RuntimeError(
             "A base weight was changed in place between the forward and the backward pass that needs it "
             f"(shape {list(weight.shape)}). Change base weights before the forward pass, or after backward."
         )
+    if not torch.is_autocast_enabled(grad.device.type):
+        *others, d_c = gradients(ctx, grad)
+    else:
+        with torch.autocast(grad.device.type, enabled=False):
+            *others, d_c = gradients(ctx, grad)
+    if ctx.norm is not None and d_c is not None:
+        # that of m = c v
+        d_c = d_c / ctx.norm
+    return *others, d_c
 
 
 def z_at(ctx, x, u, lora_B, c, index):
