@@ -1,6 +1,10 @@
 """A prepared launch gives the driver what the first one gave, and steps aside where that would not hold."""
 
+import json
 import platform
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -159,3 +163,13 @@ def test_a_number_that_is_compiled_for_its_value_cannot_vary(prepared):
     one = Prepared(lambda x, width: prepared.kernel[(1,)](x, x, x, width, 1, 0.5, BLOCK=16), {1: "width"})
     with pytest.raises(TypeError, match="function is compiled for some values"):
         one.call(torch.zeros(4, 8), 8)
+
+
+def test_what_layers_prepare_gives_the_driver_what_launchers_give():
+    """Not in the interpreter, which launches nothing: with a stubbed driver and compiler, in another process."""
+    program = Path(__file__).resolve().parents[2] / "prepared_launches.py"
+    done = subprocess.run([sys.executable, "-W", "ignore", program, "8"], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["wrong"] == []
+    assert found["prepared"] > 500
