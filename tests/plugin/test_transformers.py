@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import ConvNextConfig, ConvNextModel
 
 from dora_peft import DoraConfig
+from dora_peft.plugin import transformers as subject
 from dora_peft.plugin.configs import plain_peft_configs
 
 # PEFT 0.20 only: it looks for the config of a base model without a name
@@ -80,3 +81,55 @@ def test_transformers_load_adapter_of_a_grouped_convolution(tmp_path):
     base = convnext()
     base.load_adapter(str(tmp_path))
     same(features(base), expected)
+
+
+def test_an_adapter_of_another_size_is_refused_by_name(tmp_path):
+    save(train(get_peft_model(llama(), DoraConfig(r=4, target_modules=["q_proj"]))), tmp_path)
+    base = llama(hidden_size=48)
+    with pytest.raises(ValueError, match=r"(?s)The adapter in '.*' does not fit the model.*trained on another base"):
+        base.load_adapter(str(tmp_path))
+    same(output(base), output(llama(hidden_size=48)))
+    assert not any("lora_" in name for name, _ in base.named_parameters())
+
+
+def test_an_unreadable_file_is_named(tmp_path):
+    save(train(get_peft_model(llama(), DoraConfig(r=4, target_modules=["q_proj"]))), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"Cannot read adapter_model\.safetensors of .*save or download"):
+        llama().load_adapter(str(tmp_path))
+
+
+def test_a_model_without_dora_is_not_copied_for_an_undo(monkeypatch):
+    """Neither adding, choosing nor deleting one of PEFT's own adapters goes through this package."""
+    calls, right = [], subject.restored_on_failure
+    monkeypatch.setattr(subject, "restored_on_failure", lambda *args, **kw: (calls.append(1), right(*args, **kw))[1])
+
+    def go_through(base, config):
+        base.add_adapter(config)
+        base.set_adapter("default")
+        base.delete_adapter("default")
+        return len(calls)
+
+    assert go_through(llama(), LoraConfig(r=2, target_modules=["q_proj"])) == 0
+    # adding one chooses it as well
+    assert go_through(llama(), DoraConfig(r=2, target_modules=["q_proj"])) == 4
+
+
+def test_an_error_in_between_leaves_others_adapters_to_transformers(monkeypatch):
+    """A LoRA model is left as transformers leaves it, a DoRA model as it was."""
+
+    def added(config):
+        base = llama()
+
+        def fail(*_):
+            raise RuntimeError("inside")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(base), "set_adapter", fail)
+            with pytest.raises(RuntimeError, match="inside"):
+                base.add_adapter(config)
+        return any("lora_" in name for name, _ in base.named_parameters())
+
+    assert added(LoraConfig(r=2, target_modules=["q_proj"]))
+    assert not added(DoraConfig(r=2, target_modules=["q_proj"]))
