@@ -110,7 +110,7 @@ def llama(**changes):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.2, **changes)).double().eval()
+    return LlamaForCausalLM(LlamaConfig(**(sizes | heads | changes), initializer_range=0.2)).double().eval()
 
 
 OPTIONS = {

@@ -10,11 +10,12 @@ import torch
 if platform.system() != "Linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
-from checking_fixtures import Nothing, only, run
+from checking_fixtures import HERE, Nothing, only, run
 from kernel_fixtures import DEVICE
 
 from dora_peft.ops.kernels import checking, linear, sample, selfcheck
 from dora_peft.ops.kernels.checking import KernelMismatch
+from dora_peft.ops.kernels.guarded import Guarded
 from dora_peft.ops.kernels.launch import Kernel
 from dora_peft.ops.kernels.tuning import Tuner
 
@@ -141,3 +142,48 @@ def test_it_leaves_everything_as_it_was_when_it_fails(monkeypatch):
         assert torch.is_grad_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_one_check_that_fails_hides_no_other(monkeypatch):
+    monkeypatch.setattr(linear, "_scaled_sum_of_few_ranks", Nothing())
+    entries = [entry for entry in checking._CHECKS if entry[0] in (selfcheck.scaled_sum, selfcheck.samples)]
+    monkeypatch.setattr(checking, "_CHECKS", entries)
+    found = dict(checking.run_each(HERE, torch.float32))
+    assert list(found) == ["scaled_sum", "samples"]
+    assert isinstance(found["scaled_sum"], KernelMismatch)
+    assert found["samples"] is None
+    with pytest.raises(KernelMismatch, match="kernel scaled_sum"):
+        run()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_problems_four_bits_are_its_dense_weight(dtype):
+    """Element by element, as the format says it."""
+    stored, dense = checking.Problem(HERE, dtype, Guarded()).four_bit()
+    packed, absmax, code = (part.tolist() for part in stored[:3])
+    assert dense.shape == stored.shape == (checking.WIDTH, checking.WIDTH)
+    for place in range(0, dense.numel(), 77):
+        byte = packed[place // 2]
+        value = code[byte & 15 if place % 2 else byte >> 4] * absmax[place // stored.blocksize]
+        # the product, rounded to fp32, once more to the dtype
+        assert dense.view(-1)[place] == torch.tensor(value, dtype=torch.float32).to(dtype).double()
+
+
+def test_a_problem_lies_in_guarded_memory_and_leaves_the_random_numbers():
+    before = torch.get_rng_state()
+
+    def made():
+        memory = Guarded()
+        problem = checking.Problem(HERE, torch.bfloat16, memory)
+        return memory, {name: value for name, value in vars(problem).items() if isinstance(value, torch.Tensor)}
+
+    memory, tensors = made()
+    assert {name for name, tensor in tensors.items() if tensor.dtype is torch.float32} == {"A", "B", "c"}
+    assert {"x", "g", "weight", "z", "y", "u", "du", "bias"} <= tensors.keys()
+    assert not memory.overrun()
+    for name in tensors:
+        memory, tensors = made()
+        tensor = tensors[name]
+        tensor.as_strided((1,), (1,), tensor.storage_offset() + tensor.numel()).fill_(0)
+        assert memory.overrun(), name
+    assert torch.equal(torch.get_rng_state(), before)
