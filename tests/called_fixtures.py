@@ -3,7 +3,7 @@
 import warnings
 
 import torch
-from layer_fixtures import Truth, distance, dora, seeded
+from layer_fixtures import Truth, adapted, distance, dora, seeded
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -115,3 +115,28 @@ def takes_fast_road(model, x):
     with torch.enable_grad():
         layer(x)
         return type(layer(x).grad_fn).__name__ in ("_LinearBackward", "_ComposeBackward")
+
+
+def in_float64(kind, **options):
+    # PEFT creates adapters of float64 layers in fp32
+    return adapted(kind, torch.float64, **options).double()
+
+
+def recorded(model, names=("lora_dropout", "lora_A", "lora_B")):
+    """What hooks on the adapter's modules see: (name, input, output), in order."""
+    seen = []
+    for name in names:
+        module = getattr(dora(model), name)["default"]
+        module.register_forward_hook(
+            lambda _, args, out, name=name: seen.append((name, args[0].detach(), out.detach()))
+        )
+    return seen
+
+
+def leaves_of(model):
+    layer = dora(model)
+    return [getattr(layer, n)["default"].weight for n in ("lora_A", "lora_B", "lora_magnitude_vector")]
+
+
+def ablate(module, args, out):
+    return out * 0

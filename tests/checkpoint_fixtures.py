@@ -5,6 +5,7 @@ import warnings
 import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from dora_peft import DoraConfig, DoraLayer
@@ -102,3 +103,32 @@ def zero_net(kind):
         if kind not in ("embed", "transposed"):
             weight[[1, 4]] = 0
     return model
+
+
+def llama(**changes):
+    """A tiny Llama in float64, so that equal means equal to 1e-9, with weights large enough for the adapter to show."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**(sizes | heads | changes), initializer_range=0.2)).double().eval()
+
+
+OPTIONS = {
+    "plain": {"target_modules": ["q_proj", "down_proj"]},
+    "all-linear, patterns": {
+        "target_modules": "all-linear",
+        "rank_pattern": {"v_proj": 2, "layers.0.mlp.up_proj": 6},
+        "alpha_pattern": {"down_proj": 5},
+        "use_rslora": True,
+    },
+    "magnitudes only": {"target_modules": ["q_proj"], "magnitude_only_modules": ["up_proj", "v_proj"]},
+    "magnitudes only, patterns": {
+        "target_modules": r".*\.(q|v)_proj",
+        "magnitude_only_modules": r".*\.up_proj",
+        "rank_pattern": {r".*\.v_proj": 3},
+        "use_rslora": True,
+    },
+    "magnitudes of all": {"target_modules": ["q_proj"], "magnitude_only_modules": "all-linear"},
+    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+}

@@ -8,8 +8,6 @@ from model_fixtures import IDS, NAMES, config, differs, dora_layers, llama, mlp,
 from peft import get_peft_model, inject_adapter_in_model
 from torch import nn
 
-from dora_peft import DoraConfig
-
 
 @pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
 def test_which_biases_are_trained(bias):
@@ -143,32 +141,6 @@ def test_magnitude_only_modules_train_m_alone(targets, only, expected):
     differs(expected_output, output(llama()))
     model.merge_adapter()
     same(output(model), expected_output)
-
-
-# PEFT 0.20 only: it looks for the config of a base model without a name
-@pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume")
-def test_transformers_own_adapter_methods(tmp_path):
-    base = llama()
-    base.add_adapter(config(target_modules=["q_proj", "up_proj"]))
-    same(output(base), output(llama()))
-    train(base)
-    expected = output(base)
-    base.disable_adapters()
-    same(output(base), output(llama()))
-    base.enable_adapters()
-    same(output(base), expected)
-    assert base.active_adapters() == ["default"]
-    base.save_pretrained(tmp_path)
-    again = llama()
-    again.load_adapter(str(tmp_path))
-    assert type(again.peft_config["default"]) is DoraConfig
-    same(output(again), expected)
-    with pytest.warns(UserWarning, match="multiple adapters in the model"):
-        again.add_adapter(config(target_modules=["v_proj"]), "second")
-    again.set_adapter("second")
-    same(output(again), output(llama()))
-    again.set_adapter("default")
-    same(output(again), expected)
 
 
 def test_injected_into_a_bare_module():

@@ -19,4 +19,5 @@ CANCELLATION = 0.25
 
 def interpreted() -> bool:
     """Whether Triton's kernels run on the CPU, in its interpreter."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+    # what Triton takes for yes
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

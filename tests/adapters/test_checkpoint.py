@@ -4,13 +4,24 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from checkpoint_fixtures import differs, load_ours, load_plain, net, output, same, save, train, zero_net
+from checkpoint_fixtures import (
+    OPTIONS,
+    differs,
+    llama,
+    load_ours,
+    load_plain,
+    net,
+    output,
+    same,
+    save,
+    train,
+    zero_net,
+)
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import ConvNextConfig, ConvNextModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from dora_peft import DoraConfig
-from dora_peft.plugin.configs import plain_peft_configs
 
 # PEFT says both, in its own tuner and where it creates the factors of ours
 pytestmark = [
@@ -19,14 +30,6 @@ pytestmark = [
     # PEFT 0.20 only: it looks for the config of a base model without a name
     pytest.mark.filterwarnings("ignore:Could not find a config file in  - will assume"),
 ]
-
-
-def llama(**changes):
-    """A tiny Llama in float64, so that equal means equal to 1e-9, with weights large enough for the adapter to show."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.2, **changes)).double().eval()
 
 
 KINDS = ["linear", "no_bias", "transposed", "conv1d", "conv2d", "conv3d", "embed", "grouped"]
@@ -53,27 +56,6 @@ def test_the_spelling_of_the_magnitudes_key(key, suffix, tmp_path):
     assert names == {f"base_model.model.linear{suffix}"}
 
 
-OPTIONS = {
-    "plain": {"target_modules": ["q_proj", "down_proj"]},
-    "all-linear, patterns": {
-        "target_modules": "all-linear",
-        "rank_pattern": {"v_proj": 2, "layers.0.mlp.up_proj": 6},
-        "alpha_pattern": {"down_proj": 5},
-        "use_rslora": True,
-    },
-    "magnitudes only": {"target_modules": ["q_proj"], "magnitude_only_modules": ["up_proj", "v_proj"]},
-    "magnitudes only, patterns": {
-        "target_modules": r".*\.(q|v)_proj",
-        "magnitude_only_modules": r".*\.up_proj",
-        "rank_pattern": {r".*\.v_proj": 3},
-        "use_rslora": True,
-    },
-    "magnitudes of all": {"target_modules": ["q_proj"], "magnitude_only_modules": "all-linear"},
-    "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
-}
-
-
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_llama_in_plain_peft_and_back(options, tmp_path):
     ours = get_peft_model(llama(), DoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", **options))
@@ -87,50 +69,6 @@ def test_llama_in_plain_peft_and_back(options, tmp_path):
     for entry in ("inference_mode", "peft_version"):
         before.pop(entry), after.pop(entry)
     assert before == after
-
-
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_transformers_load_adapter_with_and_without_this_package(options, tmp_path):
-    if "modules_to_save" in options:
-        pytest.skip("transformers does not load modules_to_save")
-    ours = get_peft_model(llama(), DoraConfig(r=4, lora_alpha=6, **options))
-    expected = output(train(ours))
-    save(ours, tmp_path)
-    base = llama()
-    base.load_adapter(str(tmp_path))
-    assert type(base.peft_config["default"]) is DoraConfig
-    same(output(base), expected)
-    with pytest.warns(UserWarning, match="multiple adapters in the model"):
-        base.load_adapter(str(tmp_path), "second")
-    base.set_adapter("second")
-    same(output(base), expected)
-    plain = llama()
-    with plain_peft_configs():
-        plain.load_adapter(str(tmp_path))
-    assert type(plain.peft_config["default"]) is LoraConfig
-    same(output(plain), expected)
-
-
-def test_transformers_load_adapter_of_a_grouped_convolution(tmp_path):
-    """Its magnitudes are rescaled for PEFT on saving; every way in has to undo that."""
-
-    def convnext():
-        torch.manual_seed(0)
-        sizes = {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2, "image_size": 32}
-        return ConvNextModel(ConvNextConfig(**sizes, initializer_range=0.3, layer_scale_init_value=1.0)).double().eval()
-
-    @torch.no_grad()
-    def features(model):
-        pixels = torch.linspace(-1, 1, 3 * 32 * 32, dtype=torch.float64).view(1, 3, 32, 32)
-        return model(pixels).last_hidden_state
-
-    ours = train(get_peft_model(convnext(), DoraConfig(r=8, target_modules=["dwconv"])))
-    expected = features(ours)
-    differs(expected, features(convnext()))
-    save(ours, tmp_path)
-    base = convnext()
-    base.load_adapter(str(tmp_path))
-    same(features(base), expected)
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])

@@ -28,7 +28,8 @@ def narrow(value, DTYPE: tl.constexpr):
     """fp32 `value` in DTYPE, rounded to nearest; the interpreter's own conversion to bf16 cuts digits off."""
     if _UPCAST and tl.bfloat16 == DTYPE:
         bits = value.to(tl.int32, bitcast=True)
-        value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        # without the digits that are to go: of subnormal numbers, as 0 would be one, it keeps others
+        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return value.to(DTYPE)
 
 
