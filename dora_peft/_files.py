@@ -25,6 +25,11 @@ class NotSavedError(OSError):
             "space, or choose another directory."
         )
         self.errno = getattr(error, "errno", None)
+        self._made_of = what, target, error
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # an OSError is made again from its message alone; a worker process sends its errors that way
+        return type(self), self._made_of
 
 
 @contextmanager

@@ -83,9 +83,18 @@ def _put_back(own: dict[str, Any], entries: dict[str, Any], own_fields: set[str]
         if joined is None or jsonable(_names(entries.get("target_modules", joined))) == joined:
             entries["target_modules"] = own["target_modules"]
     if isinstance(own.get("rank_pattern"), dict):
-        found = entries.get("rank_pattern")
-        found = found if isinstance(found, dict) else {}
-        entries["rank_pattern"] = {name: found.get(name, rank) for name, rank in own["rank_pattern"].items()}
+        found, before = entries.get("rank_pattern"), own["rank_pattern"]
+        # what is no pattern is named by the config's own checks
+        if (
+            not isinstance(found, dict)
+            or not all(isinstance(name, str) for name in found)
+            or not all(isinstance(rank, int) for rank in before.values())
+        ):
+            found = before
+        # those of magnitude-only modules are of one module each, see `adapters.names.exactly`
+        entries["rank_pattern"] = {
+            name: rank for name, rank in found.items() if name in before or not name.startswith("^")
+        }
     elif "rank_pattern" in own:
         entries["rank_pattern"] = own["rank_pattern"]
     if "init_lora_weights" in own and entries.get("init_lora_weights", True) is True:

@@ -41,7 +41,8 @@ def param_groups(
     Example:
         >>> optimizer = torch.optim.AdamW(dora_peft.param_groups(model, weight_decay=0.01), lr=1e-4)
     """
-    magnitudes = {id(m.weight) for m in model.modules() if isinstance(m, Magnitude)}
+    # a masked or parametrized one is computed from its parameters
+    magnitudes = {id(p) for m in model.modules() if isinstance(m, Magnitude) for p in m.parameters()}
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError(

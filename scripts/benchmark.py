@@ -1,7 +1,7 @@
 """Speed and memory of DoRA against PEFT's LoRA and `use_dora`, and against what no adapter could beat.
 
     python scripts/benchmark.py SUITE [--model llama-512] [--rank 16,128] [--dropout 0,0.05] [options]
-    python scripts/benchmark.py all     # every run behind the README's table; 20 to 25 minutes on 2 cores, resumable
+    python scripts/benchmark.py all     # every run behind results/cpu.md; 20 to 25 minutes on 2 cores, resumable
 
 On a laptop without GPU, in seconds:
 
@@ -56,11 +56,9 @@ MAIN = "--contenders dora,frozen,lora_floor"
 PLAN = (
     f"step --model llama-512 --rank 16,128 --dropout 0,0.05 {MAIN},dora:reference",
     f"step --model smollm2-135m --layers 3 --rank 16,128 --dropout 0,0.05 {MAIN}",
-    f"step --model smollm2-135m --layers 3 --batch 16 --seq-len 14 --tag short {MAIN}",
     f"step --model llama-1024 --layers 2 --batch 2 --rank 16,128 --dropout 0,0.05 {MAIN}",
     f"step --model llama-3.2-1b --layers 1 --batch 1 --rank 16 --dropout 0,0.05 {MAIN}",
     f"step --model llama-512 --batch 1 --accumulation 4 --checkpointing none,non-reentrant --tag accumulation {MAIN}",
-    "step --model llama-512 --layers 2 --compile --tag compiled --contenders dora",
     f"eval --model llama-512 {MAIN},peft_dora_cached",
     f"eval --model llama-1024 --layers 2 --batch 2 {MAIN},peft_dora_cached",
     f"decode --model llama-512 {MAIN},peft_dora_cached",

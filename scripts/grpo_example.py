@@ -1,8 +1,9 @@
 """Reinforcement learning by TRL's GRPOTrainer with DoRA and with LoRA at equal settings: a small LLaMA that pronounces.
 
     python scripts/prepare_smollm2.py && python scripts/prepare_cmudict.py
-    python scripts/grpo_example.py                      # SmolLM2-135M, one seed: 15 minutes on 2 CPU cores
+    python scripts/grpo_example.py                      # SmolLM2-135M, one seed; made for 15 minutes on 2 CPU cores
     python scripts/grpo_example.py --seeds 0,1          # two seeds; what is measured already is kept
+    python scripts/grpo_example.py --results scripts/grpo_results       # as README's curve
 
 In seconds, to see that everything runs:
 
@@ -43,7 +44,6 @@ from common.spelling import edit_distance, read_records, score
 from dora_peft import DoraConfig
 from finetune.generation import generate_answers
 
-RESULTS = Path(__file__).parent / "grpo_results"
 METHODS = {"lora": LoraConfig, "dora": DoraConfig}
 # Words of 9 letters have at most 16 tokens of phonemes.
 MAX_TOKENS = 20
@@ -121,11 +121,20 @@ def adapter(kind: type[LoraConfig], options: argparse.Namespace) -> LoraConfig:
     return kind(r=options.rank, lora_alpha=2 * options.rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
+def source(options: argparse.Namespace) -> dict[str, Any]:
+    """What the model that both methods start from is made of."""
+    names = ("model_name_or_path", "gguf_file", "warmup_steps")
+    return {**{name: getattr(options, name) for name in names}, "data": str(options.data)}
+
+
 def warm_up(options: argparse.Namespace, seed: int) -> Path:
     """The folder of the model that both methods start from: fine-tuned for a few steps with LoRA, and merged."""
-    folder = options.output_dir / f"start_{seed}_{options.warmup_steps}"
-    if (folder / "config.json").is_file():
+    folder, wanted = options.output_dir / f"start_{seed}", {**source(options), "rank": options.rank, "seed": seed}
+    # written last, so that it says what is whole
+    made = folder / "made_of.json"
+    if made.is_file() and json.loads(made.read_text(encoding="utf-8")) == wanted:
         return folder
+    made.unlink(missing_ok=True)
     model, tokenizer = load(options.model_name_or_path, options.gguf_file)
     records = read_records(options.data / "train.jsonl", 32 * options.warmup_steps)
     arguments = SFTConfig(
@@ -139,6 +148,7 @@ def warm_up(options: argparse.Namespace, seed: int) -> Path:
     trainer.train()
     trainer.model.merge_and_unload().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_json(made, wanted)
     return folder
 
 
@@ -158,6 +168,11 @@ def train(options: argparse.Namespace, method: str, seed: int, start: Path) -> d
     before = accuracy(model, tokenizer, held_out)
     # not those of the warm-up
     records = read_records(options.data / "train.jsonl")[32 * options.warmup_steps :]
+    if not records:
+        raise SystemExit(
+            f"error: {options.data / 'train.jsonl'}: {32 * options.warmup_steps} records are for the warm-up, and none "
+            "is left for GRPO; choose fewer --warmup_steps."
+        )
     dataset = Dataset.from_list([{"prompt": r["prompt"], "expected": r["completion"]} for r in records])
     arguments = GRPOConfig(
         **common(options, options.output_dir / f"{method}_{seed}", seed), max_steps=options.steps,
@@ -181,8 +196,8 @@ def train(options: argparse.Namespace, method: str, seed: int, start: Path) -> d
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """What a stored run has to share with a wanted one."""
-    names = ("warmup_steps", "steps", "prompts", "generations", "learning_rate", "rank", "words")
-    return {"model": options.model_name_or_path, **{name: getattr(options, name) for name in names}}
+    names = ("steps", "prompts", "generations", "learning_rate", "rank", "words")
+    return {**source(options), **{name: getattr(options, name) for name in names}}
 
 
 def format_row(run: dict[str, Any]) -> str:
@@ -225,9 +240,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for method in METHODS:
             if any(run["method"] == method and run["seed"] == seed for run in runs):
                 continue
-            runs.append(train(options, method, seed, start))
             machine = describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-            write_json(path, {"settings": wanted, "machine": machine, "runs": runs})
+            runs.append({**train(options, method, seed, start), "machine": machine})
+            write_json(path, {"settings": wanted, "runs": runs})
     draw(runs, results / "grpo.png")
     for run in runs:
         print(format_row(run))

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import stat
 import tempfile
 import threading
@@ -181,3 +182,10 @@ def test_other_errors_are_not_the_disks(error):
     with pytest.raises(type(error)) as caught, saving("the adapter", "/some/where"):
         raise error
     assert caught.value is error
+
+
+def test_the_error_travels_between_processes():
+    with pytest.raises(NotSavedError) as caught, saving("the adapter", "folder"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    found = pickle.loads(pickle.dumps(caught.value))
+    assert (type(found), str(found), found.errno) == (NotSavedError, str(caught.value), errno.ENOSPC)

@@ -177,3 +177,12 @@ def test_trainer_takes_the_optimizer_as_the_warning_says(own, tmp_path):
     else:
         with pytest.warns(UserWarning, match=r"weight_decay=0\.5.*optimizers=\(optimizer, None\)"):
             trainer.train()
+
+
+@pytest.mark.parametrize("target", ["lin", "conv"])
+def test_a_masked_magnitude_stays_a_magnitude(target):
+    model = adapted()
+    masked = getattr(model.base_model.model, target).lora_magnitude_vector["default"]
+    nn.utils.prune.l1_unstructured(masked, "weight", 0.5)
+    group = group_of(param_groups(model, weight_decay=0.1, lr_magnitude=0.5), masked.weight_orig)
+    assert (group["weight_decay"], group["lr"]) == (0.0, 0.5)

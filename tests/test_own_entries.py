@@ -124,3 +124,15 @@ def test_the_records_of_an_adapter_travel_with_to_dict():
     assert again.magnitude_only_ranks == config.magnitude_only_ranks == {"^down": 1}
     with pytest.raises(ValueError, match=r"tied_rows.*of adapter_config\.json"):
         DoraConfig(auto_mapping={MARKER: {"tied_rows": [1]}})
+
+
+@pytest.mark.parametrize("changed", [{"up": 2, "down": 3}, {}, {"up": 5}])
+def test_ranks_that_were_changed_in_to_dict_are_kept(changed):
+    config = DoraConfig(r=4, target_modules=["up", "down"], rank_pattern={"up": 2}, magnitude_only_modules=["gate"])
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("up", "down", "gate")})
+    packed = get_peft_model(model, config).peft_config["default"].to_dict()
+    records = {name: rank for name, rank in packed["rank_pattern"].items() if name.startswith("^")}
+    assert records
+    found = DoraConfig(**{**packed, "rank_pattern": {**changed, **records}})
+    assert found.rank_pattern == changed
+    assert found.magnitude_only_ranks == records

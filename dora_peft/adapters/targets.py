@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from typing import TypedDict, cast
 
@@ -39,8 +40,9 @@ def is_magnitude_only(config: DoraConfig, key: str) -> bool:
     return bool(check_target_module_exists(as_targets, key))
 
 
-def all_linear(model: nn.Module, config: DoraConfig) -> set[str]:
-    """The names of all linear layers that an adapter can go on, but the output layer.
+def all_linear(model: nn.Module, config: DoraConfig) -> set[str] | str:
+    """The names of all linear layers that an adapter can go on, but the output layer; as a regular expression where a
+    name alone would match one that is left out by its end.
 
     What the model does not call is left out with a warning: the output layer of nn.MultiheadAttention, and those of
     Mamba models.
@@ -59,7 +61,10 @@ def all_linear(model: nn.Module, config: DoraConfig) -> set[str]:
             "their weights without calling them (nn.MultiheadAttention, Mamba), so an adapter would never run.",
             stacklevel=2,
         )
-    return names - left_out
+    kept = names - left_out
+    if any(other.endswith(f".{name}") for name in kept for other in left_out):
+        return "|".join(re.escape(name) for name in sorted(kept))
+    return kept
 
 
 def _is_read(model: nn.Module, target_name: str) -> bool:

@@ -18,7 +18,7 @@ from ..ops.compiled import can_compose, composed_norm, composed_product
 from ..ops.compose import compose, linear_branch
 from ..ops.linear import linear_eval, linear_operator
 from ..ops.linear_autograd import apply, flattened
-from ..ops.norm import Sharing
+from ..ops.norm import Sharing, scale
 from ..ops.options import options_for
 from .forward import (
     adapt_keeping_output,
@@ -196,7 +196,7 @@ class Linear(DoraLayer, nn.Module):
             return None
         composed, norm = composed_norm(weight, *factors, scaling)
         z = composed_product(x, *factors, weight, composed, scaling)
-        return compose(z, magnitude / norm, bias_of(self), x.dtype)
+        return compose(z, scale(magnitude, norm, None), bias_of(self), x.dtype)
 
     def _factors_and_number(self, adapter: str) -> tuple[tuple[Tensor, Tensor], float]:
         """A, B and s, which prepare_model_for_compiled_hotswap makes a tensor: it goes into B then."""

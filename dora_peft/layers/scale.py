@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -83,7 +85,11 @@ def dense_norm(layer: ComputingLayer, adapter: str) -> Tensor:
         return torch.maximum(torch.linalg.vector_norm(matrix, dim=1), least)
     factors = layer.as_matrices(*layer.factor_parameters(adapter))
     lora_A, lora_B = (factor.to(matrix.dtype) for factor in factors)
-    return torch.maximum(reference.weight_norm(matrix, lora_A, lora_B, layer.scaling[adapter]), least)
+    device = matrix.device.type
+    # which would lower the precision of B A
+    without = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    with without:
+        return torch.maximum(reference.weight_norm(matrix, lora_A, lora_B, layer.scaling[adapter]), least)
 
 
 def wide_matrix(layer: ComputingLayer) -> Tensor:

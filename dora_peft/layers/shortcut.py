@@ -133,6 +133,9 @@ class Shortcut:
             return None
         _, lora_A, lora_B, magnitude = found
         scaling, stored, by_kernels = layer.scaling[adapter], self.stored, self.by_kernels
+        if isinstance(scaling, Tensor):
+            # since the last pass: what compares it with itself would see no change
+            return None
         known = norms.fresh(layer, adapter, lora_A, lora_B, scaling, stored, by_kernels)
         kept = self.folded
         if kept is not None:

@@ -58,7 +58,7 @@ def in_chunks(
     multiply: Callable[[Tensor, Tensor], Tensor],
     keep_scaled: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """g' = c * g, its product with W0, and sum_n g (y - b), see `linear_autograd.scale_and_sum`.
+    """g' = c * g, its product with W0, and sum_n g (y - b), see `linear_parts.scale_and_sum`.
 
     Args:
         y: [N, out].

@@ -146,7 +146,10 @@ class _Later:
         return cls(host, event)
 
     def has_arrived(self) -> bool:
-        return self.event is None or self.event.query()
+        if self.event is None:
+            return True
+        # during a capture CUDA refuses to be asked, and gives the capture up
+        return not torch.cuda.is_current_stream_capturing() and self.event.query()
 
     def value(self) -> int:
         # read from memory: an operation of torch's would wait

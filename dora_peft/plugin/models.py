@@ -29,6 +29,8 @@ from .patching import Function, patch
 Path = str | os.PathLike[str]
 
 
+# What torch says of an intact file that is asked for on a device that is not there.
+_OF_DEVICES = ("CUDA", "deserialize object on")
 # What torch.load raises for files that are damaged, or that hold something else.
 _DAMAGED = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, LookupError, AttributeError)
 
@@ -198,12 +200,15 @@ def _torch_load(original: Function) -> Function:
         except torch.OutOfMemoryError:
             raise
         except _DAMAGED as error:
+            if isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_DEVICES):
+                raise
             # torch's words fill a page, and advise to run what the file holds
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             known = [line for line in lines if line.startswith(("Unsupported", "Trying to", "GLOBAL", "Can only"))]
             said = known[0] if known else "" if isinstance(error, pickle.UnpicklingError) else "".join(lines[:1])
             raise _no_tensors(file, f"{type(error).__name__}: {said}".rstrip(": .")) from error
-        if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        values = found.items() if isinstance(found, dict) else [("lora_", None)]
+        if any("lora_" in str(name) and not isinstance(value, Tensor) for name, value in values):
             raise _no_tensors(file, f"found {str(found)[:60]!r}")
         return found
 

@@ -196,7 +196,8 @@ def spread(values: Sequence[float]) -> str:
 
 
 def claim(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """README's first sentence about costs; empty without results."""
+    """README's first sentence about costs, of all results on a CPU that the pages show, but compiled steps; empty
+    without results."""
     ours, theirs, kept = [], [], {"dora": list[float](), "peft_dora": list[float]()}
     for entry in reports.get("price_cpu", {}).get("settings", {}).values():
         setting, prices = entry["setting"], entry["prices"].get("default", {})
@@ -206,11 +207,17 @@ def claim(reports: Mapping[str, Mapping[str, Any]]) -> str:
         suite = report.get("options", {}).get("suite") if report.get("device", "").endswith("CPU") else None
         for result in report.get("results", []) if suite in ("step", "memory") else []:
             found, setting = result["contenders"], result["setting"]
-            if suite == "step" and setting["batch"] * setting["seq_len"] >= FEW_TOKENS and "peft_dora" in found:
-                theirs.append(found["peft_dora"]["ratio"])
+            if suite == "step" and setting["batch"] * setting["seq_len"] >= FEW_TOKENS:
+                for name, ratios in (("dora", ours), ("peft_dora", theirs)):
+                    ratios += [found[name]["ratio"]] if name in found else []
             if result["quantity"] == "saved_mib" and setting["checkpointing"] == "none":
                 for name, ratios in kept.items():
                     ratios.append(found[name]["ratio"])
+        methods = report.get("methods", {})
+        for name, ratios in (("dora", ours), ("peft_dora", theirs)):
+            ratios += [methods[name]["time_s"] / methods["lora"]["time_s"]] if name in methods else []
+        for name, ratios in kept.items():
+            ratios += [methods[name]["saved_mib"] / methods["lora"]["saved_mib"]] if name in methods else []
     if not ours or not theirs or not kept["dora"]:
         return ""
     return (

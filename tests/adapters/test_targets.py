@@ -167,3 +167,12 @@ def test_a_padded_batch_through_torchs_encoder():
     with torch.no_grad():
         found = model.eval()(x, src_key_padding_mask=padding)
     torch.testing.assert_close(found[~padding], expected[~padding])
+
+
+def test_all_linear_skips_what_another_name_ends_like():
+    """PEFT matches names by their ends: the outer out_proj would bring the attention's back in."""
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2), "out_proj": nn.Linear(4, 4), "a+b": nn.Linear(4, 4)})
+    with pytest.warns(UserWarning, match="leaves out attn.out_proj"):
+        adapted = get_peft_model(model, DoraConfig(r=2, target_modules="all-linear"))
+    layers = {name for name, module in adapted.base_model.model.named_modules() if isinstance(module, DoraLayer)}
+    assert layers == {"out_proj", "a+b"}

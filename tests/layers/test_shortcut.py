@@ -125,3 +125,17 @@ def test_a_magnitude_in_low_precision_leaves_one_if_that_was_asked_for(asked):
     assert magnitude.weight.dtype is torch.bfloat16
     layer(torch.randn(2, 12, dtype=torch.bfloat16))
     assert (layer._shortcut is not None) == asked
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_scaling_that_became_a_tensor_closes_it(mode):
+    _, layer, x = shortcut_fixtures.prepared(mode)
+    layer.scaling["default"] = torch.tensor(float(layer.scaling["default"]))
+    with torch.set_grad_enabled(mode == "training"):
+        for s in (4.0, 8.0):
+            layer.scaling["default"].fill_(s)
+            found = [layer(x) for _ in range(2)]
+            with dora_peft.implementation("reference"):
+                expected = layer(x)
+            for y in found:
+                torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)

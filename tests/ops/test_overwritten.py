@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from linear_fixtures import (
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
-from dora_peft.ops import torch_names
+from dora_peft.ops import overwritten, torch_names
 from dora_peft.ops.kept_output import KeptOutput
 from dora_peft.ops.overwritten import Outputs
 from dora_peft.ops.products import composed_rows
@@ -243,3 +244,13 @@ def test_a_device_is_asked_in_the_first_backward_passes_and_then_in_some():
     outputs = Outputs("one")
     asked = [number for number in range(1, 50) if outputs.asks()]
     assert asked == [1, 2, 3, 4, 16, 32, 48]
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_device_is_not_asked_during_a_capture(capturing, monkeypatch):
+    """CUDA refuses, and gives the capture up."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    event = SimpleNamespace(query=lambda: asked.append(1) or True)
+    assert overwritten._Later(torch.zeros(1), event).has_arrived() is not capturing
+    assert len(asked) == (not capturing)

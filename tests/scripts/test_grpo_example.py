@@ -61,3 +61,30 @@ def test_a_run_at_toy_size(tiny_llama, tmp_path, capsys):
     # what is measured is kept
     grpo_example.main([*words, "--seeds", "0"])
     assert json.loads((tmp_path / "results" / "grpo.json").read_text()) == stored
+
+
+@pytest.mark.parametrize("change", ["data", "model_name_or_path", "gguf_file", "warmup_steps", "rank", "learning_rate"])
+def test_what_decides_a_run_is_in_its_settings(change, tmp_path, monkeypatch):
+    """And what decides the start, in what is stored beside it: else a run of something else would be taken for it."""
+    one, other = grpo_example.read_options(["--output_dir", str(tmp_path)]), grpo_example.read_options([])
+    setattr(other, change, {"data": tmp_path, "rank": 3, "warmup_steps": 3, "learning_rate": 0.5}.get(change, "other"))
+    assert grpo_example.settings(one) != grpo_example.settings(other)
+    if change == "learning_rate":
+        return
+    other.output_dir = tmp_path
+    folder = tmp_path / "start_0"
+    grpo_example.write_json(folder / "made_of.json", {**grpo_example.source(one), "rank": one.rank, "seed": 0})
+    monkeypatch.setattr(grpo_example, "load", lambda *_: pytest.fail("made again"))
+    assert grpo_example.warm_up(one, 0) == folder
+    with pytest.raises(pytest.fail.Exception, match="made again"):
+        grpo_example.warm_up(other, 0)
+
+
+def test_the_words_of_the_warm_up_are_left_out(tmp_path, monkeypatch):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 64, encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    options = grpo_example.read_options(["--data", str(tmp_path), "--warmup_steps", "2"])
+    monkeypatch.setattr(grpo_example, "load", lambda *_: (None, None))
+    monkeypatch.setattr(grpo_example, "accuracy", lambda *_: {})
+    with pytest.raises(SystemExit, match="64 records are for the warm-up, and none is left"):
+        grpo_example.train(options, "lora", 0, tmp_path)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dora_peft
-from dora_peft import DoraConfig
+from dora_peft import DoraConfig, layers
 
 KINDS = ["branch", "full gradient", "dropout", "bf16", "several"]
 
@@ -102,6 +102,45 @@ def test_what_the_graph_computes_itself(kind):
         called = operators_called(model, ids)
     looked_up = kind in ("bf16", "full gradient", "evaluation", "tied")
     assert bool(called) == looked_up, called
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.implementation("torch")
+@pytest.mark.parametrize(("kind", "products"), [("branch", 1), ("dropout", 0)])
+def test_one_product_serves_the_norm_and_the_output(kind, products, monkeypatch):
+    """Under dropout the low-rank branch sees another x."""
+    called = []
+
+    def counted(*args):
+        called.append(1)
+        return product(*args)
+
+    product = layers.linear.composed_product
+    monkeypatch.setattr(layers.linear, "composed_product", counted)
+    compiled(made(kind).base_model.model.up, backend="eager")(torch.randn(2, 5, 8))
+    assert len(called) == products
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.implementation("torch")
+@pytest.mark.parametrize("how", ["compiled", "dense"])
+def test_autocast_leaves_the_norm_in_fp32(how):
+    layer = made("branch").base_model.model.up
+
+    def scale():
+        return layers.scale.scale_of(layer, "default", differentiable=True, how=how)
+
+    asked = compiled(scale, backend="eager") if how == "compiled" else scale
+    expected = scale_in_float64(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = asked()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
+def scale_in_float64(layer):
+    tensors = layer.get_base_layer().weight, *layer.factors("default"), layer.magnitude("default")
+    weight, A, B, m = (t.detach().double() for t in tensors)
+    return m / (weight + layer.scaling["default"] * B @ A).norm(dim=1)
 
 
 @pytest.mark.filterwarnings("ignore")

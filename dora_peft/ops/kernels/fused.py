@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...bases import FourBit
+from ..linear_parts import in_dtype
 from . import dropout as dropout_kernels
 from . import linear as kernels
 from .dropout import draw_seed
@@ -68,11 +69,11 @@ def forward(
     """
     dtype = rows.dtype
     if options.seed is None:
-        u = F.linear(rows, _in(lora_A, dtype))
+        u = F.linear(rows, in_dtype(lora_A, dtype))
     else:
         u = dropout_kernels.dropped_product(rows, _rowwise(lora_A), options.seed, options.p)
     if weight is not None:
-        z = out = F.linear(rows, _in(weight, dtype), None if bias is None else _in(bias, dtype))
+        z = out = F.linear(rows, in_dtype(weight, dtype), None if bias is None else in_dtype(bias, dtype))
     else:
         assert base_out is not None
         z = _rowwise(base_out)
@@ -129,7 +130,7 @@ def gradients(
         # waits for the host, as all of this fallback does
         overwritten = sums is None or (gone is not None and bool(gone))
         d_c = d_magnitude(None if overwritten or sums is None else sums.sum(0))
-    B = _in(lora_B, dtype)
+    B = in_dtype(lora_B, dtype)
     if need_B:
         # [out, r]; B gives the shape alone
         d_B = torch.addmm(B, scaled.T, u, beta=0, alpha=k)
@@ -154,16 +155,11 @@ def _gradient_of_A(du: Tensor, rows: Tensor, lora_A: Tensor, options: KernelOpti
 
 def _gradient_of_x(scaled: Tensor, du: Tensor, weight: Tensor | None, lora_A: Tensor, options: KernelOptions) -> Tensor:
     """g' W0 + mask * (du A) [N, in]; without the first if W0 is not given."""
-    dx = None if weight is None else scaled @ _in(weight, du.dtype)
+    dx = None if weight is None else scaled @ in_dtype(weight, du.dtype)
     if options.seed is not None:
         return dropout_kernels.add_low_rank(dx, du, _rowwise(lora_A), options.seed, options.p)
-    lora_A = _in(lora_A, du.dtype)
+    lora_A = in_dtype(lora_A, du.dtype)
     return du @ lora_A if dx is None else dx.addmm_(du, lora_A)
-
-
-def _in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor.to(dtype)`, which takes a microsecond even if there is nothing to do."""
-    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _rowwise(matrix: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ import triton
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from ..torch_names import raw_stream
+
 Argument: TypeAlias = Tensor | int | float
 Constant: TypeAlias = int | float | str
 # How many programs run; may depend on the constants that are whole numbers.
@@ -36,9 +38,7 @@ _TAKES_CONSTANTS = _VERSION >= (3, 3)
 # torch._C are those behind torch.cuda's, which make sure first that CUDA is initialised: a tensor on a GPU says that.
 device_of = Tensor.get_device
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-current_stream: Callable[[int], int] = getattr(
-    torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream
-)
+current_stream = raw_stream
 
 
 # Gives the tensors' device, None if there are several; all that Triton and the tuner distinguish launches by; and the

@@ -92,10 +92,19 @@ def _place(value: Tensor, tensors: dict[int, Tensor]) -> tuple[int, int] | None:
     for number, tensor in tensors.items():
         if tensor is value:
             return number, 0
-    storage = value.untyped_storage().data_ptr()
-    found = [number for number, tensor in tensors.items() if tensor.untyped_storage().data_ptr() == storage]
-    offset = value.data_ptr() - tensors[found[0]].data_ptr() if len(found) == 1 else -1
+    first, last = value.data_ptr(), value.data_ptr() + value.nbytes
+    # several may be parts of one storage, such as a sharder's
+    found = [n for n, t in tensors.items() if t.data_ptr() <= first and last <= t.data_ptr() + _extent(t)]
+    offset = first - tensors[found[0]].data_ptr() if len(found) == 1 else -1
     return None if offset < 0 or offset % 16 else (found[0], offset)
+
+
+def _extent(tensor: Tensor) -> int:
+    """How many bytes lie between the first element of a tensor and behind its last one."""
+    if not tensor.numel():
+        return 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((size - 1) * stride for size, stride in steps)) * tensor.itemsize
 
 
 @lru_cache(maxsize=256)
