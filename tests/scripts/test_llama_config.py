@@ -14,7 +14,7 @@ import yaml
 from transformers import TrainingArguments
 
 from finetune.arguments import AT_LEAST, TRAINING_DEFAULTS, DataArguments, ModelArguments, training_values
-from finetune.model import initialisation
+from finetune.model import initialisation, nf4
 from finetune.options import GROUPS, USUAL_TRAINING, build_parser
 
 ROOT = Path(__file__).parents[2]
@@ -270,6 +270,33 @@ def test_help_is_grouped_and_starts_with_what_matters() -> None:
     assert set(groups[GROUPS[-1]]) == training - set(USUAL_TRAINING)
     ours = [option.name for kind in (ModelArguments, DataArguments) for option in dataclasses.fields(kind)]
     assert sorted(groups["model"] + groups["adapter"] + groups["data"]) == sorted(ours)
+
+
+def test_help_lists_choices_that_are_few_and_names_the_kind_of_the_rest() -> None:
+    text = " ".join(build_parser("").format_help().split())
+    for shown in (
+        "--method {dora,lora,peft_dora,full} ",
+        "--dtype {auto,float32,bfloat16,float16} ",
+        "--eval_strategy {no,steps,epoch} ",
+        # too many to list
+        "--optim NAME ",
+        "--packing [BOOL] ",
+        "--r INT ",
+        "--model_name_or_path TEXT ",
+    ):
+        assert shown in text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "products"), [("auto", torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16)]
+)
+def test_the_4_bit_base_is_quantised_as_qlora_does(dtype: str, products: torch.dtype) -> None:
+    pytest.importorskip("bitsandbytes")
+    found = nf4(ModelArguments(model_name_or_path="a", dtype=dtype)).to_dict()
+    assert found["load_in_4bit"] is True
+    assert found["bnb_4bit_quant_type"] == "nf4"
+    assert found["bnb_4bit_use_double_quant"] is True
+    assert found["bnb_4bit_compute_dtype"] == str(products).removeprefix("torch.")
 
 
 def test_help_says_what_is_required_and_the_defaults() -> None:
