@@ -36,7 +36,7 @@ from finetune.arguments import DataArguments, ModelArguments
 from finetune.checkpoints import (
     SETTINGS,
     check_output_dir,
-    check_same_method,
+    check_same_run,
     find_checkpoint,
     kind_of,
     staged,
@@ -81,6 +81,11 @@ def settings_of(model: ModelArguments, data: DataArguments) -> dict[str, Any]:
 
 def build_trainer(
     model: ModelArguments,
+def optimizer_of(args: TrainingArguments) -> str:
+    """The optimizers whose states are alike have one name."""
+    return args.optim.value.removesuffix("_fused")
+
+
     args: TrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     train_dataset: Dataset,
@@ -170,8 +175,8 @@ def run(
             print(show_sample(train_dataset[0], tokenizer, coloured=sys.stdout.isatty()), flush=True)
         trainer = build_trainer(model, args, tokenizer, train_dataset, eval_dataset)
         if is_main:
-            write_json(Path(args.output_dir) / SETTINGS, settings_of(model, data))
-    # From here on a full disk and the optimizer's options are the user's to mend.
+            write_json(Path(args.output_dir) / SETTINGS, settings_of(model, data) | {"optim": optimizer_of(args)})
+    # From here on a full disk and what shows as Trainer prepares are the user's to mend.
     with plain_errors(OSError, OptionError, traceback=shows_traceback):
         metrics = train(trainer, checkpoint)
         leave_process_group(trainer)
@@ -199,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_options(model, data, args)
         checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
         if checkpoint is not None:
-            check_same_method(checkpoint, model.method)
+            check_same_run(checkpoint, output_dir, model.method, optimizer_of(args), settings_of(model, data))
         if args.process_index == 0:
             check_output_dir(output_dir, settings_of(model, data), args.resume_from_checkpoint)
             for name in model.unused_options():

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from transformers.integrations import integration_utils
 
 import finetune_llama
-from finetune import checks
+from finetune import checkpoints, checks
 from finetune.options import build_parser
 
 Refused = Callable[[str], contextlib.AbstractContextManager[None]]
@@ -98,6 +98,42 @@ def test_the_same_run_continues(config: Path, tmp_path: Path, has_settings: bool
     finetune(config, "--output_dir", tmp_path / "out", *flags)
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text(encoding="utf-8"))
     assert state["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--r", "4"], "checkpoint-1 is not of this run: r is 2 there and 4 here"),
+        (["--target_modules", "q_proj"], "target_modules is 'all-linear' there and .*q_proj"),
+        (["--optim", "sgd"], "optim is 'adamw_torch' there and 'sgd' here"),
+    ],
+)
+def test_another_folders_checkpoint_is_of_the_same_run(
+    config: Path, tmp_path: Path, flags: list[str], message: str, refused: Refused, unloaded: None
+) -> None:
+    resume = ["--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1"]
+    with refused(message):
+        finetune(config, "--output_dir", tmp_path / "new", *resume, *flags)
+
+
+def test_a_checkpoint_is_continued_by_its_optimizer(
+    config: Path, tmp_path: Path, refused: Refused, unloaded: None
+) -> None:
+    out = tmp_path / "out"
+    with refused("optim is 'adamw_torch' there and 'sgd' here"):
+        finetune(config, "--output_dir", out, "--resume_from_checkpoint", "--optim", "sgd")
+    # of which nothing is left
+    checkpoint = out / "checkpoint-1"
+    (checkpoint / "optimizer.pt").unlink()
+    checkpoints.check_same_run(checkpoint, out, "dora", "sgd", {})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
+def test_a_checkpoint_is_continued_in_another_folder(config: Path, tmp_path: Path, optimizer: str) -> None:
+    resume = ["--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1", "--max_steps", 2]
+    finetune(config, "--output_dir", tmp_path / "new", *resume, "--optim", optimizer)
+    state = json.loads((tmp_path / "new" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2]
 
 
 def test_a_folder_without_weights_is_taken(config: Path, tmp_path: Path) -> None:
