@@ -230,6 +230,11 @@ def test_push_to_hub(config: Path, tmp_path: Path, name: str | None, monkeypatch
         (["--eval_dataset", "null", "--eval_steps", "1"], "need evaluation data"),
         (["--push_to_hub", "--hub_strategy", "every_save"], "hub_strategy: expected end"),
         (["--batch_eval_metrics"], "batch_eval_metrics"),
+        (["--label_names", "x"], r"label_names: .* found \['x'\]"),
+        (["--metric_for_best_model", "x"], "metric_for_best_model: expected one of loss, .*, found 'x'"),
+        (["--lr_scheduler_kwargs", '{"bogus": 1}'], "lr_scheduler_type linear with .* argument 'bogus'"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "lr_scheduler_type cosine_with_min_lr .*min_lr_rate should"),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "lr_scheduler_type warmup_stable_decay .*num_decay_steps"),
     ],
 )
 def test_options_that_cannot_be_met(
@@ -237,6 +242,23 @@ def test_options_that_cannot_be_met(
 ) -> None:
     with refused(message):
         finetune(config, "--output_dir", tmp_path / "new", *flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--label_names", "labels"],
+        ["--metric_for_best_model", "eval_loss"],
+        ["--metric_for_best_model", "runtime"],
+        ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-5}'],
+        ["--lr_scheduler_type", "warmup_stable_decay", "--lr_scheduler_kwargs", '{"num_decay_steps": 1}'],
+        ["--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_steps", "1"],
+        ["--max_steps", "-1", "--warmup_steps", "0.5", "--lr_scheduler_type", "polynomial"],
+    ],
+)
+def test_options_that_can_be_met_pass(config: Path, tmp_path: Path, flags: list[str]) -> None:
+    model, data, args, _ = build_parser("").parse([str(config), "--output_dir", str(tmp_path), *flags])
+    checks.check_options(model, data, args)
 
 
 def test_deepspeed_is_not_left_out_in_silence(config: Path, tmp_path: Path) -> None:
