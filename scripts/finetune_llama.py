@@ -14,7 +14,9 @@ Expected result: one training sequence as the model sees it, a falling loss, and
 tokenizer, `loss.png`, `eval_results.json`, `trainer_state.json` with every logged loss, and with `--merge` the folder
 `merged`. A run that was killed goes on from its last checkpoint with `--resume_from_checkpoint true`, and its losses
 are those of a run that was not; a folder that holds another run's output is refused. What is wrong with options, data
-or model is said in one line, with status 2 for options and 1 for the rest; `--log_level debug` shows a traceback.
+or model is said in one line, with status 2 if it shows before anything is loaded and 1 later, where `--log_level debug`
+shows a traceback. What shows only within a step of training, such as `--gradient_checkpointing_kwargs` that torch does
+not know, ends in a traceback.
 """
 
 import contextlib
@@ -42,7 +44,7 @@ from finetune.checkpoints import (
     staged,
     whole_checkpoints,
 )
-from finetune.checks import check_options, prepare_repository
+from finetune.checks import check_four_bit, check_options, prepare_repository
 from finetune.data import AnswerCollator, load_datasets
 from finetune.model import build_model, count_parameters, load_tokenizer
 from finetune.options import build_parser
@@ -79,13 +81,13 @@ def settings_of(model: ModelArguments, data: DataArguments) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in FREE_TO_CHANGE}
 
 
-def build_trainer(
-    model: ModelArguments,
 def optimizer_of(args: TrainingArguments) -> str:
     """The optimizers whose states are alike have one name."""
     return args.optim.value.removesuffix("_fused")
 
 
+def build_trainer(
+    model: ModelArguments,
     args: TrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     train_dataset: Dataset,
@@ -108,6 +110,13 @@ def optimizer_of(args: TrainingArguments) -> str:
         processing_class=tokenizer,
         lr_magnitude=model.lr_magnitude if model.method == "dora" else None,
     )
+    if args.dataloader_drop_last and not len(trainer.get_train_dataloader()):
+        raise ValueError(
+            f"dataloader_drop_last: leaves nothing of {len(train_dataset)} sequences, fewer than a batch of "
+            f"{args.train_batch_size} on each of {args.world_size} processes. Leave it out, or use smaller batches."
+        )
+    if model.load_in_4bit and eval_dataset is not None:
+        check_four_bit(adapted)
     if args.deepspeed and not trainer.is_deepspeed_enabled:
         raise ValueError(
             "deepspeed: accelerate does not take it up, such as with ACCELERATE_USE_CPU; see its settings."

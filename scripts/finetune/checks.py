@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import create_repo, get_token
+from torch import nn
 from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -14,6 +15,8 @@ from finetune.arguments import DataArguments, ModelArguments
 
 # What an evaluation gives, without the prefix eval_.
 METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second")
+# of a 4-bit weight, which bitsandbytes 0.50 repacks together
+PACKED_ROWS = 32
 
 
 def check_options(model: ModelArguments, data: DataArguments, args: TrainingArguments) -> None:
@@ -71,6 +74,24 @@ def check_schedule(args: TrainingArguments) -> None:
         raise ValueError(
             f"lr_scheduler_type {args.lr_scheduler_type.value} with lr_scheduler_kwargs {kwargs}: {one_line(error)}."
         ) from error
+
+
+def check_four_bit(model: nn.Module) -> None:
+    """Raise a ValueError for 4-bit layers that bitsandbytes cannot evaluate here: it repacks weights for some CPUs."""
+    from bitsandbytes.nn import Linear4bit
+
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Linear4bit) or layer.weight.device.type != "cpu":
+            continue
+        rows, columns = PACKED_ROWS, layer.weight.blocksize
+        # releases that repack nothing have no such attribute
+        repacks = getattr(layer, "support_avx512bf16_for_cpu", False)
+        if repacks and (layer.out_features % rows or layer.in_features % columns):
+            raise ValueError(
+                f"load_in_4bit: on this processor bitsandbytes cannot evaluate {name}, for its weight of "
+                f"{layer.out_features} x {layer.in_features} is not of whole blocks of {rows} x {columns}. Leave the "
+                "evaluation data out."
+            )
 
 
 def check_trackers(args: TrainingArguments) -> None:

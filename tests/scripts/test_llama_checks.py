@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 import pytest
-from finetune_fixtures import make_config
+from finetune_fixtures import last_line, make_config
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.integrations import integration_utils
@@ -277,17 +277,6 @@ def test_4_bit_needs_bitsandbytes(
 
 
 # data and model
-
-
-def last_line(capsys: pytest.CaptureFixture[str], caught: pytest.ExceptionInfo[SystemExit]) -> str:
-    """The one line that a run ended with, after the progress bars, and that its status is 1."""
-    assert caught.value.code == 1
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    _, line = err.split("error: ")
-    assert line.endswith("\n")
-    assert line.count("\n") == 1
-    return line
 
 
 @pytest.mark.parametrize(
