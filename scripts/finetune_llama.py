@@ -14,7 +14,9 @@ Expected result: one training sequence as the model sees it, a falling loss, and
 tokenizer, `loss.png`, `eval_results.json`, `trainer_state.json` with every logged loss, and with `--merge` the folder
 `merged`. A run that was killed goes on from its last checkpoint with `--resume_from_checkpoint true`, and its losses
 are those of a run that was not; a folder that holds another run's output is refused. What is wrong with options, data
-or model is said in one line, with status 2 for options and 1 for the rest; `--log_level debug` shows a traceback.
+or model is said in one line, with status 2 if it shows before anything is loaded and 1 later, where `--log_level debug`
+shows a traceback. What shows only within a step of training, such as `--gradient_checkpointing_kwargs` that torch does
+not know, ends in a traceback.
 """
 
 import contextlib
@@ -36,13 +38,13 @@ from finetune.arguments import DataArguments, ModelArguments
 from finetune.checkpoints import (
     SETTINGS,
     check_output_dir,
-    check_same_method,
+    check_same_run,
     find_checkpoint,
     kind_of,
     staged,
     whole_checkpoints,
 )
-from finetune.checks import check_options, prepare_repository
+from finetune.checks import check_four_bit, check_options, prepare_repository
 from finetune.data import AnswerCollator, load_datasets
 from finetune.model import build_model, count_parameters, load_tokenizer
 from finetune.options import build_parser
@@ -79,6 +81,11 @@ def settings_of(model: ModelArguments, data: DataArguments) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in FREE_TO_CHANGE}
 
 
+def optimizer_of(args: TrainingArguments) -> str:
+    """The optimizers whose states are alike have one name."""
+    return args.optim.value.removesuffix("_fused")
+
+
 def build_trainer(
     model: ModelArguments,
     args: TrainingArguments,
@@ -103,6 +110,13 @@ def build_trainer(
         processing_class=tokenizer,
         lr_magnitude=model.lr_magnitude if model.method == "dora" else None,
     )
+    if args.dataloader_drop_last and not len(trainer.get_train_dataloader()):
+        raise ValueError(
+            f"dataloader_drop_last: leaves nothing of {len(train_dataset)} sequences, fewer than a batch of "
+            f"{args.train_batch_size} on each of {args.world_size} processes. Leave it out, or use smaller batches."
+        )
+    if model.load_in_4bit and eval_dataset is not None:
+        check_four_bit(adapted)
     if args.deepspeed and not trainer.is_deepspeed_enabled:
         raise ValueError(
             "deepspeed: accelerate does not take it up, such as with ACCELERATE_USE_CPU; see its settings."
@@ -170,8 +184,8 @@ def run(
             print(show_sample(train_dataset[0], tokenizer, coloured=sys.stdout.isatty()), flush=True)
         trainer = build_trainer(model, args, tokenizer, train_dataset, eval_dataset)
         if is_main:
-            write_json(Path(args.output_dir) / SETTINGS, settings_of(model, data))
-    # From here on a full disk and the optimizer's options are the user's to mend.
+            write_json(Path(args.output_dir) / SETTINGS, settings_of(model, data) | {"optim": optimizer_of(args)})
+    # From here on a full disk and what shows as Trainer prepares are the user's to mend.
     with plain_errors(OSError, OptionError, traceback=shows_traceback):
         metrics = train(trainer, checkpoint)
         leave_process_group(trainer)
@@ -199,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_options(model, data, args)
         checkpoint = find_checkpoint(output_dir, args.resume_from_checkpoint)
         if checkpoint is not None:
-            check_same_method(checkpoint, model.method)
+            check_same_run(checkpoint, output_dir, model.method, optimizer_of(args), settings_of(model, data))
         if args.process_index == 0:
             check_output_dir(output_dir, settings_of(model, data), args.resume_from_checkpoint)
             for name in model.unused_options():

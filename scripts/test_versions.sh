@@ -2,9 +2,12 @@
 # A fast part of the tests at the ends of the ranges in pyproject.toml, each in an environment of its own.
 #
 #     bash scripts/test_versions.sh lowest           # the package alone, everything it names at its lower bound
-#     bash scripts/test_versions.sh lowest-extras    # the same with the packages of all extras at theirs
+#     bash scripts/test_versions.sh lowest-extras    # the same with all extras, at theirs as far as they fit together
 #     bash scripts/test_versions.sh newest           # the newest of everything, with all extras
 #     bash scripts/test_versions.sh lowest --tests   # the tests again, in the environment that the last call made
+#
+# In lowest-extras other packages lift some above their lower bounds: accelerate, datasets, huggingface_hub, protobuf,
+# safetensors and tqdm; the log names the versions that were there.
 #
 # Makes build/env-NAME anew, of 6 to 8 GB (under 2 on Linux with UV_TORCH_BACKEND=cpu, where PyTorch's own index can be
 # reached), and writes versions and outcome to scripts/versions/NAME.txt. Needs Python 3.10 to 3.13 (PYTHON names it), and

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -86,3 +87,14 @@ def make_config(folder: Path, **values: Any) -> Path:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     return path
+
+
+def last_line(capsys: pytest.CaptureFixture[str], caught: pytest.ExceptionInfo[SystemExit]) -> str:
+    """The one line that a run ended with, after the progress bars, and that its status is 1."""
+    assert caught.value.code == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    _, line = err.split("error: ")
+    assert line.endswith("\n")
+    assert line.count("\n") == 1
+    return line

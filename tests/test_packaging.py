@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, 'build_' + sys.argv[1])(sys.argv[2]))"
 # A link's text, perhaps with code in it, and its target.
-LINK = re.compile(r"\[(?:`[^`\n]*`|[^]`\n])*\]\(([^)\n]*)\)")
+# Both may break over a line, within a paragraph.
+LINK = re.compile(r"\[(?:`[^`]*`|[^]`\n]|\n(?!\n))*\]\(([^)]*)\)")
 FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
 
 
@@ -94,6 +95,9 @@ def test_every_link_of_readme_that_leads_into_the_repository_exists():
         ("[`a.py`](a.py) and [`b/`](b)", "`a.py` and `b/`"),
         ("| [price](p.md) | [all](q.md#shapes) |", "| price | all |"),
         ("[below](#limits)", "below"),
+        ("see [the long\npage](scripts/page.md).", "see the long\npage."),
+        ("[`a.py` and\n`b.py`](a.py)", "`a.py` and\n`b.py`"),
+        ("[the long\npage](https://arxiv.org/abs/1)", None),
         ("![a curve](curve.png)", "a curve"),
         ("([arXiv](https://arxiv.org/abs/1)), [mail](mailto:a@b.org)", None),
         ("`layers[0](x)` stays", None),

@@ -5,6 +5,7 @@ line. Names are those of PEFT's configurations and of TRL.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,16 +26,21 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "remove_unused_columns": False,
     "ddp_find_unused_parameters": False,
 }
-# What may be as small as its number, or must be larger than it.
+# What may be as small as its number, or must be larger or smaller than it.
 AT_LEAST = {
     "r": 1, "lora_dropout": 0, "max_length": 8, "eval_size": 0, "max_train_samples": 1, "max_eval_samples": 1,
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
-    "weight_decay": 0, "warmup_steps": 0, "max_grad_norm": 0, "seed": 0, "save_total_limit": 1,
+    "weight_decay": 0, "warmup_steps": 0, "max_grad_norm": 0, "seed": 0, "save_total_limit": 1, "adam_beta1": 0,
+    "adam_beta2": 0, "adam_epsilon": 0, "dataloader_num_workers": 0, "neftune_noise_alpha": 0,
+    "eval_accumulation_steps": 1,
 }  # fmt: skip
 ABOVE = {
     "lora_alpha": 0, "lr_magnitude": 0, "learning_rate": 0, "num_train_epochs": 0,
     "logging_steps": 0, "eval_steps": 0, "save_steps": 0,
 }  # fmt: skip
+BELOW = {"lora_dropout": 1, "adam_beta1": 1, "adam_beta2": 1}
+# A mapping or none; TrainingArguments takes any text for one.
+MAPPINGS = ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 # Options of the adapter, and those of them that only DoRA has.
 DORA_OPTIONS = ("magnitude_only_modules", "detach_norm", "dropout_mode", "lr_magnitude")
 ADAPTER_OPTIONS = (
@@ -96,13 +102,13 @@ class ModelArguments:
 
     def __post_init__(self) -> None:
         check_ranges(vars(self))
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout: expected less than 1, found {self.lora_dropout}.")
         for name in ("target_modules", "exclude_modules", "magnitude_only_modules"):
             modules = getattr(self, name)
             if isinstance(modules, str) and modules.isidentifier():
                 # PEFT reads a string as a regular expression for the whole path, which a bare name never matches.
                 setattr(self, name, [modules])
+            elif isinstance(modules, str):
+                check_pattern(name, modules)
         if self.method == "full" and self.dtype == "float16":
             raise ValueError("method full cannot train float16 weights, small updates vanish: use dtype float32.")
         if self.method == "full" and self.load_in_4bit:
@@ -169,9 +175,15 @@ def training_values(given: Mapping[str, Any]) -> dict[str, Any]:
     check_ranges(given)
     if given.get("max_steps") == 0:
         raise ValueError("max_steps: expected -1 or at least 1, found 0.")
+    for name in MAPPINGS:
+        if isinstance(given.get(name), str) and not given[name].startswith("{"):
+            raise ValueError(f'{name}: expected a mapping such as {{"name": 1}}, found {given[name]!r}.')
     has_accelerator = torch.accelerator.is_available()
     values = {**TRAINING_DEFAULTS, "dataloader_pin_memory": has_accelerator, **given}
     values["report_to"] = values["report_to"] or "none"
+    # transformers takes the words for names of sharding strategies, and means the switch.
+    if str(values.get("fsdp")).lower() in ("true", "false"):
+        values["fsdp"] = True if str(values["fsdp"]).lower() == "true" else None
     # Without this, processes started on a machine that has no accelerator would not find each other; DeepSpeed's have
     # a way of their own, and with it would train without DeepSpeed.
     values["use_cpu"] = values.get("use_cpu", False) or not (has_accelerator or values.get("deepspeed"))
@@ -191,7 +203,7 @@ def training_values(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_ranges(values: Mapping[str, Any]) -> None:
-    """Raise a ValueError for the first number that is smaller than its option can be."""
+    """Raise a ValueError for the first number that is smaller or larger than its option can be."""
     for name, value in values.items():
         if value is None:
             continue
@@ -199,3 +211,13 @@ def check_ranges(values: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}: expected at least {AT_LEAST[name]}, found {value}.")
         if name in ABOVE and value <= ABOVE[name]:
             raise ValueError(f"{name}: expected more than {ABOVE[name]}, found {value}.")
+        if name in BELOW and value >= BELOW[name]:
+            raise ValueError(f"{name}: expected less than {BELOW[name]}, found {value}.")
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """Raise a ValueError for a regular expression that is none."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{name}: no regular expression: {error}, found {pattern!r}.") from error

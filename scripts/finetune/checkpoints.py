@@ -90,23 +90,46 @@ def check_output_dir(output_dir: Path, settings: Mapping[str, Any], resume: str 
     if not wants_to_resume(resume):
         more = "continue it with --resume_from_checkpoint true, " if list_checkpoints(output_dir) else ""
         raise ValueError(f"{holds}; {more}choose another --output_dir, or remove it.")
-    earlier = read_settings(output_dir)
-    for name, value in settings.items():
-        if name in earlier and earlier[name] != value:
-            raise ValueError(
-                f"{holds}, not of this one: {name} is {earlier[name]!r} there and {value!r} here. Choose another "
-                "--output_dir, or remove it."
-            )
+    difference = first_difference(output_dir, settings)
+    if difference is not None:
+        raise ValueError(f"{holds}, not of this one: {difference}. Choose another --output_dir, or remove it.")
 
 
-def check_same_method(checkpoint: Path, method: str) -> None:
-    """Raise a ValueError if a checkpoint is of a run that trained something else."""
+def check_same_run(
+    checkpoint: Path, output_dir: Path, method: str, optimizer: str, settings: Mapping[str, Any]
+) -> None:
+    """Check that a run can go on from a checkpoint, of its own folder or of another's.
+
+    Args:
+        optimizer: whose state a checkpoint may hold, as in `run_settings.json`.
+        settings: as in `check_output_dir`, which compares those of the run's own folder.
+
+    Raises:
+        ValueError: the checkpoint is of a run that trained something else, or otherwise.
+    """
     found = read_method(checkpoint)
     if found is not None and found != kind_of(method):
         raise ValueError(
             f"resume_from_checkpoint: {checkpoint} is of a run with the method {found}, expected {method}. Choose "
             "another checkpoint."
         )
+    folder = checkpoint.absolute().parent
+    compared = {} if folder.resolve() == output_dir.resolve() else dict(settings)
+    if any(checkpoint.glob("optimizer*")):
+        compared["optim"] = optimizer
+    difference = first_difference(folder, compared)
+    if difference is not None:
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint} is not of this run: {difference}. Choose another checkpoint."
+        )
+
+
+def first_difference(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The first of the settings that is known to be another for the run whose output a folder holds, in words."""
+    earlier = read_settings(folder)
+    different = (name for name, value in settings.items() if name in earlier and earlier[name] != value)
+    name = next(different, None)
+    return None if name is None else f"{name} is {earlier[name]!r} there and {settings[name]!r} here"
 
 
 def list_outputs(output_dir: Path) -> list[Path]:
@@ -126,7 +149,7 @@ def read_settings(output_dir: Path) -> dict[str, Any]:
         found = next((method for method in methods if method is not None), None)
         return {} if found is None else {"weights": found}
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read: {one_line(error)}. Choose another --output_dir.") from error
+        raise ValueError(f"{path}: cannot be read: {one_line(error)}. Choose another folder.") from error
     return settings if isinstance(settings, dict) else {}
 
 

@@ -1,15 +1,28 @@
 """Trainer with the loss per answer token, and how it leaves a group of processes."""
 
+import pickle
 from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import EvalPrediction, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from common.errors import OptionError
+from common.errors import OptionError, one_line
 from dora_peft import param_groups
 from finetune.encoding import IGNORE
+
+# What a wrong option or checkpoint raises while Trainer prepares; pickle's are of broken files.
+NOT_PREPARED = (ValueError, TypeError, LookupError, RuntimeError, EOFError, pickle.UnpicklingError)
+
+
+class Beginning(TrainerCallback):
+    """Whether a training is under way, with all that it needs made and loaded."""
+
+    is_over = False
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        self.is_over = True
 
 
 class AnswerTrainer(Trainer):
@@ -24,6 +37,25 @@ class AnswerTrainer(Trainer):
             *args, preprocess_logits_for_metrics=sum_answer_losses, compute_metrics=mean_answer_loss, **kwargs
         )
         self.lr_magnitude = lr_magnitude
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
+        """Trainer's own.
+
+        Raises:
+            OptionError: data loader, optimizer or schedule cannot be made as the options say, or the checkpoint does
+                not fit them.
+        """
+        beginning = Beginning()
+        self.add_callback(beginning)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except NOT_PREPARED as error:
+            if beginning.is_over or isinstance(error, OptionError):
+                raise
+            where = "before training" if resume_from_checkpoint is None else f"going on from {resume_from_checkpoint}"
+            raise OptionError(f"{where}: {type(error).__name__}: {one_line(error)}") from error
+        finally:
+            self.remove_callback(beginning)
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """Trainer's own, of the groups of `dora_peft.param_groups`.
@@ -51,6 +83,8 @@ class AnswerTrainer(Trainer):
         self.optimizer_cls_and_kwargs = optimizer_class, kwargs
         try:
             return super().create_optimizer(*args)
+        except (ValueError, TypeError) as error:
+            raise OptionError(f"optim {self.args.optim.value}: {one_line(error)}") from error
         finally:
             self.optimizer_cls_and_kwargs = None
 

@@ -47,6 +47,7 @@ for category, beginning in WARNINGS:
 
 # One of the system or of the user, which this one hides, runs all the same.
 folders = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
-if spec := importlib.machinery.PathFinder.find_spec("sitecustomize", folders):
-    assert spec.loader is not None
+spec = importlib.machinery.PathFinder.find_spec("sitecustomize", folders)
+# A mere folder of that name has no loader, and nothing to run.
+if spec and spec.loader:
     spec.loader.exec_module(importlib.util.module_from_spec(spec))

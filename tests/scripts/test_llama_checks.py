@@ -10,13 +10,13 @@ from typing import Any
 
 import datasets
 import pytest
-from finetune_fixtures import make_config
+from finetune_fixtures import last_line, make_config
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.integrations import integration_utils
 
 import finetune_llama
-from finetune import checks
+from finetune import checkpoints, checks
 from finetune.options import build_parser
 
 Refused = Callable[[str], contextlib.AbstractContextManager[None]]
@@ -98,6 +98,42 @@ def test_the_same_run_continues(config: Path, tmp_path: Path, has_settings: bool
     finetune(config, "--output_dir", tmp_path / "out", *flags)
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text(encoding="utf-8"))
     assert state["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--r", "4"], "checkpoint-1 is not of this run: r is 2 there and 4 here"),
+        (["--target_modules", "q_proj"], "target_modules is 'all-linear' there and .*q_proj"),
+        (["--optim", "sgd"], "optim is 'adamw_torch' there and 'sgd' here"),
+    ],
+)
+def test_another_folders_checkpoint_is_of_the_same_run(
+    config: Path, tmp_path: Path, flags: list[str], message: str, refused: Refused, unloaded: None
+) -> None:
+    resume = ["--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1"]
+    with refused(message):
+        finetune(config, "--output_dir", tmp_path / "new", *resume, *flags)
+
+
+def test_a_checkpoint_is_continued_by_its_optimizer(
+    config: Path, tmp_path: Path, refused: Refused, unloaded: None
+) -> None:
+    out = tmp_path / "out"
+    with refused("optim is 'adamw_torch' there and 'sgd' here"):
+        finetune(config, "--output_dir", out, "--resume_from_checkpoint", "--optim", "sgd")
+    # of which nothing is left
+    checkpoint = out / "checkpoint-1"
+    (checkpoint / "optimizer.pt").unlink()
+    checkpoints.check_same_run(checkpoint, out, "dora", "sgd", {})
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
+def test_a_checkpoint_is_continued_in_another_folder(config: Path, tmp_path: Path, optimizer: str) -> None:
+    resume = ["--resume_from_checkpoint", tmp_path / "out" / "checkpoint-1", "--max_steps", 2]
+    finetune(config, "--output_dir", tmp_path / "new", *resume, "--optim", optimizer)
+    state = json.loads((tmp_path / "new" / "trainer_state.json").read_text(encoding="utf-8"))
+    assert [entry["step"] for entry in state["log_history"] if "loss" in entry] == [1, 2]
 
 
 def test_a_folder_without_weights_is_taken(config: Path, tmp_path: Path) -> None:
@@ -194,6 +230,11 @@ def test_push_to_hub(config: Path, tmp_path: Path, name: str | None, monkeypatch
         (["--eval_dataset", "null", "--eval_steps", "1"], "need evaluation data"),
         (["--push_to_hub", "--hub_strategy", "every_save"], "hub_strategy: expected end"),
         (["--batch_eval_metrics"], "batch_eval_metrics"),
+        (["--label_names", "x"], r"label_names: .* found \['x'\]"),
+        (["--metric_for_best_model", "x"], "metric_for_best_model: expected one of loss, .*, found 'x'"),
+        (["--lr_scheduler_kwargs", '{"bogus": 1}'], "lr_scheduler_type linear with .* argument 'bogus'"),
+        (["--lr_scheduler_type", "cosine_with_min_lr"], "lr_scheduler_type cosine_with_min_lr .*min_lr_rate should"),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "lr_scheduler_type warmup_stable_decay .*num_decay_steps"),
     ],
 )
 def test_options_that_cannot_be_met(
@@ -201,6 +242,23 @@ def test_options_that_cannot_be_met(
 ) -> None:
     with refused(message):
         finetune(config, "--output_dir", tmp_path / "new", *flags)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--label_names", "labels"],
+        ["--metric_for_best_model", "eval_loss"],
+        ["--metric_for_best_model", "runtime"],
+        ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-5}'],
+        ["--lr_scheduler_type", "warmup_stable_decay", "--lr_scheduler_kwargs", '{"num_decay_steps": 1}'],
+        ["--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_steps", "1"],
+        ["--max_steps", "-1", "--warmup_steps", "0.5", "--lr_scheduler_type", "polynomial"],
+    ],
+)
+def test_options_that_can_be_met_pass(config: Path, tmp_path: Path, flags: list[str]) -> None:
+    model, data, args, _ = build_parser("").parse([str(config), "--output_dir", str(tmp_path), *flags])
+    checks.check_options(model, data, args)
 
 
 def test_deepspeed_is_not_left_out_in_silence(config: Path, tmp_path: Path) -> None:
@@ -219,17 +277,6 @@ def test_4_bit_needs_bitsandbytes(
 
 
 # data and model
-
-
-def last_line(capsys: pytest.CaptureFixture[str], caught: pytest.ExceptionInfo[SystemExit]) -> str:
-    """The one line that a run ended with, after the progress bars, and that its status is 1."""
-    assert caught.value.code == 1
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    _, line = err.split("error: ")
-    assert line.endswith("\n")
-    assert line.count("\n") == 1
-    return line
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,16 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from finetune.arguments import AT_LEAST, TRAINING_DEFAULTS, DataArguments, ModelArguments, training_values
-from finetune.model import initialisation
+from finetune.arguments import (
+    ABOVE,
+    AT_LEAST,
+    BELOW,
+    TRAINING_DEFAULTS,
+    DataArguments,
+    ModelArguments,
+    training_values,
+)
+from finetune.model import initialisation, nf4
 from finetune.options import GROUPS, USUAL_TRAINING, build_parser
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +132,17 @@ def test_numbers_without_a_dot_in_yaml(config_file: Path) -> None:
         (["--deepspeed", "no/such/file.json"], "[Dd]eep[Ss]peed"),
         (["--accelerator_config", '{"xyzzy": 1}'], "xyzzy"),
         (["--lr_scheduler_kwargs", "{broken"], "property name"),
+        (["--lr_scheduler_kwargs", "x"], "lr_scheduler_kwargs: expected a mapping such as .*, found 'x'"),
+        (["--gradient_checkpointing_kwargs", "x"], "gradient_checkpointing_kwargs: expected a mapping"),
+        (["--adam_beta1", "2"], "adam_beta1: expected less than 1, found 2.0"),
+        (["--adam_beta2", "-1"], "adam_beta2: expected at least 0"),
+        (["--adam_epsilon", "-1"], "adam_epsilon: expected at least 0"),
+        (["--dataloader_num_workers", "-2"], "dataloader_num_workers: expected at least 0"),
+        (["--neftune_noise_alpha", "-5"], "neftune_noise_alpha: expected at least 0"),
+        (["--eval_accumulation_steps", "0"], "eval_accumulation_steps: expected at least 1"),
+        (["--target_modules", "("], r"target_modules: no regular expression: missing \), .*, found '\('"),
+        (["--exclude_modules", "(a"], "exclude_modules: no regular expression"),
+        (["--magnitude_only_modules", "*"], "magnitude_only_modules: no regular expression"),
         (["--liger_kernel_config", "rope"], "liger_kernel_config: expected dict, found 'rope'"),
         (["--debug", "everything"], "debug: expected DebugOption, found 'everything'"),
         (["stray"], "unexpected 'stray'"),
@@ -207,6 +226,13 @@ def test_hyphens_and_no_are_understood_as_everywhere(config_file: Path) -> None:
     assert parse(config_file, "--no_detach_norm").detach_norm is False
 
 
+def test_the_switch_fsdp_may_say_true_or_false(config_file: Path) -> None:
+    alone = parse(config_file, "--fsdp").fsdp
+    assert alone
+    assert parse(config_file, "--fsdp", "true").fsdp == parse(config_file, "--fsdp", "True").fsdp == alone
+    assert parse(config_file, "--fsdp", "false").fsdp == parse(config_file).fsdp != alone
+
+
 def test_steps_choose_the_strategy(config_file: Path) -> None:
     config = parse(config_file, "--eval_size", 2, "--eval_steps", 5, "--save_steps", 7)
     assert (config.eval_strategy, config.eval_steps, config.save_strategy, config.save_steps) == (
@@ -242,7 +268,7 @@ def test_every_range_and_default_is_of_an_option() -> None:
         for kind in (ModelArguments, DataArguments, TrainingArguments)
         for option in dataclasses.fields(kind)
     }
-    assert set(AT_LEAST) | set(TRAINING_DEFAULTS) <= names
+    assert set(AT_LEAST) | set(ABOVE) | set(BELOW) | set(TRAINING_DEFAULTS) <= names
 
 
 def test_options_without_meaning_for_the_method() -> None:
@@ -270,6 +296,33 @@ def test_help_is_grouped_and_starts_with_what_matters() -> None:
     assert set(groups[GROUPS[-1]]) == training - set(USUAL_TRAINING)
     ours = [option.name for kind in (ModelArguments, DataArguments) for option in dataclasses.fields(kind)]
     assert sorted(groups["model"] + groups["adapter"] + groups["data"]) == sorted(ours)
+
+
+def test_help_lists_choices_that_are_few_and_names_the_kind_of_the_rest() -> None:
+    text = " ".join(build_parser("").format_help().split())
+    for shown in (
+        "--method {dora,lora,peft_dora,full} ",
+        "--dtype {auto,float32,bfloat16,float16} ",
+        "--eval_strategy {no,steps,epoch} ",
+        # too many to list
+        "--optim NAME ",
+        "--packing [BOOL] ",
+        "--r INT ",
+        "--model_name_or_path TEXT ",
+    ):
+        assert shown in text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "products"), [("auto", torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16)]
+)
+def test_the_4_bit_base_is_quantised_as_qlora_does(dtype: str, products: torch.dtype) -> None:
+    pytest.importorskip("bitsandbytes")
+    found = nf4(ModelArguments(model_name_or_path="a", dtype=dtype)).to_dict()
+    assert found["load_in_4bit"] is True
+    assert found["bnb_4bit_quant_type"] == "nf4"
+    assert found["bnb_4bit_use_double_quant"] is True
+    assert found["bnb_4bit_compute_dtype"] == str(products).removeprefix("torch.")
 
 
 def test_help_says_what_is_required_and_the_defaults() -> None:

@@ -90,9 +90,37 @@ def test_only_the_named_messages_are_kept_out(tmp_path: Path) -> None:
     assert [line.rpartition(": ")[2] for line in shown] == ["the norm", "another change"]
 
 
+def test_the_missing_configuration_of_the_demos_model_is_kept_out_and_that_of_others_shown(tmp_path: Path) -> None:
+    """PEFT's own message as it saves an adapter to a model without config.json, which it looks for on no Hub here."""
+    code = """
+import os, sys
+os.environ["HF_HUB_OFFLINE"] = "1"
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+base = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=None, eos_token_id=None))
+base.name_or_path = base.config._name_or_path = sys.argv[1]
+get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained("adapter")
+"""
+    for folder in ("data/smollm2", "data/other"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert messages(tmp_path, "-c", code, "data/smollm2") == []
+    assert any(
+        "Could not find a config file in data/other" in line for line in messages(tmp_path, "-c", code, "data/other")
+    )
+
+
 def test_a_sitecustomize_that_is_hidden_runs_all_the_same(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys; print('mine', file=sys.stderr)", encoding="utf-8")
     path = os.pathsep.join([str(ROOT / "scripts" / "quiet"), str(tmp_path)])
     command = [sys.executable, "-c", "pass"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
     assert done.stderr.splitlines() == ["mine"]
+
+
+def test_a_folder_of_that_name_is_no_module_to_run(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize").mkdir()
+    path = os.pathsep.join([str(ROOT / "scripts" / "quiet"), str(tmp_path)])
+    command = [sys.executable, "-c", "pass"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert done.stderr == ""

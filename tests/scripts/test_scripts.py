@@ -2,12 +2,14 @@
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from peft import get_peft_model
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -22,6 +24,7 @@ from prepare import wheels as wheel_data
 from prepare.records import format_prompt, split_words
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+NAMED_BY_THE_PACKAGE = ("torch", "transformers", "peft", "accelerate", "huggingface_hub", "safetensors", "packaging")
 DICTIONARY = """\
 'bout B AW1 T
 a AH0
@@ -215,6 +218,23 @@ def test_interchange_refuses_to_check_where_this_package_is():
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sh")), ids=lambda path: path.name)
 def test_shell_scripts_parse(script):
     subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_the_versions_that_others_lift_above_their_lower_bounds_are_named():
+    """As the stored log has them: in lowest-extras those of the header, in lowest none."""
+    root = SCRIPTS.parent
+    bounds = dict(re.findall(r'"([\w-]+)>=([\d.]+)', (root / "pyproject.toml").read_text(encoding="utf-8")))
+    lifted = {}
+    for which in ("lowest", "lowest-extras"):
+        log = (SCRIPTS / "versions" / f"{which}.txt").read_text(encoding="utf-8").split("\n\n")[1]
+        found = dict(line.split() for line in log.splitlines())
+        # what the package alone does not name comes in through others, in any version
+        named = set(bounds) if which == "lowest-extras" else set(NAMED_BY_THE_PACKAGE)
+        lifted[which] = {name for name in named & set(found) if Version(found[name]) != Version(bounds[name])}
+    assert lifted["lowest"] == set()
+    header = (SCRIPTS / "test_versions.sh").read_text(encoding="utf-8").partition("set -euo")[0].replace("\n# ", " ")
+    (said,) = re.findall(r"above their lower bounds: ([^;]*);", header)
+    assert lifted["lowest-extras"] == set(re.split(", | and ", said))
 
 
 def test_there_are_shell_scripts():
