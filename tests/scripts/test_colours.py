@@ -65,14 +65,13 @@ def colour(line: Line2D) -> tuple[float, ...]:
     return to_rgb(line.get_color())
 
 
-@pytest.mark.parametrize("name", ["step_smollm2-135m_cpu", "step_llama-512_cpu_compiled", "idle_llama-512_cpu"])
+@pytest.mark.parametrize("name", ["step_smollm2-135m_cpu", "idle_llama-512_cpu"])
 def test_ratios_of_the_benchmark(drawn: Drawn, name: str) -> None:
     figure = drawn(report, "draw_ratios", stored(f"benchmarks/results/{name}.json"), Path("a.png"))
     panels = [axes for axes in figure.axes if axes.get_visible()]
     colours = {
-        "lora": GREY, "lora_idle": GREY, "lora_compiled": GREY, "peft_dora": ORANGE, "peft_dora_cached": ORANGE,
-        "dora": BLUE, "dora:torch": BLUE, "dora_idle": BLUE, "dora_compiled": BLUE, "lora_floor": OTHER,
-        "frozen": OTHER,
+        "lora": GREY, "lora_idle": GREY, "peft_dora": ORANGE, "peft_dora_cached": ORANGE, "dora": BLUE,
+        "dora:torch": BLUE, "dora_idle": BLUE, "lora_floor": OTHER, "frozen": OTHER,
     }  # fmt: skip
     assert panels
     for axes in panels:
