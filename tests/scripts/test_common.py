@@ -73,8 +73,9 @@ def test_the_machine_names_its_instruction_sets(monkeypatch: pytest.MonkeyPatch)
     """Those that choose the code of a product, and no others; of a system that says nothing, torch's level alone."""
 
     def told(text: str) -> dict[str, Any]:
-        monkeypatch.setattr(Path, "read_text", lambda *_, **__: text)
-        return machine.describe_machine(CPU)["instruction_sets"]
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", lambda *_, **__: text)
+            return machine.instruction_sets()
 
     level = torch.backends.cpu.get_cpu_capability()
     x86 = "processor\t: 0\nflags\t\t: fpu avx avx2 sse4_2 amx_tile avx512_bf16 avx512f\nvmx flags\t: amx_bf16\n"
@@ -85,6 +86,6 @@ def test_the_machine_names_its_instruction_sets(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="the system does not list what its processor has")
 def test_what_torch_uses_is_among_the_instruction_sets() -> None:
-    found = machine.instruction_sets()
+    found = machine.describe_machine(CPU)["instruction_sets"]
     wanted = {"AVX2": {"avx2"}, "AVX512": {"avx2", "avx512f"}}.get(found["torch"], set())
     assert wanted <= set(found["processor"])
