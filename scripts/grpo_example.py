@@ -14,8 +14,9 @@ dictionary verifies: 1 for "W IH N D OW", less for each phoneme that is wrong, m
 any training it never is right, and a reward that is always 0 teaches nothing; so both methods start from the same
 model, fine-tuned for a few steps and merged. From there on only the answers that it samples are rewarded.
 
-Expected result: for each method and seed the mean reward of the first and last ten steps, and the share of held-out
-words that are right in full before and after, answered greedily; all of it as grpo.json and grpo.png in --results.
+Expected result: for each method and seed the mean reward of the first and last ten steps, and, for greedy answers to
+held-out words before and after, the share that is right in full and the share of wrong phonemes; all of it as grpo.json
+and grpo.png in --results.
 """
 
 from __future__ import annotations
@@ -58,12 +59,12 @@ def read_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data/cmudict"), help="folder of train.jsonl and test.jsonl")
     parser.add_argument("--seeds", type=seeds, default=[0], help="separated by commas (0)")
     parser.add_argument("--warmup_steps", type=positive, default=25, help="of supervised fine-tuning, before (25)")
-    parser.add_argument("--steps", type=positive, default=25, help="of GRPO, for each method (25)")
+    parser.add_argument("--steps", type=positive, default=40, help="of GRPO, for each method (40)")
     parser.add_argument("--prompts", type=positive, default=4, help="of a step (4)")
     parser.add_argument("--generations", type=positive, default=8, help="answers to each prompt, at least 2 (8)")
-    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument("--learning_rate", type=float, default=2e-4)
     parser.add_argument("--rank", type=positive, default=16)
-    parser.add_argument("--words", type=positive, default=50, help="held-out words to measure on (50)")
+    parser.add_argument("--words", type=positive, default=200, help="held-out words to measure on (200)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/grpo"))
     parser.add_argument("--results", type=Path, help="folder of grpo.json and grpo.png (--output_dir)")
     options = parser.parse_args(argv)
@@ -202,10 +203,12 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def format_row(run: dict[str, Any]) -> str:
     first, last = (statistics.mean(part) for part in (run["rewards"][:WINDOW], run["rewards"][-WINDOW:]))
-    before, after = run["before"]["exact_match"], run["after"]["exact_match"]
+    exact, errors = (
+        f"{run['before'][name]:.1%} -> {run['after'][name]:.1%}" for name in ("exact_match", "phoneme_error_rate")
+    )
     return (
-        f"{LABELS[run['method']]:<10} seed {run['seed']}   reward {first:.3f} -> {last:.3f}   "
-        f"exact match {before:.1%} -> {after:.1%}   {run['seconds_per_step']:.1f} s/step"
+        f"{LABELS[run['method']]:<10} seed {run['seed']}   reward {first:.3f} -> {last:.3f}   exact match {exact}   "
+        f"phoneme errors {errors}   {run['seconds_per_step']:.1f} s/step"
     )
 
 
