@@ -22,6 +22,7 @@ Names = list[str] | set[str] | str | None
 MARKER = "dora_peft"
 # Our entries that describe the saved tensors instead of the adapter's options, so that they are no fields.
 ROW_RECORDS = ("tied_rows", "filled_rows")
+RECORDS = (*ROW_RECORDS, "base_quantization")
 # Fields of LoraConfig that magnitude-only modules have changed for it; ours are kept beside it.
 _CHANGED = ("target_modules", "rank_pattern", "init_lora_weights")
 LORA_FIELDS = {f.name: f for f in fields(LoraConfig)}
@@ -41,7 +42,7 @@ def pack(config: Any) -> dict[str, Any]:
         own["target_modules"], own["rank_pattern"] = out["target_modules"], dict(config.rank_pattern)
         out["target_modules"] = jsonable(union(config.target_modules, config.magnitude_only_modules))
         out["rank_pattern"] = {**config.magnitude_only_ranks, **config.rank_pattern}
-    own.update({name: record for name in ROW_RECORDS if (record := getattr(config, name)) is not None})
+    own.update({name: record for name in RECORDS if (record := getattr(config, name)) is not None})
     out["peft_type"], out["use_dora"] = "LORA", True
     out["auto_mapping"] = {**(config.auto_mapping or {}), MARKER: own}
     return out
@@ -65,7 +66,7 @@ def read_packed(cls: type[Config]) -> type[Config]:
         # These are more than ours: those of the magnitude-only modules.
         if "rank_pattern" in own and isinstance(in_file, dict):
             self.magnitude_only_ranks.update({k: v for k, v in in_file.items() if k not in self.rank_pattern})
-        for name in ROW_RECORDS:
+        for name in RECORDS:
             setattr(self, name, own.get(name))
 
     cls.__init__ = __init__  # type: ignore[method-assign, assignment]
@@ -99,7 +100,7 @@ def _put_back(own: dict[str, Any], entries: dict[str, Any], own_fields: set[str]
         entries["rank_pattern"] = own["rank_pattern"]
     if "init_lora_weights" in own and entries.get("init_lora_weights", True) is True:
         entries["init_lora_weights"] = own["init_lora_weights"]
-    unknown = sorted(own.keys() - own_fields - {*_CHANGED, *ROW_RECORDS})
+    unknown = sorted(own.keys() - own_fields - {*_CHANGED, *RECORDS})
     if unknown:
         warnings.warn(
             f"Unexpected entries {unknown} in auto_mapping[{MARKER!r}], these are ignored: a newer dora_peft may have "

@@ -204,6 +204,15 @@ class DoraConfig(PeftConfig):
     def filled_rows(self, record: dict[str, Ranges] | None) -> None:
         self.__dict__["_filled_rows"] = None if record is None else checked_record(record, "filled_rows")
 
+    @property
+    def base_quantization(self) -> dict[str, object] | None:
+        """How the base was quantised when the adapter was saved: what its quantization_config says; None if not."""
+        return self.__dict__.get("_base_quantization")
+
+    @base_quantization.setter
+    def base_quantization(self, record: dict[str, object] | None) -> None:
+        self.__dict__["_base_quantization"] = record if isinstance(record, dict) else None
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: dict[str, str] | None) -> None:
         """Write `adapter_config.json`, in one rename.
 

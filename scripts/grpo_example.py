@@ -59,7 +59,7 @@ def read_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data/cmudict"), help="folder of train.jsonl and test.jsonl")
     parser.add_argument("--seeds", type=seeds, default=[0], help="separated by commas (0)")
     parser.add_argument("--warmup_steps", type=positive, default=25, help="of supervised fine-tuning, before (25)")
-    parser.add_argument("--steps", type=positive, default=40, help="of GRPO, for each method (40)")
+    parser.add_argument("--steps", type=positive, default=60, help="of GRPO, for each method (60)")
     parser.add_argument("--prompts", type=positive, default=4, help="of a step (4)")
     parser.add_argument("--generations", type=positive, default=8, help="answers to each prompt, at least 2 (8)")
     parser.add_argument("--learning_rate", type=float, default=2e-4)

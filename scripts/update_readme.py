@@ -8,6 +8,7 @@ whole pages beside the results in `scripts/benchmarks/results/`:
 
     claim          README's first sentence about costs
     price          README's table of `scripts/benchmark_price.py`; price.md has a line for each of its shapes
+    formats        other tools' formats, of `scripts/engines.sh formats`
     gpu            how much is measured of gpu.md, what `scripts/gpu.sh` finds against its goals
     reproduction   how many claims of the paper have which verdict of `scripts/reproduce.py report`
     cpu.md         the results of `scripts/benchmark.py`, `benchmark_memory.py` and `benchmark_check.py`
@@ -28,12 +29,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cpu_page, price_page
+from common.formats_table import formats_table
 from reproduction.common import RESULTS as REPRODUCTION
 from reproduction.report import verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 REPRODUCTION_PAGE = "scripts/reproduce/REPRODUCTION.md"
 RESULTS = ROOT / "scripts" / "benchmarks" / "results"
+FORMATS = ROOT / "scripts" / "engines" / "formats.json"
 
 
 def ratio(report: Mapping[str, Any], one: str, other: str, quantity: str = "time_ms", **setting: Any) -> str:
@@ -200,6 +203,7 @@ def main() -> int:
     price = reports.get("price_cpu")
     after = insert(before, "claim", cpu_page.claim(reports))
     after = insert(after, "price", price_page.price_table(price))
+    after = insert(after, "formats", formats_table(json.loads(FORMATS.read_text(encoding="utf-8"))["rows"]))
     after = insert(after, "gpu", gpu_line(reports))
     after = insert(after, "reproduction", reproduction_line(verdicts(REPRODUCTION)))
     pages = {

@@ -10,4 +10,17 @@ combine.py       weighted sums of adapters as a new one
 merge.py         into the base weights
 mixed_batch.py   one adapter per sample
 undo.py          any of these taken back if it does not succeed
+
+For adapters that are no model's yet, each a verb of the command `dora-peft`:
+
+info.py          what the files hold
+doctor.py        what is wrong with them
+convert.py       written for another tool; formats/ has the formats
 """
+
+from .convert import TARGETS, Conversion, convert
+from .doctor import Finding, doctor
+from .formats import FORMATS, UnreadableError
+from .info import Info, info
+
+__all__ = ["FORMATS", "TARGETS", "Conversion", "Finding", "Info", "UnreadableError", "convert", "doctor", "info"]

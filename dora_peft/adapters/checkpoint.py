@@ -28,7 +28,7 @@ MAGNITUDE = "lora_magnitude_vector"
 def to_checkpoint(
     model: nn.Module, adapter: str, tensors: dict[str, Tensor], config: DoraConfig, infix: str | None = None
 ) -> dict[str, Tensor]:
-    """The tensors to save, from those of the model; `config` learns which rows are tied, for its own file.
+    """The tensors to save, from those of the model; `config` learns which rows are tied and how the base is quantised.
 
     Args:
         tensors: One adapter's tensors, named as in the model's state dict.
@@ -60,7 +60,19 @@ def to_checkpoint(
         if config.magnitude_key == "peft":
             out[m_key.removesuffix(".weight")] = out.pop(m_key)
     config.tied_rows, config.filled_rows = (tied_rows, filled_rows) if complete else (None, None)
+    config.base_quantization = _quantisation(model)
     return out
+
+
+def _quantisation(model: nn.Module) -> dict[str, object] | None:
+    """What a model's quantization_config says in texts and numbers; None if it has none.
+
+    A base that was quantised otherwise, or not at all, has other norms by up to 2 %.
+    """
+    found = getattr(getattr(model, "config", None), "quantization_config", None)
+    entries: dict[str, object] = found if isinstance(found, dict) else getattr(found, "to_dict", dict)()
+    kept = {k: getattr(v, "value", v) for k, v in entries.items()}
+    return {k: v for k, v in kept.items() if isinstance(v, (str, int, float)) and not k.startswith("_")} or None
 
 
 def _readable_by_peft(

@@ -7,10 +7,11 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dora_peft import DoraConfig, DoraLayer, accelerate_use_dora
+from dora_peft.adapters import UnreadableError, convert
 
 diffusers = pytest.importorskip("diffusers", reason="the extra `libraries` has no diffusers")
 from diffusers.loaders import SD3LoraLoaderMixin, StableDiffusionLoraLoaderMixin  # noqa: E402
@@ -141,6 +142,33 @@ def test_what_ours_saves_diffusers_loads(kind, options, tmp_path):
     close(output(again), output(model))
     with accelerate_use_dora():
         close(output(again), output(model))
+
+
+@kinds
+@pytest.mark.parametrize("make", [ours, theirs])
+def test_what_diffusers_saves_is_converted(kind, make, tmp_path):
+    model = make(kind)
+    model.save_lora_adapter(tmp_path)
+    convert(tmp_path / FILE, tmp_path / "there", "lycoris")
+    convert(tmp_path / "there", tmp_path / "back", "peft")
+    tensors = load_file(tmp_path / "back" / "adapter_model.safetensors")
+    entries = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
+    config = DoraConfig(**{name: entries[name] for name in ("r", "lora_alpha", "target_modules")})
+    again = inject(MODELS[kind][0](), config, {k.removeprefix("base_model.model."): t for k, t in tensors.items()})
+    close(output(again), output(model))
+
+
+def test_what_a_pipeline_saves_is_converted_unless_it_is_of_two_models(tmp_path):
+    model = ours("transformer", target_modules=LINEAR)
+    save_pipeline("transformer", model, tmp_path)
+    convert(tmp_path / FILE, tmp_path / "out", "peft")
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    wanted = get_peft_model_state_dict(model)
+    assert {key.removeprefix("base_model.model.") for key in tensors} == wanted.keys()
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 2, "text_encoder.r": 2})}
+    save_file(wanted, tmp_path / "two.safetensors", metadata=metadata)
+    with pytest.raises(UnreadableError, match=r"more than one model \(text_encoder, transformer\)"):
+        convert(tmp_path / "two.safetensors", tmp_path / "two", "peft")
 
 
 @kinds

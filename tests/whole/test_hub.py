@@ -25,7 +25,7 @@ from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dora_peft import DoraConfig
+from dora_peft import DoraConfig, adapters
 
 BASE = "user/tiny-llama"
 ADAPTER = "user/tiny-llama-dora"
@@ -263,6 +263,23 @@ def test_loads_back_as_dora_config(client, pushed, loader, revision):
     expected = pushed.logits[sha or pushed.second]
     assert (expected - pushed.base_logits).abs().max() > 0.1
     torch.testing.assert_close(logits, expected)
+
+
+def info_of(adapter, base):
+    return adapters.info(adapter, base=base)
+
+
+def test_the_command_reads_repositories_and_their_revisions(client, pushed):
+    found = {name: client(info_of, f"{ADAPTER}{name}", BASE) for name in ("", f"@{pushed.first}", f"@{pushed.second}")}
+    changes = {name: [module.change for module in one.modules] for name, one in found.items()}
+    assert changes[""] == changes[f"@{pushed.second}"] != changes[f"@{pushed.first}"]
+    assert len(changes[""]) == 8
+    assert found[""].base == BASE
+
+
+def test_a_revision_that_is_not_there(client, pushed, server):
+    with pytest.raises(AssertionError, match=r"UnreadableError: 'user/tiny-llama-dora@none' is no folder or file here"):
+        client(info_of, f"{ADAPTER}@none", None)
 
 
 @pytest.mark.parametrize("config_class", [PeftConfig, DoraConfig])

@@ -24,6 +24,7 @@ import gc, json, os, subprocess, sys, torch
 from pathlib import Path
 from peft import get_peft_model
 from dora_peft import DoraConfig
+from dora_peft.adapters import convert
 
 folder = Path(sys.argv[1])
 
@@ -37,6 +38,8 @@ def tree():
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 small, large, found = adapted(8), adapted(4096), {}
+elsewhere = folder.parent / "elsewhere"
+small.save_pretrained(elsewhere)
 
 def attempt(what, save):
     before, held = tree(), {n: t.clone() for n, t in large.state_dict().items()}
@@ -62,6 +65,8 @@ except OSError:
 attempt("no byte left", lambda: small.save_pretrained(folder / "new"))
 attempt("no byte left, a config", lambda: DoraConfig().save_pretrained(folder / "new"))
 attempt("no byte left, an old config", lambda: DoraConfig(r=3).save_pretrained(folder / "old"))
+attempt("no byte left, converted", lambda: convert(elsewhere, folder / "new", "mlx"))
+attempt("no byte left, converted in place", lambda: convert(elsewhere, folder / "old", "mlx", force=True))
 (folder / "rest").unlink()
 # a cycle of the last error may hold its file open, and the system busy
 gc.collect()
@@ -69,6 +74,8 @@ subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
 attempt("read-only, a new folder", lambda: small.save_pretrained(folder / "new"))
 attempt("read-only, an old folder", lambda: small.save_pretrained(folder / "old"))
 attempt("read-only, a config", lambda: DoraConfig().save_pretrained(folder / "new"))
+attempt("read-only, converted", lambda: convert(elsewhere, folder / "new", "mlx"))
+attempt("read-only, converted in place", lambda: convert(elsewhere, folder / "old", "mlx", force=True))
 subprocess.run(["umount", folder], check=True)
 mount("size=1m,nr_inodes=3")
 attempt("no inode left", lambda: small.save_pretrained(folder / "new" / "er"))
@@ -95,7 +102,7 @@ def test_full_and_read_only_file_systems(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found.pop("enough")["said"] == "saved"
-    assert len(found) == 11
+    assert len(found) == 15
     for what, result in found.items():
         assert result["said"].startswith("Could not save the adapter"), what
         assert result["said"].endswith("Free space, or choose another directory."), what

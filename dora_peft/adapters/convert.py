@@ -1,0 +1,162 @@
+"""An adapter in one tool's format, written in another's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .formats import FORMATS, Adapter, Base, Files, Module, UnreadableError, format_of, read_source, write_files
+from .formats.source import Source
+
+DORA = "dora"
+TARGETS = (*FORMATS, DORA)
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` did, or would do.
+
+    Attributes:
+        source, target: The formats.
+        files: What was written, or would be.
+        nbytes: Of all tensors.
+        free: Bytes free in the file system of the target.
+        modules: How many were converted.
+        notes: What a reader should know, a sentence each.
+    """
+
+    source: str
+    target: str
+    files: Sequence[Path]
+    nbytes: int
+    free: int
+    modules: int
+    notes: list[str] = field(default_factory=list)
+
+
+def convert(
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    to: str,
+    *,
+    source_format: str | None = None,
+    base: str | os.PathLike[str] | nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    axis: str | None = None,
+    refit: bool = False,
+    dry_run: bool = False,
+    force: bool = False,
+    allow_pickle: bool = False,
+    progress: Report | None = None,
+) -> Conversion:
+    """Write an adapter in another tool's format.
+
+    Args:
+        adapter: A folder, a file, or "owner/name" or "owner/name@revision" on the Hub.
+        out: The folder to write; or a file, if it ends in ".safetensors" and the format is one file.
+        to: One of `FORMATS`, or "dora": a plain LoRA as a DoRA in PEFT's format with m = ||W0 + s B A||, which gives
+            the same outputs.
+        source_format: Instead of what the keys say; needed for "trtllm" and "comfyui-2026", which share others' keys.
+        base: The base model: a folder, a name on the Hub, or the model itself. Needed where magnitudes are written in
+            relation to its weights, where names are flattened, and for rows that are ordered by heads.
+        dtype: Of the tensors written; those of the adapter if None.
+        device: Where norms are computed.
+        axis: "output" or "input", for a one-dimensional dora_scale on a square layer.
+        refit: Fit norms per output row to norms per input column.
+        dry_run: Only say what would be written.
+        force: Replace what is at `out`.
+        allow_pickle: Also read what torch.save wrote, its tensors alone.
+        progress: Called with the path of each module whose base weight is read.
+
+    Raises:
+        UnreadableError: The adapter cannot be read, its base is another one, or the format cannot hold it.
+        FileExistsError: Something is at `out`.
+        OSError: The system cannot write. Nothing is half-written in any case.
+    """
+    if to not in TARGETS:
+        raise UnreadableError(f"There is no format '{to}': expected one of {', '.join(TARGETS)}.")
+    source = read_source(adapter, allow_pickle=allow_pickle)
+    weights = None if base is None else Base(base, device, progress)
+    name = source_format or format_of(source)
+    read = read_as(source, name, weights, axis=axis, refit=refit)
+    if weights is not None:
+        weights.check(read)
+    read = _as_dora(read, weights) if to == DORA else read
+    _check_magnitudes(read, source, to)
+    files = FORMATS["peft" if to == DORA else to].write(read, weights)
+    files = _cast(files, dtype)
+    target = Path(out)
+    paths = [target] if target.suffix == ".safetensors" else [target / files.name, *(target / f for f in files.json)]
+    free = shutil.disk_usage(_existing(target)).free
+    if not dry_run:
+        paths = write_files(files, target, force=force)
+    return Conversion(name, to, paths, files.nbytes, free, len(read.modules), read.notes)
+
+
+def read_as(source: Source, name: str, base: Base | None, *, axis: str | None = None, refit: bool = False) -> Adapter:
+    """Read a source as one format's.
+
+    Raises:
+        UnreadableError: There is no such format, or `axis` or `refit` do not belong to it.
+    """
+    if name not in FORMATS:
+        raise UnreadableError(f"There is no format '{name}': expected one of {', '.join(FORMATS)}.")
+    read = FORMATS[name].read
+    if axis is not None or refit:
+        if name not in ("lycoris", "onetrainer"):
+            raise UnreadableError(
+                f"--axis and --refit are for dora_scale of LyCORIS and OneTrainer, and this is {name}."
+            )
+        read = partial(read, axis=axis, refit=refit)  # type: ignore[call-arg]
+    return read(source, base)
+
+
+def _as_dora(adapter: Adapter, base: Base | None) -> Adapter:
+    """A plain LoRA with m = ||W0 + s B A||."""
+    if base is None:
+        raise UnreadableError("--to dora takes magnitudes from the base's weights: name the base with --base.")
+    modules: dict[str, Module] = {}
+    for path, module in adapter.modules.items():
+        if module.magnitude is not None:
+            raise UnreadableError(f"This adapter is DoRA already: module '{path}' has a magnitude.")
+        modules[path] = replace(module, magnitude=base.row_norms(path, module).float())
+    return replace(adapter, modules=modules)
+
+
+def _check_magnitudes(adapter: Adapter, source: Source, to: str) -> None:
+    bare = [path for path, module in adapter.modules.items() if module.magnitude is None]
+    if len(bare) == len(adapter.modules):
+        raise UnreadableError(
+            f"'{source.path}' is a plain LoRA: no module has a magnitude. Pass --to dora and --base to make a DoRA of "
+            "it that gives the same outputs."
+        )
+    if bare:
+        raise UnreadableError(
+            f"'{source.path}' has magnitudes in some modules only: '{bare[0]}' ({len(bare)} of {len(adapter.modules)}) "
+            "has none. Use an intact checkpoint."
+        )
+
+
+def _cast(files: Files, dtype: torch.dtype | None) -> Files:
+    if dtype is None:
+        return files
+
+    def cast(key: str, tensor: Tensor) -> Tensor:
+        # an alpha is a number, not a weight
+        return tensor.to(dtype) if tensor.is_floating_point() and not key.endswith(".alpha") else tensor
+
+    return replace(files, tensors={key: cast(key, tensor) for key, tensor in files.tensors.items()})
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above a path that is there."""
+    return next(parent for parent in [path.absolute(), *path.absolute().parents] if parent.is_dir())

@@ -1,0 +1,223 @@
+"""W0 of a base model, one module at a time, from its files or from a model in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ...bases import BaseWeight, Dense, base_weight
+from ...bases.inspection import FLOATS
+from .adapter import Adapter, Module, UnreadableError
+from .source import local_folder, read_json
+
+INDEX = "model.safetensors.index.json"
+# Rows of W0 + s B A that are made at a time, in fp64.
+BLOCK_BYTES = 16 * 2**20
+
+
+class Base:
+    """The modules of a base model and their weights.
+
+    Args:
+        source: A folder of safetensors files, "owner/name" or "owner/name@revision" on the Hub, or a model. A model
+            may be quantised; files may not.
+        device: Where weights from files are brought.
+        progress: Called with the path of each module whose weight is read.
+
+    Raises:
+        UnreadableError: There are no weights, or they are damaged.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str] | nn.Module,
+        device: torch.device | str = "cpu",
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self._progress = progress
+        self.config: dict[str, object] = {}
+        self._files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        if isinstance(source, nn.Module):
+            self.name = str(getattr(getattr(source, "config", None), "_name_or_path", "") or type(source).__name__)
+            self._model: nn.Module | None = source
+            config = getattr(source, "config", None)
+            self.config = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+            return
+        folder = Path(source)
+        if not folder.exists():
+            folder = local_folder(str(source), ["*.safetensors", "*.json"])
+        self.name = str(source)
+        self.config = read_json(folder / "config.json") or {} if folder.is_dir() else {}
+        self._read_heads(folder)
+        self._model = _skeleton(self.config)
+
+    def paths(self) -> list[str]:
+        """The paths of all modules that hold a weight, in the model's order."""
+        if self._model is not None:
+            return [name for name, module in self._model.named_modules() if hasattr(module, "weight")]
+        return [key.removesuffix(".weight") for key in self._shapes if key.endswith(".weight")]
+
+    def weight(self, path: str, module: Module) -> BaseWeight:
+        """W0 of one module as [out, in] rows.
+
+        Raises:
+            UnreadableError: The base has no such module, another shape there, or no floats.
+        """
+        if self._progress is not None:
+            self._progress(path)
+        seam = self._seam(path, module)
+        found, expected = (seam.out_features, seam.in_features), (module.out_features, module.in_features)
+        if found != expected:
+            raise UnreadableError(
+                f"'{self.name}' is another base: the adapter's module '{path}' is for a weight of "
+                f"{expected[0]} x {expected[1]}, and its weight is {found[0]} x {found[1]}."
+            )
+        return seam
+
+    def check(self, adapter: Adapter) -> None:
+        """Compare the shapes of all modules with the adapter's.
+
+        Raises:
+            UnreadableError: One does not fit; the first is named.
+        """
+        for path, module in adapter.modules.items():
+            if self._model is None:
+                self._check_stored(path, module)
+            else:
+                layer = self._layer(path)
+                weight = getattr(layer, "weight", None)
+                if isinstance(weight, Tensor) and weight.dtype in FLOATS:
+                    self._check_numbers(path, module, weight.numel())
+
+    def row_norms(self, path: str, module: Module, with_change: bool = True) -> Tensor:
+        """||W0 + s B A|| per output row, or ||W0|| without its change: [out] in fp64."""
+        weight = self.weight(path, module)
+        lora_A, lora_B = (factor.to(weight.device, torch.float64) for factor in module.matrices())
+        out = torch.empty(module.out_features, dtype=torch.float64, device=weight.device)
+        step = max(1, BLOCK_BYTES // (8 * module.in_features))
+        for start in range(0, module.out_features, step):
+            stop = min(start + step, module.out_features)
+            with weight.lend(stop - start) as memory:
+                rows = weight.block(start, stop, memory).double()
+            if with_change:
+                rows = torch.addmm(rows, lora_B[start:stop], lora_A, alpha=module.scaling)
+            torch.linalg.vector_norm(rows, dim=1, out=out[start:stop])
+        return out.cpu()
+
+    def column_norms(self, path: str, module: Module) -> Tensor:
+        """||W0 + s B A|| per column of the matrix: [in] in fp64."""
+        weight = self.weight(path, module)
+        lora_A, lora_B = (factor.to(weight.device, torch.float64) for factor in module.matrices())
+        squared = torch.zeros(module.in_features, dtype=torch.float64, device=weight.device)
+        for start, stop, rows in weight.blocks():
+            squared += torch.addmm(rows.double(), lora_B[start:stop], lora_A, alpha=module.scaling).square().sum(0)
+        return squared.sqrt().cpu()
+
+    def _seam(self, path: str, module: Module) -> BaseWeight:
+        if self._model is None:
+            self._check_stored(path, module)
+            tensor = self._tensor(path)
+            transposed = module.embedding or tuple(tensor.shape) == (module.in_features, module.out_features)
+            square = tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
+            return Dense(
+                tensor, Tensor.t if transposed and (module.embedding or not square) else lambda w: w.flatten(1)
+            )
+        layer = self._layer(path)
+        stored = getattr(layer, "weight", None)
+        return base_weight(layer, path, self._tensor(path) if isinstance(stored, Tensor) and stored.is_meta else None)
+
+    def _layer(self, path: str) -> nn.Module:
+        assert self._model is not None
+        try:
+            return self._model.get_submodule(path)
+        except AttributeError:
+            raise self._absent(path) from None
+
+    def _absent(self, path: str) -> UnreadableError:
+        return UnreadableError(
+            f"'{self.name}' is another base: it has no module '{path}', which the adapter changes. Name the base that "
+            "it was trained on."
+        )
+
+    def _tensor(self, path: str) -> Tensor:
+        key = self._key(path)
+        with safe_open(self._files[key], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key).to(self.device)
+        if tensor.dtype not in FLOATS:
+            raise UnreadableError(
+                f"'{self.name}' is quantised: '{key}' is {tensor.dtype}. Name the base before quantisation, or pass "
+                "the loaded model to the function of Python."
+            )
+        return tensor
+
+    def _key(self, path: str) -> str:
+        """The name of a module's weight in the files, which may leave out the first parts of its path, or have more."""
+        for name in (path, *self._tied_to(path)):
+            wanted = f"{name}.weight"
+            if wanted in self._files:
+                return wanted
+            found = [key for key in self._files if wanted.endswith(f".{key}") or key.endswith(f".{wanted}")]
+            if len(found) == 1:
+                return found[0]
+        raise self._absent(path)
+
+    def _tied_to(self, path: str) -> list[str]:
+        """The other modules that share this one's weight, which files hold once."""
+        if self._model is None:
+            return []
+        own = getattr(self._layer(path), "weight", None)
+        return [name for name, other in self._model.named_modules() if getattr(other, "weight", None) is own]
+
+    def _check_stored(self, path: str, module: Module) -> None:
+        shape = self._shapes[self._key(path)]
+        self._check_numbers(path, module, int(torch.Size(shape).numel()), shape)
+
+    def _check_numbers(self, path: str, module: Module, found: int, shape: tuple[int, ...] = ()) -> None:
+        if found != module.out_features * module.in_features:
+            raise UnreadableError(
+                f"'{self.name}' is another base: the adapter's module '{path}' is for a weight of "
+                f"{module.out_features} x {module.in_features}, and its weight has {list(shape) or found} numbers."
+            )
+
+    def _read_heads(self, folder: Path) -> None:
+        """The names and shapes of all tensors in the files, and which file has them."""
+        files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
+        index = folder / INDEX
+        if index.is_file():
+            named = (read_json(index) or {}).get("weight_map")
+            names = set(named.values()) if isinstance(named, dict) else set()
+            missing = sorted(name for name in names if not (folder / str(name)).is_file())
+            if missing or not names:
+                raise UnreadableError(f"'{folder}' is not whole: its index names '{(missing or ['nothing'])[0]}'.")
+            files = sorted(folder / str(name) for name in names)
+        if not files:
+            raise UnreadableError(f"'{folder}' holds no base model: expected safetensors files, found none.")
+        for path in files:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for key in file.keys():  # noqa: SIM118 - the file is no dictionary
+                        self._files[key], self._shapes[key] = path, tuple(file.get_slice(key).get_shape())
+            except (SafetensorError, OSError) as error:
+                raise UnreadableError(f"Cannot read the base's '{path}': {' '.join(str(error).split())}.") from error
+
+
+def _skeleton(config: dict[str, object]) -> nn.Module | None:
+    """The base model without weights, which says what kind each module is; None if transformers has no such model."""
+    names = config.get("architectures")
+    kind = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)) or kind.config_class is None:
+        return None
+    own = kind.config_class.from_dict(json.loads(json.dumps(config)))
+    with torch.device("meta"):
+        model: nn.Module = kind(own)
+    model.tie_weights()  # type: ignore[operator]
+    return model

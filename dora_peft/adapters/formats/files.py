@@ -1,0 +1,86 @@
+"""What a format is written as, and writing it so that a folder is complete or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..._files import saving
+
+
+@dataclass(frozen=True)
+class Files:
+    """An adapter's files.
+
+    Attributes:
+        name: The file of tensors.
+        tensors, metadata: What it holds.
+        json: Other files, by name.
+    """
+
+    name: str
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    json: dict[str, dict[str, object]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def write_files(files: Files, target: str | os.PathLike[str], *, force: bool = False) -> list[Path]:
+    """Write all of the files into a folder, or nothing.
+
+    Args:
+        files: What to write.
+        target: The folder; or the file, if the name ends in ".safetensors" and there are no others.
+        force: Replace what is there: the whole folder, or the file.
+
+    Returns:
+        The files' paths.
+
+    Raises:
+        FileExistsError: Something is there, and `force` is not set.
+        NotSavedError: It cannot be written; what was there is as it was.
+        ValueError: `target` is one file, and there are more.
+    """
+    path = Path(target)
+    single = path.suffix == ".safetensors"
+    if single and files.json:
+        raise ValueError(f"'{path}' is one file, and {', '.join(files.json)} belongs to it as well: name a folder.")
+    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if (taken or path.is_symlink()) and not force:
+        raise FileExistsError(f"'{path}' is there already. Choose another name, or pass --force to replace it.")
+    with saving("the adapter", str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=path.parent))
+        try:
+            made = staging / "new"
+            made.mkdir()
+            name = path.name if single else files.name
+            tensors = {key: tensor.contiguous() for key, tensor in files.tensors.items()}
+            save_file(tensors, made / name, metadata=files.metadata or None)
+            for other, content in files.json.items():
+                (made / other).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            if single:
+                os.replace(made / name, path)
+                return [path]
+            if path.exists():
+                os.replace(path, staging / "old")
+            try:
+                os.replace(made, path)
+            except OSError:
+                if (staging / "old").exists():
+                    os.replace(staging / "old", path)
+                raise
+            return [path / name, *(path / other for other in files.json)]
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,27 @@
+"""All verbs under one name."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from . import convert, doctor, info
+from .common import said_in_one_line
+
+app = typer.Typer(
+    help="DoRA adapters: what is in them, what is wrong with them, and other tools' formats.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("info")(info.info)
+app.command("doctor")(doctor.doctor)
+app.command("convert")(convert.convert)
+
+
+def main() -> None:
+    """The console script: 0 if all is well, 1 if `doctor` found something, 2 if a verb could not do its work."""
+    with said_in_one_line():
+        sys.exit(app(standalone_mode=True))

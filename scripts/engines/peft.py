@@ -1,0 +1,58 @@
+"""PEFT itself, without this package: outputs of the folder that was written, and a use_dora adapter of its own.
+
+python scripts/engines/peft.py FOLDER       # as scripts/check_formats.py made it
+"""
+
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+# this folder has files named as the packages that they import
+sys.path.pop(0)
+from peft import LoraConfig, PeftModel, get_peft_model
+
+
+def model(folder: Path) -> nn.Module:
+    """A tree of linear layers by the base's names."""
+    root = nn.Module()
+    for key, weight in load_file(folder / "base" / "model.safetensors").items():
+        *parents, name, _ = key.split(".")
+        holder = root
+        for parent in parents:
+            if not hasattr(holder, parent):
+                holder.add_module(parent, nn.Module())
+            holder = getattr(holder, parent)
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        layer.weight.data = weight
+        holder.add_module(name, layer)
+    return root
+
+
+def outputs(root: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        return {path: root.get_submodule(path)(x).contiguous() for path, x in inputs.items()}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    inputs = load_file(folder / "inputs.safetensors")
+    root = PeftModel.from_pretrained(model(folder), folder / "peft").eval().base_model.model
+    save_file(outputs(root, inputs), folder / "peft_read.safetensors")
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=list(inputs), use_dora=True, init_lora_weights=False)
+    made = get_peft_model(model(folder), config).eval()
+    torch.manual_seed(0)
+    for name, parameter in made.named_parameters():
+        if "magnitude" in name:
+            parameter.data *= 1 + 0.1 * torch.randn(parameter.shape)
+    made.save_pretrained(folder / "peft_made")
+    save_file(outputs(made.base_model.model, inputs), folder / "peft_made.safetensors")
+    (folder / "peft.json").write_text(json.dumps({"peft": importlib.metadata.version("peft")}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""`dora_peft.adapters.info`: what the files hold."""
+
+import pytest
+import torch
+from format_fixtures import llama, saved
+from peft import LoraConfig, get_peft_model
+
+from dora_peft.adapters import FORMATS, convert, info
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_of_every_format(tmp_path, name):
+    folder = saved(tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    convert(folder, tmp_path / "out", name, base=llama())
+    base = llama()
+    found = info(tmp_path / "out", base=base, source_format=name)
+    assert found.format == name
+    parts = ("mlp.down_proj", "self_attn.q_proj")
+    assert sorted(module.path for module in found.modules) == [f"model.layers.{i}.{p}" for i in range(2) for p in parts]
+    module = next(module for module in found.modules if module.path.endswith("down_proj"))
+    assert (module.shape, module.rank) == ((24, 40), 4)
+    assert module.alpha == (4 if name == "ai-toolkit" else 12)
+    assert set(module.dtypes) == {"float32"}
+    # the fixture moves magnitudes by 1 %
+    assert 0.002 < module.change < 0.03
+
+
+def test_without_a_base_and_of_a_plain_lora(tmp_path):
+    get_peft_model(llama(), LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"])).save_pretrained(
+        tmp_path / "lora"
+    )
+    found = info(tmp_path / "lora")
+    assert [module.change for module in found.modules] == [None, None]
+    assert [len(module.dtypes) for module in found.modules] == [2, 2]
+    assert found.others == ["lm_head.weight"]
+    assert found.nbytes == 4 * (2 * 3 * 48 + 32 * 24)
+
+
+def test_zero_rows_have_no_change(tmp_path):
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[2] = 0
+    folder = saved(tmp_path / "adapter", model, target_modules=["q_proj"])
+    again = llama()
+    with torch.no_grad():
+        again.model.layers[0].self_attn.q_proj.weight[2] = 0
+    assert all(module.change < 0.03 for module in info(folder, base=again).modules)
