@@ -39,7 +39,8 @@ setup_env
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 "$VENV_PYTHON" scripts/check_formats.py make "$work"
-for tool in "${@:-${ORDER[@]}}"; do
+[ $# -gt 0 ] || set -- "${ORDER[@]}"
+for tool; do
     say "$tool"
     "$(python_of "$tool")" "scripts/engines/$tool.py" "$work"
 done
