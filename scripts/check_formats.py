@@ -35,9 +35,8 @@ from dora_peft.adapters.convert import read_as
 from dora_peft.adapters.formats import Adapter, Base, Module, format_of, read_source, write_files
 
 # What is done by each tool itself; the rest is compared with a restatement of its formula.
-TOOLS = {"peft": "peft", "lycoris": "lycoris", "mlx": "mlx"}
+TOOLS = ("peft", "lycoris", "mlx", "torchtune")
 BOUND = 1e-5
-NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
 
 
 def make(folder: Path) -> None:
@@ -51,7 +50,7 @@ def make(folder: Path) -> None:
     model.save_pretrained(folder / "llama")
     modules, linear, inputs = {}, {}, {}
     for path, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and path.endswith(NAMES):
+        if isinstance(layer, nn.Linear) and path != "lm_head":
             weight = layer.weight.detach()
             lora_A, lora_B = torch.randn(4, weight.shape[1]), 0.1 * torch.randn(len(weight), 4)
             norm = reference.weight_norm(weight, lora_A, lora_B, 1.5)
@@ -69,22 +68,26 @@ def make(folder: Path) -> None:
 
 
 def expected(adapter: Adapter, folder: Path) -> dict[str, Tensor]:
-    """x W'^T of each module by reference.py, in fp64."""
+    """x W'^T of each module by reference.py, in fp64; and the logits of the whole model with these weights."""
     weights, inputs = load_file(folder / "base" / "model.safetensors"), load_file(folder / "inputs.safetensors")
+    model = LlamaForCausalLM.from_pretrained(folder / "llama", dtype=torch.float64).eval()
     out = {}
     for path, module in adapter.modules.items():
         assert module.magnitude is not None
         lora_A, lora_B, m = (t.double() for t in (module.lora_A, module.lora_B, module.magnitude))
         weight = reference.dora_weight(weights[f"{path}.weight"].double(), lora_A, lora_B, m, module.scaling)
         out[path] = inputs[path].double() @ weight.T
-    return out
+        model.get_submodule(path).weight.data = weight
+    with torch.no_grad():
+        return {**out, "logits": model(torch.arange(10)[None]).logits}
 
 
 def error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """The largest |y - y_ref| / max |y_ref| over all modules."""
-    if found.keys() != wanted.keys():
-        raise SystemExit(f"error: outputs of {sorted(found.keys() ^ wanted.keys())[:3]} are missing or too many")
-    return max(((found[p].double() - y).abs().max() / y.abs().max()).item() for p, y in wanted.items())
+    """The largest |y - y_ref| / max |y_ref| over what a tool gave: outputs of all modules, or the logits alone."""
+    names = wanted.keys() - {"logits"}
+    if found.keys() not in (names, {"logits"}):
+        raise SystemExit(f"error: outputs of {sorted(found.keys() ^ names)[:3]} are missing or too many")
+    return max(((y.double() - wanted[p]).abs().max() / wanted[p].abs().max()).item() for p, y in found.items())
 
 
 def compare(folder: Path, results: Path) -> bool:
@@ -93,13 +96,15 @@ def compare(folder: Path, results: Path) -> bool:
     path = results / "formats.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     rows = stored.get("rows", {})
-    for name, tool in TOOLS.items():
-        if not (folder / f"{tool}.json").is_file():
+    for name in TOOLS:
+        if not (folder / f"{name}.json").is_file():
             continue
-        read = error(load_file(folder / f"{tool}_read.safetensors"), expected(_read(folder / name, base), folder))
-        made = _read(folder / f"{tool}_made", base)
-        wrote = error(load_file(folder / f"{tool}_made.safetensors"), expected(made, folder))
-        versions = json.loads((folder / f"{tool}.json").read_text(encoding="utf-8"))
+        read = error(load_file(folder / f"{name}_read.safetensors"), expected(_read(folder / name, base), folder))
+        outputs = load_file(folder / f"{name}_made.safetensors")
+        wrote = error(outputs, expected(_read(folder / f"{name}_made", base), folder))
+        if (folder / f"{name}_exported").is_dir():
+            wrote = max(wrote, error(outputs, expected(_read(folder / f"{name}_exported", base, name), folder)))
+        versions = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         rows[name] = {"versions": versions, **dict(zip(WAYS, (read, wrote), strict=True))}
     results.mkdir(parents=True, exist_ok=True)
     write_json(path, {"machine": describe_machine(torch.device("cpu")), "bound": BOUND, "rows": rows})
@@ -107,9 +112,9 @@ def compare(folder: Path, results: Path) -> bool:
     return all(row[way] <= BOUND for row in rows.values() for way in WAYS)
 
 
-def _read(folder: Path, base: Base) -> Adapter:
+def _read(folder: Path, base: Base, name: str | None = None) -> Adapter:
     source = read_source(folder)
-    return read_as(source, format_of(source), base)
+    return read_as(source, name or format_of(source), base)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

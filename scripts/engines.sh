@@ -14,8 +14,10 @@ declare -A PACKAGES=(
     [peft]="" # of the tests' own environment
     [lycoris]="lycoris-lora==4.1.3 torch==2.13.0 numpy safetensors"
     [mlx]="mlx[cpu]==0.32.0 mlx-lm==0.32.2"
+    # it imports names that newer releases of torchao do not have
+    [torchtune]="torchtune==0.6.1 torchao==0.9.0 torch==2.13.0"
 )
-ORDER=(peft lycoris mlx)
+ORDER=(peft lycoris mlx torchtune)
 
 python_of() {
     if [ -z "${PACKAGES[$1]}" ]; then

@@ -239,7 +239,7 @@ def _of_norms(norms: list[_Norms], base: Base) -> Iterator[Finding]:
         ),
         "permuted-rows": (
             "Magnitudes fit the norms of this base in torchtune's order of rows only",
-            "Convert the adapter from torchtune's own files, whose order is known.",
+            "Convert with --from torchtune, whose exporter leaves magnitudes in its own order.",
         ),
         "transposed-scale": (
             "Magnitudes fit the norms of this base per input column, not per output row",

@@ -5,7 +5,8 @@
     layers.<i>.attn.q_proj.magnitude         m [out]
 
 Its rotary embedding turns neighbouring features of a head, transformers' the first half against the second: each head's
-rows of q and k are interleaved, in B and in m.
+rows of q and k are interleaved, in B and in m. Its own exporter to PEFT's keys brings B back, and leaves m as it is:
+such folders are read too, if they are said to be of torchtune.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from . import peft_keys
 from .adapter import Adapter, Module, UnreadableError, check_holds, one_rank
 from .base import Base
 from .files import Files
@@ -36,7 +38,13 @@ def recognises(source: Source) -> bool:
 
 
 def read(source: Source, base: Base | None) -> Adapter:
-    """An adapter of torchtune's; heads come from the base's config."""
+    """An adapter of torchtune's, in its own keys or as it exports them; heads come from the base's config."""
+    if peft_keys.is_peft(source):
+        adapter = peft_keys.read(source, base)
+        for path, module in adapter.modules.items():
+            turned = _reordered(path, module, base, to_torchtune=False)
+            adapter.modules[path] = replace(module, magnitude=turned.magnitude)
+        return adapter
     config = source.config or {}
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
