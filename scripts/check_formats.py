@@ -54,7 +54,7 @@ def make(folder: Path) -> None:
             weight = layer.weight.detach()
             lora_A, lora_B = torch.randn(4, weight.shape[1]), 0.1 * torch.randn(len(weight), 4)
             norm = reference.weight_norm(weight, lora_A, lora_B, 1.5)
-            modules[path] = Module(lora_A, lora_B, 6.0, norm * (1 + 0.1 * torch.randn(len(weight))))
+            modules[path] = Module(lora_A, lora_B, 6.0, norm * (1 + 0.02 * torch.randn(len(weight))))
             linear[f"{path}.weight"] = weight.clone()
             inputs[path] = torch.randn(7, weight.shape[1])
     (folder / "base").mkdir()

@@ -15,8 +15,8 @@ ABOUT = {
     "onetrainer": "the same with OneTrainer's prefix; norms per input column are refused, or fitted with `--refit`",
     "ai-toolkit": "s is folded into B",
     "mlx": "mlx-lm; linear layers, one rank and one scale",
-    "torchtune": "LLaMA's modules; `--base` says the heads by which rows of q and k are ordered; with `--from` also what "
-    "it exports to PEFT's keys, where magnitudes stay in its own order",
+    "torchtune": "LLaMA's modules; `--base` says the heads that order rows of q and k; with `--from` also what it "
+    "exports to PEFT's keys, where magnitudes stay in its own order",
     "trtllm": "TensorRT-LLM's engine, after its normaliser: m / norm; needs `--base`, and `--from` to be read",
     "comfyui-2026": "for ComfyUI while it divides by the base's norm; needs `--base`, and `--from` to be read",
 }
