@@ -3,6 +3,9 @@
 <path>.lora_A.weight     A [r, in]
 <path>.lora_B.weight     s B [out, r]
 <path>.magnitude         m [out]
+
+Its own files have a part of a pipeline before each path, which is taken off: "diffusion_model.", and "transformer." if
+the base says that its paths do not begin so, as those of GPT-2 do.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ def recognises(source: Source) -> bool:
 
 def read(source: Source, base: Base | None) -> Adapter:
     found: dict[str, dict[str, Tensor]] = {}
+    known = set(base.paths()) if base else set()
     for key, tensor in source.tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
@@ -35,7 +39,7 @@ def read(source: Source, base: Base | None) -> Adapter:
                 f"'{source.path}': '{key}' is no key of this format: expected lora_A.weight, lora_B.weight and "
                 "magnitude of each module."
             )
-        found.setdefault(match["path"], {})[_PARTS[match["part"]]] = tensor
+        found.setdefault(_own_path(match["path"], known), {})[_PARTS[match["part"]]] = tensor
     modules = {}
     for path, parts in found.items():
         if "A" not in parts or "B" not in parts:
@@ -43,6 +47,13 @@ def read(source: Source, base: Base | None) -> Adapter:
         magnitude = parts["m"].flatten() if "m" in parts else None
         modules[path] = Module(parts["A"], parts["B"], float(len(parts["A"])), magnitude)
     return Adapter(modules)
+
+
+def _own_path(path: str, known: set[str]) -> str:
+    """A module's path in the base, from that in a pipeline."""
+    path = path.removeprefix("diffusion_model.")
+    short = path.removeprefix("transformer.")
+    return short if short in known and path not in known else path
 
 
 def write(adapter: Adapter, base: Base | None) -> Files:

@@ -18,7 +18,8 @@ from dora_peft.adapters.formats import (
     write_files,
 )
 
-# Where a factor is folded in or divided out, and what it is folded into.
+# Where a factor is folded in or divided out: into B, into m.
+WITH_CONVOLUTIONS = ("peft", "lycoris", "onetrainer", "ai-toolkit", "comfyui-2026")
 FOLDS_B, FOLDS_M = ("ai-toolkit",), ("trtllm", "comfyui-2026")
 
 
@@ -67,15 +68,21 @@ def test_there_and_back(tmp_path_factory, first, second, columns, rank, alpha, d
             assert ulps(one.magnitude, wanted.magnitude) <= 4
 
 
-@pytest.mark.parametrize("kernel", [(3,), (3, 2)])
-@pytest.mark.parametrize("name", ["peft", "lycoris", "onetrainer", "ai-toolkit", "comfyui-2026"])
-def test_convolutions(tmp_path, name, kernel):
-    made = Adapter({"blocks.0.conv": module(6, 5, 3, 2.0, kernel=kernel)})
-    base = Base(base_for(made))
-    found = through(tmp_path, name, made, base).modules["blocks.0.conv"]
+@settings(max_examples=4, deadline=None)
+@given(
+    out=st.integers(1, 9), columns=st.integers(1, 7), rank=st.integers(1, 5),
+    kernel=st.sampled_from([(1,), (3,), (1, 1), (3, 2)]), seed=st.integers(0, 1000),
+)  # fmt: skip
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(WITH_CONVOLUTIONS, 2)))
+def test_convolutions(tmp_path_factory, first, second, out, columns, rank, kernel, seed):
+    made = Adapter({"blocks.0.conv": module(out, columns, rank, 2.0, kernel=kernel, seed=seed)})
+    base = Base(base_for(made, seed))
+    folder = tmp_path_factory.mktemp("formats")
+    once = through(folder, first, made, base)
+    found = through(folder, second, once, base).modules["blocks.0.conv"]
     wanted, weight = made.modules["blocks.0.conv"], base.weight("blocks.0.conv", made.modules["blocks.0.conv"]).dense()
     assert found.lora_A.shape == wanted.lora_A.shape
-    assert found.magnitude.shape == (6,)
+    assert found.magnitude.shape == (out,)
     torch.testing.assert_close(effective(weight, found), effective(weight, wanted), rtol=1e-5, atol=1e-6)
 
 
@@ -106,6 +113,19 @@ def test_other_trained_tensors_are_refused_by_name(name):
 def test_the_base_is_asked_for(name):
     with pytest.raises(UnreadableError, match="with --base"):
         FORMATS[name].write(adapter(5, 3, 2.0), None)
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "transformer."])
+def test_parts_of_a_pipeline_are_taken_off(tmp_path, prefix):
+    made = adapter(5, 3, 2.0)
+    base = Base(base_for(made))
+    files = FORMATS["ai-toolkit"].write(Adapter({f"{prefix}{path}": one for path, one in made.modules.items()}), base)
+    write_files(files, tmp_path / "a.safetensors")
+    source = read_source(tmp_path / "a.safetensors")
+    assert FORMATS["ai-toolkit"].read(source, base).modules.keys() == made.modules.keys()
+    # GPT-2's own paths begin so: nothing says that it is a pipeline's
+    without = FORMATS["ai-toolkit"].read(source, None).modules
+    assert (without.keys() == made.modules.keys()) is (prefix == "diffusion_model.")
 
 
 @pytest.mark.parametrize("name", [name for name, one in FORMATS.items() if one.recognises])
