@@ -3,7 +3,7 @@
     bash scripts/engines.sh formats                  # makes the environments and runs all of it
 
     python scripts/check_formats.py make FOLDER      # a base, inputs, and an adapter in every format
-    python scripts/engines/lycoris.py FOLDER         # in the tool's environment: its outputs, and an adapter of its own
+    python scripts/engine_lycoris.py FOLDER         # in the tool's environment: its outputs, and an adapter of its own
     python scripts/check_formats.py compare FOLDER   # the table
 
 Expected result of `compare`: for each tool and direction the largest |y - y_ref| / max |y_ref| over all modules, where

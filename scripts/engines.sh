@@ -44,6 +44,6 @@ trap 'rm -rf "$work"' EXIT
 [ $# -gt 0 ] || set -- "${ORDER[@]}"
 for tool; do
     say "$tool"
-    "$(python_of "$tool")" "scripts/engines/$tool.py" "$work"
+    "$(python_of "$tool")" "scripts/engine_$tool.py" "$work"
 done
 "$VENV_PYTHON" scripts/check_formats.py compare "$work" --results scripts/engines

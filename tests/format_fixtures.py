@@ -82,7 +82,7 @@ def base_for(adapter: Adapter, seed: int = 7) -> nn.Module:
     """A base with a weight for each of an adapter's modules."""
     generator = torch.Generator().manual_seed(seed)
     root = nn.Module()
-    root.config = SimpleNamespace(to_dict=lambda: dict(HEADS), _name_or_path="the base")
+    root.config = SimpleNamespace(to_dict=lambda: {"model_type": "llama", **HEADS}, _name_or_path="the base")
     for path, one in adapter.modules.items():
         *parents, name = path.split(".")
         holder = root

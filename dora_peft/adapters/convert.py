@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,11 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from . import peft_rows
 from .formats import FORMATS, Adapter, Base, Files, Module, UnreadableError, format_of, read_source, write_files
+from .formats.files import check_target
+from .formats.lycoris import AXES
 from .formats.source import Source
 
 DORA = "dora"
 TARGETS = (*FORMATS, DORA)
+# Initialisations that change the base's weights.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 Report = Callable[[str], None]
 
 
@@ -90,16 +95,21 @@ def convert(
     read = read_as(source, name, weights, axis=axis, refit=refit)
     if weights is not None:
         weights.check(read)
+    _check_finite(source.tensors, f"'{source.path}'", "Use an earlier checkpoint.")
+    _check_config(read, name, to)
     read = _as_dora(read, weights) if to == DORA else read
-    _check_magnitudes(read, source, to)
-    files = FORMATS["peft" if to == DORA else to].write(read, weights)
-    files = _cast(files, dtype)
-    target = Path(out)
+    _check_magnitudes(read, source)
+    files = _cast(FORMATS["peft" if to == DORA else to].write(read, weights), dtype)
+    _check_finite(files.tensors, f"What would be written as {to}", "Choose --dtype fp32 or bf16.")
+    notes = list(read.notes)
+    if dtype in (torch.bfloat16, torch.float16) and any(m.magnitude is not None for m in read.modules.values()):
+        notes.append("magnitudes are in 16 bits, as asked: the change of a whole training may be below their rounding")
+    target = check_target(files, out, force=force)
     paths = [target] if target.suffix == ".safetensors" else [target / files.name, *(target / f for f in files.json)]
     free = shutil.disk_usage(_existing(target)).free
     if not dry_run:
         paths = write_files(files, target, force=force)
-    return Conversion(name, to, paths, files.nbytes, free, len(read.modules), read.notes)
+    return Conversion(name, to, paths, files.nbytes, free, len(read.modules), notes)
 
 
 def read_as(source: Source, name: str, base: Base | None, *, axis: str | None = None, refit: bool = False) -> Adapter:
@@ -111,8 +121,10 @@ def read_as(source: Source, name: str, base: Base | None, *, axis: str | None = 
     if name not in FORMATS:
         raise UnreadableError(f"There is no format '{name}': expected one of {', '.join(FORMATS)}.")
     read = FORMATS[name].read
+    if axis is not None and axis not in AXES:
+        raise UnreadableError(f"--axis: expected one of {', '.join(AXES)}, found {axis!r}.")
     if axis is not None or refit:
-        if name not in ("lycoris", "onetrainer"):
+        if name not in ("lycoris", "onetrainer", "comfyui-2026"):
             raise UnreadableError(
                 f"--axis and --refit are for dora_scale of LyCORIS and OneTrainer, and this is {name}."
             )
@@ -125,14 +137,55 @@ def _as_dora(adapter: Adapter, base: Base | None) -> Adapter:
     if base is None:
         raise UnreadableError("--to dora takes magnitudes from the base's weights: name the base with --base.")
     modules: dict[str, Module] = {}
+    notes = list(adapter.notes)
     for path, module in adapter.modules.items():
         if module.magnitude is not None:
             raise UnreadableError(f"This adapter is DoRA already: module '{path}' has a magnitude.")
-        modules[path] = replace(module, magnitude=base.row_norms(path, module).float())
-    return replace(adapter, modules=modules)
+        norms = base.row_norms(path, module)
+        empty = norms <= peft_rows.TINY
+        if bool(empty.any()):
+            module = _filled(path, module, empty)
+            norms = base.row_norms(path, module)
+            notes.append(f"{path}: {int(empty.sum())} rows of zeros got a tiny entry in B, which plain PEFT needs")
+        modules[path] = replace(module, magnitude=norms.float())
+    return replace(adapter, modules=modules, notes=notes)
 
 
-def _check_magnitudes(adapter: Adapter, source: Source, to: str) -> None:
+def _filled(path: str, module: Module, empty: Tensor) -> Module:
+    """The module with an entry of B in its empty rows, so that their norms are not 0: PEFT would divide by it."""
+    row = module.lora_A.flatten(1).double().norm(dim=1)
+    column = int(row.argmax())
+    entry = peft_rows.TINY * 2 / (abs(module.scaling) * row[column].item()) if module.scaling and row[column] else 0.0
+    lora_B = module.lora_B.clone()
+    lora_B[empty.to(lora_B.device), column] = entry
+    if entry == 0 or not bool(lora_B[empty.to(lora_B.device), column].any()):
+        raise UnreadableError(
+            f"Module '{path}' has {int(empty.sum())} rows of zeros in its base, by whose norm plain PEFT divides, and "
+            f"its {lora_B.dtype} factors hold no entry small enough. Leave the module out, or use fp32 factors."
+        )
+    return replace(module, lora_B=lora_B)
+
+
+def _check_config(adapter: Adapter, name: str, to: str) -> None:
+    """Refuse what a config says of the base or of other tensors, and the target has no place for."""
+    init = adapter.config.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(CHANGES_BASE) and to != "peft":
+        raise UnreadableError(
+            f"This adapter was initialised by {init[:20]!r}, which changes the base's weights whenever it is loaded, "
+            f"and {to} has no place for that. Save it with path_initial_model_for_weight_conversion first."
+        )
+    if adapter.config.get("lora_bias") and to != "peft":
+        raise UnreadableError(f"This adapter has lora_bias, biases of B, and {to} has no place for them.")
+
+
+def _check_finite(tensors: Mapping[str, Tensor], what: str, mend: str) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise UnreadableError(f"{what} holds NaN or infinite values in '{key}' ({dtype}). {mend}")
+
+
+def _check_magnitudes(adapter: Adapter, source: Source) -> None:
     bare = [path for path, module in adapter.modules.items() if module.magnitude is None]
     if len(bare) == len(adapter.modules):
         raise UnreadableError(

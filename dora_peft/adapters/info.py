@@ -79,7 +79,8 @@ def info(
             if weights is not None:
                 norms = weights.row_norms(path, module, with_change=False)
                 # a row of zeros has no change to measure
-                change = (module.magnitude.double().cpu() / norms - 1)[norms > 0].abs().mean().item()
+                moved = (module.magnitude.double().cpu() / norms - 1)[norms > 0].abs()
+                change = moved.mean().item() if len(moved) else None
         dtypes = tuple(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
         shape = (module.out_features, module.in_features)
         modules.append(ModuleInfo(path, shape, module.rank, module.alpha, dtypes, change))

@@ -80,6 +80,11 @@ def to_dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else known[name]
 
 
+def printable(text: str) -> str:
+    """A text of a file on one line, without what a terminal would take for commands."""
+    return text if text.isprintable() else repr(text)
+
+
 def size(nbytes: int) -> str:
     """Bytes as people read them."""
     value, unit = float(nbytes), "B"

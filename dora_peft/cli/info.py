@@ -43,7 +43,7 @@ def lines(found: Info) -> list[str]:
     out = [
         f"format    {found.format}",
         f"file      {found.path}",
-        f"base      {found.base or 'not named'}",
+        f"base      {common.printable(found.base or 'not named')}",
         f"size      {common.size(found.nbytes)}",
         f"modules   {len(found.modules)}",
     ]

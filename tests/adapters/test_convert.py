@@ -77,7 +77,8 @@ def test_a_plain_lora_becomes_a_dora_with_the_same_outputs(tmp_path, base, given
 
 
 def test_dtype_of_what_is_written(tmp_path, folder):
-    convert(folder, tmp_path / "half", "lycoris", dtype=torch.bfloat16)
+    done = convert(folder, tmp_path / "half", "lycoris", dtype=torch.bfloat16)
+    assert [note.split(",")[0] for note in done.notes] == ["magnitudes are in 16 bits"]
     tensors = load_file(tmp_path / "half" / "adapter_model.safetensors")
     assert {t.dtype for key, t in tensors.items() if not key.endswith(".alpha")} == {torch.bfloat16}
 

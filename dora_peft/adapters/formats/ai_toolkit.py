@@ -13,11 +13,11 @@ from __future__ import annotations
 import re
 
 import torch
-from torch import Tensor
 
-from .adapter import Adapter, Module, UnreadableError, check_holds
+from .adapter import Adapter, UnreadableError, check_holds
 from .base import Base
 from .files import Files
+from .parts import gather, make_module, rank_of
 from .source import Source
 
 _PARTS = {"lora_A.weight": "A", "lora_B.weight": "B", "magnitude": "m"}
@@ -30,23 +30,20 @@ def recognises(source: Source) -> bool:
 
 
 def read(source: Source, base: Base | None) -> Adapter:
-    found: dict[str, dict[str, Tensor]] = {}
     known = set(base.paths()) if base else set()
-    for key, tensor in source.tensors.items():
+
+    def told(key: str) -> tuple[str, str] | None:
         match = _KEY.fullmatch(key)
-        if match is None:
-            raise UnreadableError(
-                f"'{source.path}': '{key}' is no key of this format: expected lora_A.weight, lora_B.weight and "
-                "magnitude of each module."
-            )
-        found.setdefault(_own_path(match["path"], known), {})[_PARTS[match["part"]]] = tensor
-    modules = {}
-    for path, parts in found.items():
-        if "A" not in parts or "B" not in parts:
-            raise UnreadableError(f"Module '{path}' has no {'lora_B' if 'A' in parts else 'lora_A'}.")
-        magnitude = parts["m"].flatten() if "m" in parts else None
-        modules[path] = Module(parts["A"], parts["B"], float(len(parts["A"])), magnitude)
-    return Adapter(modules)
+        return None if match is None else (_own_path(match["path"], known), _PARTS[match["part"]])
+
+    found, others = gather(source.tensors, told)
+    if others:
+        raise UnreadableError(
+            f"'{source.path}': '{others[0]}' is no key of this format: expected lora_A.weight, lora_B.weight and "
+            "magnitude of each module."
+        )
+    # s = 1
+    return Adapter({path: make_module(path, parts, rank_of(parts)) for path, parts in found.items()})
 
 
 def _own_path(path: str, known: set[str]) -> str:

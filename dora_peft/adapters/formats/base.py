@@ -41,8 +41,9 @@ class Base:
         device: torch.device | str = "cpu",
         progress: Callable[[str], None] | None = None,
     ) -> None:
-        self.device = torch.device(device)
+        self.device = _usable(device)
         self._progress = progress
+        self._turned = False
         self.config: dict[str, object] = {}
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -56,7 +57,7 @@ class Base:
         if not folder.exists():
             folder = local_folder(str(source), ["*.safetensors", "*.json"])
         self.name = str(source)
-        self.config = read_json(folder / "config.json") or {} if folder.is_dir() else {}
+        self.config = read_json((folder if folder.is_dir() else folder.parent) / "config.json") or {}
         self._read_heads(folder)
         self._model = _skeleton(self.config)
 
@@ -90,8 +91,14 @@ class Base:
             UnreadableError: One does not fit; the first is named.
         """
         for path, module in adapter.modules.items():
+            if module.lora_B.shape[1] != module.rank:
+                # PEFT's A of a grouped convolution is for the inputs of all groups
+                continue
             if self._model is None:
                 self._check_stored(path, module)
+                square = module.in_features == module.out_features
+                turned = self._shapes[self._key(path)] == (module.in_features, module.out_features)
+                self._turned |= turned and not square and not module.embedding
             else:
                 layer = self._layer(path)
                 weight = getattr(layer, "weight", None)
@@ -126,11 +133,10 @@ class Base:
         if self._model is None:
             self._check_stored(path, module)
             tensor = self._tensor(path)
-            transposed = module.embedding or tuple(tensor.shape) == (module.in_features, module.out_features)
-            square = tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]
-            return Dense(
-                tensor, Tensor.t if transposed and (module.embedding or not square) else lambda w: w.flatten(1)
-            )
+            # of a square weight only the others say whether it is stored the other way round
+            square = module.in_features == module.out_features
+            turned = self._turned if square else len(tensor) == module.in_features
+            return Dense(tensor, Tensor.t if module.embedding or turned else lambda w: w.flatten(1))
         layer = self._layer(path)
         stored = getattr(layer, "weight", None)
         return base_weight(layer, path, self._tensor(path) if isinstance(stored, Tensor) and stored.is_meta else None)
@@ -140,6 +146,10 @@ class Base:
         try:
             return self._model.get_submodule(path)
         except AttributeError:
+            # an adapter of the model without its head
+            found = [name for name, _ in self._model.named_modules() if name.endswith(f".{path}")]
+            if len(found) == 1:
+                return self._model.get_submodule(found[0])
             raise self._absent(path) from None
 
     def _absent(self, path: str) -> UnreadableError:
@@ -194,11 +204,15 @@ class Base:
         index = folder / INDEX
         if index.is_file():
             named = (read_json(index) or {}).get("weight_map")
-            names = set(named.values()) if isinstance(named, dict) else set()
-            missing = sorted(name for name in names if not (folder / str(name)).is_file())
+            names = {str(name) for name in named.values()} if isinstance(named, dict) else set()
+            # of the folder itself, whatever a name says
+            missing = sorted(name for name in names if Path(name).name != name or not (folder / name).is_file())
             if missing or not names:
-                raise UnreadableError(f"'{folder}' is not whole: its index names '{(missing or ['nothing'])[0]}'.")
-            files = sorted(folder / str(name) for name in names)
+                raise UnreadableError(
+                    f"'{folder}' is not whole: its index names '{(missing or ['nothing'])[0]}', which is not in it. "
+                    "Download it again."
+                )
+            files = sorted(folder / name for name in names)
         if not files:
             raise UnreadableError(f"'{folder}' holds no base model: expected safetensors files, found none.")
         for path in files:
@@ -210,14 +224,39 @@ class Base:
                 raise UnreadableError(f"Cannot read the base's '{path}': {' '.join(str(error).split())}.") from error
 
 
+def _usable(device: torch.device | str) -> torch.device:
+    """A device that tensors can be brought to.
+
+    Raises:
+        UnreadableError: There is none of this name.
+    """
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = str(error).strip().splitlines()
+        raise UnreadableError(f"--device {str(device)[:40]}: {said[0] if said else type(error).__name__}") from error
+    if found.type == "meta":
+        raise UnreadableError("--device meta holds no numbers: expected cpu or a GPU.")
+    return found
+
+
 def _skeleton(config: dict[str, object]) -> nn.Module | None:
     """The base model without weights, which says what kind each module is; None if transformers has no such model."""
     names = config.get("architectures")
     kind = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)) or kind.config_class is None:
         return None
-    own = kind.config_class.from_dict(json.loads(json.dumps(config)))
-    with torch.device("meta"):
-        model: nn.Module = kind(own)
-    model.tie_weights()  # type: ignore[operator]
+    try:
+        own = kind.config_class.from_dict(json.loads(json.dumps(config)))
+        with torch.device("meta"):
+            model: nn.Module = kind(own)
+        model.tie_weights()  # type: ignore[operator]
+    except Exception as error:
+        # of as many kinds as there are models and entries
+        said = str(error).strip().splitlines()
+        raise UnreadableError(
+            f"The base's config.json makes no {kind.__name__}: {type(error).__name__}: {said[0] if said else ''}. "
+            "Restore the file."
+        ) from error
     return model

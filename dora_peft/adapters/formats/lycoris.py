@@ -14,18 +14,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from .adapter import Adapter, Module, UnreadableError, check_holds, number_in
 from .base import Base
 from .files import Files
-from .peft_keys import needed
+from .parts import gather, make_module, rank_of
+from .peft_keys import lengths, needed, times
 from .refit import refitted
-from .source import Source
+from .source import Source, is_name
 
 _PARTS = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha", "dora_scale": "m"}
 _KEY = re.compile(r"(?P<name>.+?)\.(?P<part>lora_down\.weight|lora_up\.weight|alpha|dora_scale)")
@@ -51,21 +51,24 @@ def read(source: Source, base: Base | None, axis: str | None = None, refit: bool
     Raises:
         UnreadableError: It holds what is no DoRA per output row, or what cannot be told without the base.
     """
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in source.tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise UnreadableError(f"'{source.path}': cannot convert '{key}'. {_reason(key)}")
-        found.setdefault(match["name"], {})[_PARTS[match["part"]]] = tensor
+    found, others = gather(source.tensors, _told)
+    if others:
+        raise UnreadableError(f"'{source.path}': cannot convert '{others[0]}'. {_reason(others[0])}")
     paths = _paths(source, found, base)
     modules, notes = {}, []
     for name, parts in found.items():
         path = paths[name]
-        module = _factors(path, parts)
+        alpha = parts.get("alpha")
+        if alpha is not None and (alpha.numel() != 1 or alpha.is_complex()):
+            raise UnreadableError(
+                f"Module '{path}': alpha should be one number, found {list(alpha.shape)} {alpha.dtype}."
+            )
+        factors = {name: tensor for name, tensor in parts.items() if name != "m"}
+        module = make_module(path, factors, rank_of(parts) if alpha is None else alpha.item())
         if "m" in parts:
             kind = _axis(path, parts["m"], module, axis)
             if kind == "output":
-                module = replace(module, magnitude=parts["m"].flatten())
+                module = make_module(path, parts, module.alpha)
             elif not refit:
                 raise UnreadableError(
                     f"Module '{path}' has a norm per input column (dora_scale {list(parts['m'].shape)}), which is no "
@@ -88,11 +91,9 @@ def _reason(key: str) -> str:
     return "Expected lora_down.weight, lora_up.weight, alpha and dora_scale of each module."
 
 
-def _factors(path: str, parts: dict[str, Tensor]) -> Module:
-    if "A" not in parts or "B" not in parts:
-        raise UnreadableError(f"Module '{path}' has no {'lora_up' if 'A' in parts else 'lora_down'}.")
-    alpha = parts["alpha"].item() if "alpha" in parts else float(len(parts["A"]))
-    return Module(parts["A"], parts["B"], alpha)
+def _told(key: str) -> tuple[str, str] | None:
+    match = _KEY.fullmatch(key)
+    return None if match is None else (match["name"], _PARTS[match["part"]])
 
 
 def _axis(path: str, scale: Tensor, module: Module, given: str | None) -> str:
@@ -123,8 +124,13 @@ def _paths(source: Source, names: Iterable[str], base: Base | None) -> dict[str,
     if PATHS in source.metadata:
         try:
             known = dict(json.loads(source.metadata[PATHS]))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise UnreadableError(f"'{source.path}': its metadata '{PATHS}' is damaged: {error}.") from error
+        bad = [path for path in known.values() if not isinstance(path, str) or not is_name(path)]
+        if bad:
+            raise UnreadableError(
+                f"'{source.path}': its metadata '{PATHS}' names {bad[0]!r}, which is no module's path."
+            )
     kinds = {match[1] for name in names if (match := _PREFIX.match(name))}
     if len(kinds) > 1 and any(kind.startswith("lora_te") for kind in kinds):
         raise UnreadableError(
@@ -141,10 +147,17 @@ def _paths(source: Source, names: Iterable[str], base: Base | None) -> dict[str,
         # a name with dots is a path already
         candidates = candidates or ([short] if "." in short else [])
         if len(candidates) != 1:
-            why = "no module" if base else "its path cannot be told from the name alone: name the base with --base"
-            why = f"it may be {' or '.join(candidates)}" if candidates else why
+            why = f"'{base.name}' has no such module: name the base that the adapter was trained on" if base else ""
+            why = why or "its path cannot be told from the name alone: name the base with --base"
+            why = f"it may be {' or '.join(candidates)}, and no tensor says which" if candidates else why
             raise UnreadableError(f"'{source.path}': '{name}': {why}.")
         out[name] = candidates[0]
+    twice = [path for path, count in Counter(out.values()).items() if count > 1]
+    if twice:
+        names = [name for name, path in out.items() if path == twice[0]]
+        raise UnreadableError(
+            f"'{source.path}': {' and '.join(names)} are the same module, '{twice[0]}': expected one."
+        )
     return out
 
 
@@ -172,24 +185,21 @@ def write_onetrainer(adapter: Adapter, base: Base | None) -> Files:
     return write(adapter, base, "onetrainer", "lora_unet")
 
 
-def read_comfyui(source: Source, base: Base | None) -> Adapter:
+def read_comfyui(source: Source, base: Base | None, axis: str | None = None, refit: bool = False) -> Adapter:
     """A file made for ComfyUI of 2026."""
     weights = needed(base, "comfyui-2026")
-    return read(source, base).with_magnitudes(lambda path, module: _times(module, _ratio(weights, path, module)))
+    adapter = read(source, base, axis, refit)
+    return adapter.with_magnitudes(lambda path, module: times(module, _ratio(weights, path, module)))
 
 
 def write_comfyui(adapter: Adapter, base: Base | None) -> Files:
     """A file that comes out right in ComfyUI of 2026."""
     weights = needed(base, "comfyui-2026")
-    adapter = adapter.with_magnitudes(lambda path, module: _times(module, 1 / _ratio(weights, path, module)))
+    adapter = adapter.with_magnitudes(lambda path, module: times(module, 1 / _ratio(weights, path, module)))
     return write(adapter, base, "comfyui-2026", "lora_unet")
 
 
 def _ratio(weights: Base, path: str, module: Module) -> Tensor:
     """||W0 + s B A|| / ||W0|| per output row."""
-    return weights.row_norms(path, module) / weights.row_norms(path, module, with_change=False)
-
-
-def _times(module: Module, factor: Tensor) -> Tensor:
-    assert module.magnitude is not None
-    return (module.magnitude.to(torch.float64) * factor).to(module.magnitude.dtype)
+    composed, before = (lengths(weights, path, module, "comfyui-2026", change) for change in (True, False))
+    return composed / before

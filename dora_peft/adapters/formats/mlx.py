@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import re
 
-from torch import Tensor
-
-from .adapter import Adapter, Module, UnreadableError, check_holds, one_rank
+from .adapter import Adapter, UnreadableError, check_holds, one_rank
 from .base import Base
 from .files import Files
+from .parts import gather, make_module, number, rank_of
 from .source import CONFIG, Source
 
 _PARTS = {"lora_a": "A", "lora_b": "B", "m": "m"}
 _KEY = re.compile(r"(?P<path>.+)\.(?P<part>lora_a|lora_b|m)")
+# Names that are the same in transformers and mlx-lm.
+_OURS = re.compile(r"model\.layers\.\d+\.|lm_head$")
 _BLOCK = re.compile(r"^(?:.*\.)?layers\.\d+\.")
 
 
@@ -30,30 +31,29 @@ def recognises(source: Source) -> bool:
 def read(source: Source, base: Base | None) -> Adapter:
     parameters = (source.config or {}).get("lora_parameters")
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise UnreadableError(
-            f"'{source.path}' has mlx-lm's keys, whose scale stands in {CONFIG} under lora_parameters, found "
-            f"{scale!r}. Put the file back."
-        )
-    found: dict[str, dict[str, Tensor]] = {}
-    others = {}
-    for key, tensor in source.tensors.items():
+    scale = number(scale, f"'{source.path}' has mlx-lm's keys, whose scale in {CONFIG} under lora_parameters")
+
+    def told(key: str) -> tuple[str, str] | None:
         match = _KEY.fullmatch(key)
-        if match is None:
-            others[key] = tensor
-        else:
-            found.setdefault(match["path"], {})[_PARTS[match["part"]]] = tensor
+        return None if match is None else (match["path"], _PARTS[match["part"]])
+
+    found, others = gather(source.tensors, told)
+    if others:
+        raise UnreadableError(
+            f"'{source.path}': '{others[0]}' is no part of an adapter of mlx-lm: expected lora_a, lora_b and m of each "
+            "module. Save the adapter without what else was trained."
+        )
     modules = {}
     for path, parts in found.items():
-        if "A" not in parts or "B" not in parts:
-            raise UnreadableError(f"Module '{path}' has no {'lora_b' if 'A' in parts else 'lora_a'}.")
         if "embed" in path.rpartition(".")[2] and "m" in parts:
             raise UnreadableError(
                 f"Module '{path}' is an embedding, whose norm mlx-lm takes per token: no DoRA per output row."
             )
-        modules[path] = Module(parts["A"].T, parts["B"].T, scale * parts["A"].shape[1], parts.get("m"))
+        # stored the other way round; one that is no matrix is named by the check
+        parts = {name: tensor.T if name != "m" and tensor.dim() == 2 else tensor for name, tensor in parts.items()}
+        modules[path] = make_module(path, parts, scale * rank_of(parts))
     name = (source.config or {}).get("model")
-    return Adapter(modules, others, base=name if isinstance(name, str) else None)
+    return Adapter(modules, base=name if isinstance(name, str) else None)
 
 
 def write(adapter: Adapter, base: Base | None) -> Files:
@@ -61,6 +61,10 @@ def write(adapter: Adapter, base: Base | None) -> Files:
     rank, alpha = one_rank(adapter, "mlx")
     tensors, names = {}, set()
     for path, module in adapter.modules.items():
+        if not _OURS.match(path):
+            raise UnreadableError(
+                f"mlx-lm may name module '{path}' otherwise: expected those of models whose blocks are model.layers."
+            )
         tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"] = module.lora_A.T, module.lora_B.T
         if module.magnitude is not None:
             tensors[f"{path}.m"] = module.magnitude

@@ -26,6 +26,7 @@ from ..names import exactly
 from .adapter import Adapter, Module, UnreadableError, check_layers, one_rank
 from .base import Base
 from .files import Files
+from .parts import gather, make_module, number
 from .source import CONFIG, Source
 
 PREFIX = "base_model.model."
@@ -35,6 +36,7 @@ _PARTS = {
     "lora_A": "A", "lora_B": "B", "lora_embedding_A": "A", "lora_embedding_B": "B",
     "lora_magnitude_vector": "m", "weight_m_wdecomp": "m",
 }  # fmt: skip
+_EMBEDDING = re.compile(r"(?P<path>.+)\.lora_embedding_[AB]$")
 _KEY = re.compile(rf"(?P<path>.+)\.(?P<part>{'|'.join(_PARTS)})(\.weight)?")
 
 
@@ -49,18 +51,29 @@ def is_peft(source: Source) -> bool:
 def read(source: Source, base: Base | None) -> Adapter:
     """An adapter in PEFT's keys, with either name of the magnitude."""
     config, prefix = _config(source)
-    found: dict[str, dict[str, Tensor]] = {}
-    others, embeddings = {}, set()
-    for key, tensor in source.tensors.items():
-        name = key.removeprefix(PREFIX).removeprefix(prefix)
-        match = _KEY.fullmatch(name)
-        if match is None:
-            others[name] = tensor
-            continue
-        found.setdefault(match["path"], {})[_PARTS[match["part"]]] = tensor
-        if "embedding" in match["part"]:
-            embeddings.add(match["path"])
-    modules = {path: _module(path, parts, config, path in embeddings) for path, parts in found.items()}
+    if config.get("peft_type", "LORA") not in ("LORA", "DORA"):
+        raise UnreadableError(
+            f"'{source.path}': {CONFIG} says peft_type {str(config['peft_type'])[:40]!r}, and only LORA and DORA are "
+            "factors and magnitudes."
+        )
+
+    def told(key: str) -> tuple[str, str] | None:
+        match = _KEY.fullmatch(key.removeprefix(PREFIX).removeprefix(prefix))
+        return None if match is None else (match["path"], _PARTS[match["part"]])
+
+    found, keys = gather(source.tensors, told)
+    embeddings = {match["path"] for key in source.tensors if (match := _EMBEDDING.match(key.removeprefix(PREFIX)))}
+    modules = {}
+    for path, parts in found.items():
+        rank, alpha = _of_config(path, config)
+        module = make_module(path, parts, alpha, embedding=path in embeddings)
+        if rank != module.rank:
+            raise UnreadableError(
+                f"Module '{path}' has rank {module.rank}, and {CONFIG} says {rank}: expected them to be equal, as s = "
+                "lora_alpha / r needs the rank. Restore the config that was saved with the tensors."
+            )
+        modules[path] = module
+    others = {key.removeprefix(PREFIX).removeprefix(prefix): source.tensors[key] for key in keys}
     base_name = config.get("base_model_name_or_path")
     return Adapter(modules, others, config, base_name if isinstance(base_name, str) else None)
 
@@ -89,21 +102,6 @@ def _config(source: Source) -> tuple[dict[str, object], str]:
     return {name.partition(".")[2]: value for name, value in config.items()}, f"{parts[0]}."
 
 
-def _module(path: str, parts: dict[str, Tensor], config: Mapping[str, object], embedding: bool) -> Module:
-    missing = [f"lora_{part}" for part in "AB" if part not in parts]
-    if missing:
-        raise UnreadableError(f"Module '{path}' has no {missing[0]}: expected both factors. Save the adapter again.")
-    rank, alpha = _of_config(path, config)
-    if rank != len(parts["A"]):
-        raise UnreadableError(
-            f"Module '{path}' has rank {len(parts['A'])}, and {CONFIG} says {rank}: expected them to be equal, as s = "
-            "lora_alpha / r needs the rank. Restore the config that was saved with the tensors."
-        )
-    magnitude = parts.get("m")
-    magnitude = None if magnitude is None else magnitude.flatten()
-    return Module(parts["A"], parts["B"], alpha, magnitude, embedding)
-
-
 def _of_config(path: str, config: Mapping[str, object]) -> tuple[int, float]:
     """The rank of a module and its s r, as PEFT takes them from a config."""
     values = []
@@ -111,11 +109,14 @@ def _of_config(path: str, config: Mapping[str, object]) -> tuple[int, float]:
         own = config.get(patterns) or {}
         if not isinstance(own, dict):
             raise UnreadableError(f"{CONFIG}: {patterns} should be an object, found {str(own)[:60]!r}.")
-        value = own.get(get_pattern_key(list(own), path), config.get(entry))
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or (entry == "r" and value < 1):
-            raise UnreadableError(f"{CONFIG}: {entry} of '{path}' should be a number, found {value!r}.")
-        values.append(value)
-    rank, alpha = int(values[0]), values[1]
+        try:
+            values.append(own.get(get_pattern_key(list(own), path), config.get(entry)))
+        except re.error as error:
+            raise UnreadableError(f"{CONFIG}: {patterns} holds no regular expression: {error}.") from error
+    rank, alpha = values
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise UnreadableError(f"{CONFIG}: r of '{path}' should be a positive integer, found {str(rank)[:40]}.")
+    alpha = number(alpha, f"{CONFIG}: lora_alpha of '{path}'")
     # s r, where s = alpha / sqrt(r)
     return rank, alpha * rank / alpha_divisor(rank, True) if config.get("use_rslora") else alpha
 
@@ -185,11 +186,8 @@ def config_of(adapter: Adapter) -> dict[str, object]:
 
 def read_trtllm(source: Source, base: Base | None) -> Adapter:
     """A folder whose magnitudes are m / ||W0 + s B A||."""
-    adapter = read(source, base)
-    weights = needed(base, "trtllm")
-    return adapter.with_magnitudes(
-        lambda path, module: (_m(module).double() * weights.row_norms(path, module)).to(_m(module).dtype)
-    )
+    adapter, weights = read(source, base), needed(base, "trtllm")
+    return adapter.with_magnitudes(lambda path, module: times(module, lengths(weights, path, module, "trtllm")))
 
 
 def write_trtllm(adapter: Adapter, base: Base | None) -> Files:
@@ -197,17 +195,33 @@ def write_trtllm(adapter: Adapter, base: Base | None) -> Files:
     check_layers(adapter, "trtllm")
     weights = needed(base, "trtllm")
     normalised = adapter.with_magnitudes(
-        lambda path, module: (_m(module).double() / weights.row_norms(path, module)).to(_m(module).dtype)
+        lambda path, module: times(module, 1 / lengths(weights, path, module, "trtllm"))
     )
     return write(normalised, base, "lora_magnitude_vector")
+
+
+def lengths(weights: Base, path: str, module: Module, name: str, with_change: bool = True) -> Tensor:
+    """||W0 + s B A|| per output row, or ||W0||, for a format that divides by it.
+
+    Raises:
+        UnreadableError: A row is zero.
+    """
+    found = weights.row_norms(path, module, with_change)
+    if not bool((found > 0).all()):
+        raise UnreadableError(
+            f"{name} divides by the norms of the base's rows, and module '{path}' has {int((found == 0).sum())} rows "
+            "of zeros. Leave the module out of the adapter, or merge it."
+        )
+    return found
+
+
+def times(module: Module, factor: Tensor) -> Tensor:
+    """m times a factor in fp64 [out], rounded once."""
+    assert module.magnitude is not None
+    return (module.magnitude.double().cpu() * factor).to(module.magnitude.dtype)
 
 
 def needed(base: Base | None, name: str) -> Base:
     if base is None:
         raise UnreadableError(f"{name} holds magnitudes in relation to the base's weights: name the base with --base.")
     return base
-
-
-def _m(module: Module) -> Tensor:
-    assert module.magnitude is not None
-    return module.magnitude

@@ -164,11 +164,20 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) and isinstance(k, str) for k, t in found.items()):
         raise UnreadableError(f"Cannot read '{path}': expected tensors by name, found {str(found)[:60]!r}.")
     _check_keys(path, list(found))
+    for key, tensor in found.items():
+        dense = tensor.layout is torch.strided and not tensor.is_meta
+        if not dense or tensor.untyped_storage().nbytes() < tensor.nbytes:
+            raise UnreadableError(f"Cannot read '{path}': '{key}' is no dense tensor with a number for each element.")
     return found
 
 
+def is_name(text: str) -> bool:
+    """Whether a text may be the path of a module, which no file's name is made of."""
+    return text.isprintable() and not any(part in text for part in ("/", "\\", ".."))
+
+
 def _check_keys(path: Path, keys: list[str]) -> None:
-    bad = [key for key in keys if not key.isprintable() or "/" in key or "\\" in key or ".." in key]
+    bad = [key for key in keys if not is_name(key)]
     if bad:
         raise UnreadableError(
             f"Cannot read '{path}': its keys should be names of modules, and {bad[0][:80]!r} holds a separator of "

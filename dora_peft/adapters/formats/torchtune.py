@@ -20,6 +20,7 @@ from . import peft_keys
 from .adapter import Adapter, Module, UnreadableError, check_holds, one_rank
 from .base import Base
 from .files import Files
+from .parts import gather, make_module, number
 from .source import CONFIG, Source
 
 _PARTS = {"lora_a.weight": "A", "lora_b.weight": "B", "magnitude": "m"}
@@ -30,6 +31,8 @@ NAMES = {
     "mlp.w3": "mlp.up_proj",
 }  # fmt: skip
 _BLOCK = re.compile(r"layers\.(\d+)\.(.+)")
+# By transformers' model_type: whether torchtune orders the rows of q and k otherwise.
+ORDERED = {"llama": True, "mistral": True, "qwen2": False}
 _OF_HEADS = {"self_attn.q_proj": "num_attention_heads", "self_attn.k_proj": "num_key_value_heads"}
 
 
@@ -46,26 +49,23 @@ def read(source: Source, base: Base | None) -> Adapter:
             adapter.modules[path] = replace(module, magnitude=turned.magnitude)
         return adapter
     config = source.config or {}
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise UnreadableError(
-            f"'{source.path}' has torchtune's keys, whose rank and alpha stand in {CONFIG} (r, lora_alpha), found "
-            f"{rank!r} and {alpha!r}. Put the file back."
-        )
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in source.tensors.items():
+    rank, alpha = config.get("r"), number(config.get("lora_alpha"), f"'{source.path}': lora_alpha in {CONFIG}")
+
+    def told(key: str) -> tuple[str, str] | None:
         match = _KEY.fullmatch(key)
-        if match is None:
-            raise UnreadableError(f"'{source.path}': '{key}' is no key of a torchtune adapter.")
-        found.setdefault(match["path"], {})[_PARTS[match["part"]]] = tensor
+        return None if match is None else (_to_transformers(match["path"]), _PARTS[match["part"]])
+
+    found, others = gather(source.tensors, told)
+    if others:
+        raise UnreadableError(f"'{source.path}': '{others[0]}' is no key of a torchtune adapter.")
     modules = {}
-    for own, parts in found.items():
-        path = _to_transformers(own)
-        if "A" not in parts or "B" not in parts:
-            raise UnreadableError(f"Module '{own}' has no {'lora_b' if 'A' in parts else 'lora_a'}.")
-        if len(parts["A"]) != rank:
-            raise UnreadableError(f"Module '{own}' has rank {len(parts['A'])}, and {CONFIG} says {rank}.")
-        module = Module(parts["A"], parts["B"], float(alpha), parts["m"].flatten() if "m" in parts else None)
+    for path, parts in found.items():
+        module = make_module(path, parts, alpha)
+        if module.rank != rank:
+            raise UnreadableError(
+                f"Module '{path}' has rank {module.rank}, and r in {CONFIG} is {str(rank)[:40]}: expected them to be "
+                "equal. Restore the config that was saved with the tensors."
+            )
         modules[path] = _reordered(path, module, base, to_torchtune=False)
     return Adapter(modules)
 
@@ -108,6 +108,8 @@ def heads_of(path: str, base: Base, rows: int) -> int | None:
     entry = _OF_HEADS.get(match[2]) if match else None
     if entry is None:
         return None
+    if not ORDERED.get(str(base.config.get("model_type")), False):
+        return None
     heads = base.config.get(entry, base.config.get("num_attention_heads"))
     return heads if isinstance(heads, int) and heads > 0 and rows % (2 * heads) == 0 else None
 
@@ -126,6 +128,14 @@ def _reordered(path: str, module: Module, base: Base | None, *, to_torchtune: bo
         raise UnreadableError(
             f"torchtune orders the rows of '{path}' by heads: name the base with --base, whose config has their number."
         )
+    kind = str(base.config.get("model_type"))
+    if kind not in ORDERED:
+        raise UnreadableError(
+            f"Nothing is known of the order of rows that torchtune gives a {kind[:40]!r}: expected a base of "
+            f"model_type {', '.join(ORDERED)}."
+        )
+    if not ORDERED[kind]:
+        return module
     heads = heads_of(path, base, module.out_features)
     if heads is None:
         raise UnreadableError(

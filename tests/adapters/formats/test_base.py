@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from dora_peft.adapters.formats import Base, Module, UnreadableError
+from dora_peft.adapters.formats import Adapter, Base, Module, UnreadableError
 
 
 def gpt2():
@@ -68,6 +68,58 @@ def test_names_that_leave_out_the_first_parts(tmp_path):
     assert "layers.0.mlp.up_proj" in Base(tmp_path).paths()
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["pipeline"]}))
     assert "layers.0.mlp.up_proj" in Base(tmp_path).paths()
+
+
+@pytest.mark.parametrize("what", ["one file", "no class"])
+def test_square_weights_that_are_stored_the_other_way_round(tmp_path, what):
+    """c_proj of GPT-2: the config beside the file tells, or else the modules that are not square."""
+    model = gpt2()
+    model.save_pretrained(tmp_path)
+    if what == "no class":
+        (tmp_path / "config.json").unlink()
+    files = Base(tmp_path / "model.safetensors")
+    names = [name for name, layer in model.named_modules() if type(layer).__name__ == "Conv1D"]
+    files.check(Adapter({name: for_layer(model.get_submodule(name)) for name in names}))
+    name = "transformer.h.0.attn.c_proj"
+    one = for_layer(model.get_submodule(name))
+    assert one.in_features == one.out_features
+    assert torch.equal(files.row_norms(name, one), Base(model).row_norms(name, one))
+
+
+def test_paths_of_the_model_without_its_head(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path)
+    one = for_layer(model.model.layers[0].mlp.up_proj)
+    base = Base(tmp_path)
+    base.check(Adapter({"layers.0.mlp.up_proj": one}))
+    assert torch.equal(base.row_norms("layers.0.mlp.up_proj", one), base.row_norms("model.layers.0.mlp.up_proj", one))
+
+
+@pytest.mark.parametrize(
+    "entries", [{"hidden_size": "x"}, {"num_attention_heads": 0}, {"vocab_size": -1}, {"hidden_act": "none such"}]
+)
+def test_configs_that_make_no_model(tmp_path, entries):
+    llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **entries}))
+    with pytest.raises(UnreadableError, match=r"config\.json makes no LlamaForCausalLM: .*Restore the file") as caught:
+        Base(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("names", [["a"], {"a": ["b"]}, {"a": 5}, {"a": "../model.safetensors"}, {}, None])
+def test_damaged_indices(tmp_path, names):
+    (tmp_path / "base").mkdir()
+    llama().save_pretrained(tmp_path)
+    (tmp_path / "base" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(UnreadableError, match=r"is not whole: its index names"):
+        Base(tmp_path / "base")
+
+
+@pytest.mark.parametrize("device", ["none", "meta", "cuda:99", ""])
+def test_devices_that_there_are_not(device):
+    with pytest.raises(UnreadableError, match=r"^--device "):
+        Base(llama(), device)
 
 
 def test_a_quantised_model_in_memory(tmp_path):

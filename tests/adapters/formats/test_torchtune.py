@@ -53,8 +53,22 @@ def test_heads_of_q_and_of_k():
     assert heads_of(Q, base, 12) == HEADS["num_attention_heads"]
     assert heads_of(K, base, 6) == HEADS["num_key_value_heads"]
     assert heads_of("model.layers.0.mlp.down_proj", base, 12) is None
-    base.config = {}
+    base.config = {"model_type": "llama"}
     with pytest.raises(UnreadableError, match=r"no number of heads.*num_attention_heads and num_key_value_heads"):
+        FORMATS["torchtune"].write(made, base)
+
+
+def test_rows_of_qwen2_stay_where_they_are_and_others_are_refused():
+    made = adapter(5, 3, 2.0)
+    base = Base(base_for(made))
+    base.config["model_type"] = "qwen2"
+    tensors = FORMATS["torchtune"].write(made, base).tensors
+    assert torch.equal(tensors["layers.0.attn.q_proj.lora_b.weight"], made.modules[Q].lora_B)
+    assert torch.equal(tensors["layers.0.attn.q_proj.magnitude"], made.modules[Q].magnitude)
+    base.config["model_type"] = "gpt_neox"
+    with pytest.raises(
+        UnreadableError, match="gives a 'gpt_neox': expected a base of model_type llama, mistral, qwen2"
+    ):
         FORMATS["torchtune"].write(made, base)
 
 

@@ -1,6 +1,6 @@
 """mlx-lm itself: outputs of the folder that was written, and a DoRA of its own.
 
-python scripts/engines/mlx.py FOLDER        # as scripts/check_formats.py made it
+python scripts/engine_mlx.py FOLDER        # as scripts/check_formats.py made it
 """
 
 import importlib.metadata
@@ -8,8 +8,6 @@ import json
 import sys
 from pathlib import Path
 
-# this folder has files named as the packages that they import
-sys.path.pop(0)
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters

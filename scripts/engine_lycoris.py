@@ -1,6 +1,6 @@
 """LyCORIS itself: outputs of the file that was written, and a DoRA of its own with norms per output row.
 
-python scripts/engines/lycoris.py FOLDER    # as scripts/check_formats.py made it
+python scripts/engine_lycoris.py FOLDER    # as scripts/check_formats.py made it
 """
 
 import importlib.metadata
@@ -9,12 +9,9 @@ import sys
 from pathlib import Path
 
 import torch
+from lycoris import create_lycoris, create_lycoris_from_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
-
-# this folder has files named as the packages that they import
-sys.path.pop(0)
-from lycoris import create_lycoris, create_lycoris_from_weights
 
 
 def model(folder: Path) -> nn.Module:

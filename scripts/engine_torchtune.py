@@ -1,6 +1,6 @@
 """torchtune itself: logits with the adapter that was written, and adapters of its own, as it trains and exports them.
 
-python scripts/engines/torchtune.py FOLDER  # as scripts/check_formats.py made it
+python scripts/engine_torchtune.py FOLDER  # as scripts/check_formats.py made it
 """
 
 import importlib.metadata
@@ -10,9 +10,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-
-# this folder has files named as the packages that they import
-sys.path.pop(0)
 from torchtune.models.convert_weights import hf_to_tune, tune_to_peft_adapter_config, tune_to_peft_adapter_weights
 from torchtune.models.llama3 import lora_llama3
 from torchtune.modules.peft import DoRALinear

@@ -1,6 +1,6 @@
 """PEFT itself, without this package: outputs of the folder that was written, and a use_dora adapter of its own.
 
-python scripts/engines/peft.py FOLDER       # as scripts/check_formats.py made it
+python scripts/engine_peft.py FOLDER       # as scripts/check_formats.py made it
 """
 
 import importlib.metadata
@@ -9,12 +9,9 @@ import sys
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-
-# this folder has files named as the packages that they import
-sys.path.pop(0)
-from peft import LoraConfig, PeftModel, get_peft_model
 
 
 def model(folder: Path) -> nn.Module:
