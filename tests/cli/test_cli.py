@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from format_fixtures import llama, saved
@@ -78,14 +79,23 @@ def test_help_has_an_example(verb):
         (["convert", "FOLDER", "FOLDER", "--to", "mlx"], "--force"),
     ],
 )
-def test_what_goes_wrong_is_one_line_and_status_2(folder, tmp_path, words, said):
-    """As a program, for the status."""
+def test_what_goes_wrong_is_one_line_and_status_2(folder, tmp_path, words, said, monkeypatch, capsys):
     words = [{"FOLDER": str(folder), "OUT": str(tmp_path / "out")}.get(word, word) for word in words]
-    code = f"import sys; sys.argv = ['dora-peft', *{words!r}]; from dora_peft.cli import main; main()"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert said in lines[0]
-    assert "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", ["dora-peft", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
     assert not (tmp_path / "out").exists()
+
+
+def test_the_program_that_is_installed():
+    """As a shell calls it, for its name and its status."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("dora-peft"), "info", "/none"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "error: There is no folder or file '/none'." in done.stderr
+    assert "Traceback" not in done.stderr

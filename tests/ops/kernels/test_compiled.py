@@ -56,6 +56,7 @@ def test_kernels_compile_and_fit(words, tmp_path):
         assert len(variant["narrow"]) <= ("norm" in variant["kernel"]), variant
 
 
+@pytest.mark.slow
 def test_a_refresh_reads_w0_ahead_and_in_16_bytes(tmp_path):
     """Copied to shared memory where its rows are contiguous; else loaded in the loop and before it."""
     norms = [variant for variant in compiled(["80", "90", "norms"], tmp_path) if "digest" not in variant["kernel"]]
