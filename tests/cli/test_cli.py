@@ -93,9 +93,10 @@ def test_what_goes_wrong_is_one_line_and_status_2(folder, tmp_path, words, said,
 
 def test_the_program_that_is_installed():
     """As a shell calls it, for its name and its status."""
-    done = subprocess.run(
-        [Path(sys.executable).with_name("dora-peft"), "info", "/none"], capture_output=True, text=True
-    )
+    program = Path(sys.executable).with_name("dora-peft")
+    if not program.exists():
+        pytest.skip("the package is imported from its folder, and not installed")
+    done = subprocess.run([program, "info", "/none"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "error: There is no folder or file '/none'." in done.stderr
     assert "Traceback" not in done.stderr
