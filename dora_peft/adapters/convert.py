@@ -112,8 +112,16 @@ def convert(
     return Conversion(name, to, paths, files.nbytes, free, len(read.modules), notes)
 
 
-def read_as(source: Source, name: str, base: Base | None, *, axis: str | None = None, refit: bool = False) -> Adapter:
-    """Read a source as one format's.
+def read_as(
+    source: Source,
+    name: str,
+    base: Base | None,
+    *,
+    axis: str | None = None,
+    refit: bool = False,
+    describe: bool = False,
+) -> Adapter:
+    """Read a source as one format's; with `describe` also what could not be converted, as far as it can be told.
 
     Raises:
         UnreadableError: There is no such format, or `axis` or `refit` do not belong to it.
@@ -123,12 +131,13 @@ def read_as(source: Source, name: str, base: Base | None, *, axis: str | None = 
     read = FORMATS[name].read
     if axis is not None and axis not in AXES:
         raise UnreadableError(f"--axis: expected one of {', '.join(AXES)}, found {axis!r}.")
-    if axis is not None or refit:
-        if name not in ("lycoris", "onetrainer", "comfyui-2026"):
+    scales = name in ("lycoris", "onetrainer", "comfyui-2026")
+    if axis is not None or refit or (describe and scales):
+        if not scales:
             raise UnreadableError(
                 f"--axis and --refit are for dora_scale of LyCORIS and OneTrainer, and this is {name}."
             )
-        read = partial(read, axis=axis, refit=refit)  # type: ignore[call-arg]
+        read = partial(read, axis=axis, refit=refit, describe=describe)  # type: ignore[call-arg]
     return read(source, base)
 
 

@@ -68,7 +68,7 @@ def info(
     source = read_source(adapter, allow_pickle=allow_pickle)
     weights = None if base is None else Base(base, device, progress)
     name = source_format or format_of(source)
-    read = read_as(source, name, weights, axis=axis)
+    read = read_as(source, name, weights, axis=axis, describe=True)
     if weights is not None:
         weights.check(read)
     modules = []

@@ -9,7 +9,7 @@ from dora_peft.adapters import FORMATS
 
 # Whose adapters they are, and what has to be said of them.
 ABOUT = {
-    "peft": "PEFT's `use_dora`, and ours; both spellings of the magnitude",
+    "peft": "PEFT's `use_dora`, and ours; both spellings of the magnitude; diffusers' files (the tests run diffusers)",
     "nvlabs": "the paper's code; one rank and one alpha",
     "lycoris": "LyCORIS from 3.2, kohya's scripts; its flattened names need `--base` to be read, unless we wrote them",
     "onetrainer": "the same with OneTrainer's prefix; norms per input column are refused, or fitted with `--refit`",

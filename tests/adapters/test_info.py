@@ -4,8 +4,10 @@ import pytest
 import torch
 from format_fixtures import llama, saved
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from dora_peft.adapters import FORMATS, convert, info
+from dora_peft.adapters import FORMATS, UnreadableError, convert, info
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -34,6 +36,22 @@ def test_without_a_base_and_of_a_plain_lora(tmp_path):
     assert [len(module.dtypes) for module in found.modules] == [2, 2]
     assert found.others == ["lm_head.weight"]
     assert found.nbytes == 4 * (2 * 3 * 48 + 32 * 24)
+
+
+def test_norms_per_input_column_are_described(tmp_path):
+    folder = saved(tmp_path / "adapter", target_modules=["down_proj"])
+    convert(folder, tmp_path / "a.safetensors", "lycoris")
+    tensors = load_file(tmp_path / "a.safetensors")
+    columns = {key: torch.ones(1, 40) if key.endswith("dora_scale") else t for key, t in tensors.items()}
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        save_file(columns, tmp_path / "b.safetensors", metadata=file.metadata())
+    found = info(tmp_path / "b.safetensors")
+    assert len(found.modules) == 2
+    assert found.notes[0] == (
+        "model.layers.0.mlp.down_proj has a norm per input column, which is no DoRA per output row"
+    )
+    with pytest.raises(UnreadableError, match="norm per input column"):
+        convert(tmp_path / "b.safetensors", tmp_path / "out", "peft")
 
 
 def test_zero_rows_have_no_change(tmp_path):

@@ -39,7 +39,9 @@ def recognises(source: Source) -> bool:
     return any(key.endswith(".lora_down.weight") for key in source.tensors)
 
 
-def read(source: Source, base: Base | None, axis: str | None = None, refit: bool = False) -> Adapter:
+def read(
+    source: Source, base: Base | None, axis: str | None = None, refit: bool = False, describe: bool = False
+) -> Adapter:
     """An adapter in LyCORIS' keys.
 
     Args:
@@ -47,6 +49,7 @@ def read(source: Source, base: Base | None, axis: str | None = None, refit: bool
         base: Says which path a flattened name is of, and with `refit` what is refitted.
         axis: "output" or "input": what the numbers of a one-dimensional dora_scale belong to.
         refit: Fit norms per output row to those per input column, where that is what the file has.
+        describe: Leave such norms out, with a note, where the adapter is only looked at.
 
     Raises:
         UnreadableError: It holds what is no DoRA per output row, or what cannot be told without the base.
@@ -69,6 +72,8 @@ def read(source: Source, base: Base | None, axis: str | None = None, refit: bool
             kind = _axis(path, parts["m"], module, axis)
             if kind == "output":
                 module = make_module(path, parts, module.alpha)
+            elif describe:
+                notes.append(f"{path} has a norm per input column, which is no DoRA per output row")
             elif not refit:
                 raise UnreadableError(
                     f"Module '{path}' has a norm per input column (dora_scale {list(parts['m'].shape)}), which is no "
@@ -185,10 +190,12 @@ def write_onetrainer(adapter: Adapter, base: Base | None) -> Files:
     return write(adapter, base, "onetrainer", "lora_unet")
 
 
-def read_comfyui(source: Source, base: Base | None, axis: str | None = None, refit: bool = False) -> Adapter:
+def read_comfyui(
+    source: Source, base: Base | None, axis: str | None = None, refit: bool = False, describe: bool = False
+) -> Adapter:
     """A file made for ComfyUI of 2026."""
     weights = needed(base, "comfyui-2026")
-    adapter = read(source, base, axis, refit)
+    adapter = read(source, base, axis, refit, describe)
     return adapter.with_magnitudes(lambda path, module: times(module, _ratio(weights, path, module)))
 
 
