@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from .convert import Report, read_as
+from .doctor_files import Finding, of_config, of_magnitudes, of_numbers, of_patterns, of_tensors
 from .formats import Adapter, Base, Module, UnreadableError, format_of, read_source
-from .formats.source import CONFIG, Source
+from .formats.source import Source
 from .formats.torchtune import heads_of, interleaved
 
 # mean |m / ||W0 + s B A|| - 1| of a module. Training moves it by less than a hundredth; a base that was quantised in
@@ -21,23 +20,6 @@ from .formats.torchtune import heads_of, interleaved
 ANOTHER_BASE = 0.05
 # The same where magnitudes are as they were initialised: fp32 sums differ by their order.
 AS_INITIALISED = 1e-5
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that is wrong, or that some tool would read wrongly.
-
-    Attributes:
-        name: Of the kind of finding.
-        modules: The modules concerned; none if it concerns the whole.
-        found: What was found, a sentence.
-        mend: What to do, a sentence.
-    """
-
-    name: str
-    modules: tuple[str, ...]
-    found: str
-    mend: str
 
 
 @dataclass(frozen=True)
@@ -80,12 +62,18 @@ def doctor(
     """
     source = read_source(adapter, allow_pickle=allow_pickle)
     weights = Base(base, device, progress)
-    findings = [*_of_tensors(source), *_of_config(source, weights)]
-    if any(finding.name == "not-finite" for finding in findings):
+    # without a finite number or a usable expression nobody knows what else is meant
+    stopping = [*of_numbers(source), *of_patterns(source)]
+    findings = [*of_tensors(source), *stopping]
+    if not stopping:
+        findings += of_config(source, weights)
+    if stopping or any(finding.name == "not-finite" for finding in findings):
         return findings
     name = source_format or format_of(source)
     try:
         read = _read(source, name, weights, axis)
+        if not any(finding.name == "magnitudes-missing" for finding in findings):
+            findings += of_magnitudes(read, source)
         weights.check(read)
     except UnreadableError as error:
         return [*findings, Finding("unreadable", (), str(error), "Mend what the sentence names, and look again.")]
@@ -105,115 +93,6 @@ def _read(source: Source, name: str, base: Base, axis: str | None) -> Adapter:
         return read_as(source, name, base, axis=axis)
     except UnreadableError:
         return read_as(source, name, base, axis="output")
-
-
-def _is_magnitude(key: str) -> bool:
-    return bool(re.search(r"\.(lora_magnitude_vector|weight_m_wdecomp|dora_scale|magnitude|m)(\.weight)?$", key))
-
-
-def _of_tensors(source: Source) -> Iterator[Finding]:
-    bad = [key for key, t in source.tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]
-    if bad:
-        yield Finding(
-            "not-finite", tuple(bad), "These tensors hold NaN or infinite values.",
-            "Use an earlier checkpoint: training had diverged, or a row of W0 was zero and divided by.",
-        )  # fmt: skip
-    low = [
-        key for key, t in source.tensors.items() if _is_magnitude(key) and t.dtype in (torch.bfloat16, torch.float16)
-    ]
-    if low:
-        dtype = str(source.tensors[low[0]].dtype).removeprefix("torch.")
-        yield Finding(
-            "low-precision-magnitudes", tuple(low),
-            f"These magnitudes are {dtype}, in which the change of a whole training is below one rounding step.",
-            "Train with magnitudes in fp32 (dora_peft does), and save them so.",
-        )  # fmt: skip
-    flat = [key for key, t in source.tensors.items() if key.endswith(".dora_scale") and t.dim() == 1]
-    if flat:
-        yield Finding(
-            "one-dimensional-scale", tuple(flat),
-            "These scales have one dimension: on square layers readers take output rows for input columns.",
-            "Write them anew with `dora-peft convert --to lycoris`, which keeps the second dimension.",
-        )  # fmt: skip
-
-
-def _of_config(source: Source, base: Base) -> Iterator[Finding]:
-    config = source.config or {}
-    stems: dict[str, set[str]] = {}
-    for key in source.tensors:
-        match = re.fullmatch(
-            r"(?:base_model\.model\.)?(.+)\.(lora_A|lora_B|lora_magnitude_vector|weight_m_wdecomp)(?:\.weight)?", key
-        )
-        if match:
-            stems.setdefault(match[1], set()).add(match[2])
-    if "peft_type" not in config or not stems:
-        return
-    with_m = [path for path, parts in stems.items() if parts - {"lora_A", "lora_B"}]
-    without = tuple(path for path in stems if path not in with_m)
-    says_dora = config.get("use_dora") or config.get("peft_type") == "DORA"
-    if says_dora and without:
-        yield Finding(
-            "magnitudes-missing", without,
-            f"{CONFIG} says DoRA, and {len(without)} of {len(stems)} modules have no magnitude: readers make them up.",
-            "Use an intact checkpoint; the tool that exported this one dropped them.",
-        )  # fmt: skip
-    if with_m and not says_dora:
-        yield Finding(
-            "not-called-dora", tuple(with_m),
-            f"These modules have magnitudes, and {CONFIG} does not say use_dora: readers ignore them.",
-            f"Set use_dora to true in {CONFIG}.",
-        )  # fmt: skip
-    yield from _of_ranks(source, config, stems)
-    yield from _of_names(config, set(stems), base)
-
-
-def _of_ranks(source: Source, config: Mapping[str, object], stems: Mapping[str, object]) -> Iterator[Finding]:
-    patterns = config.get("rank_pattern") or {}
-    if not isinstance(patterns, dict):
-        return
-    other = []
-    for path in stems:
-        wanted = patterns.get(get_pattern_key(list(patterns), path), config.get("r"))
-        for prefix in ("base_model.model.", ""):
-            factor = source.tensors.get(f"{prefix}{path}.lora_A.weight")
-            if factor is not None and len(factor) != wanted:
-                other.append(path)
-    if other:
-        yield Finding(
-            "other-ranks", tuple(other), f"These modules have another rank than {CONFIG} says, so that s is wrong.",
-            "Restore the config that was saved with the tensors.",
-        )  # fmt: skip
-
-
-def _of_names(config: Mapping[str, object], adapted: set[str], base: Base) -> Iterator[Finding]:
-    targets = config.get("target_modules")
-    if isinstance(targets, str):
-        pattern = targets
-
-        def named(path: str) -> bool:
-            return re.fullmatch(pattern, path) is not None
-    elif isinstance(targets, list) and all(isinstance(name, str) for name in targets):
-        names = [str(name) for name in targets]
-
-        def named(path: str) -> bool:
-            return any(path == name or path.endswith(f".{name}") for name in names)
-    else:
-        return
-    if targets == "all-linear":
-        return
-    unnamed = tuple(sorted(path for path in adapted if not named(path)))
-    if unnamed:
-        yield Finding(
-            "not-named", unnamed, f"These modules have tensors, and target_modules in {CONFIG} does not name them: "
-            "readers leave them out.", "Restore the config that was saved with the tensors.",
-        )  # fmt: skip
-    narrowed = config.get("layers_to_transform") is not None or config.get("exclude_modules")
-    absent = tuple(path for path in base.paths() if named(path) and path not in adapted)
-    if absent and not narrowed:
-        yield Finding(
-            "named-without-tensors", absent, f"target_modules in {CONFIG} names these modules, and they have no "
-            "tensors: readers leave them as they are, or make factors up.", "Use an intact checkpoint.",
-        )  # fmt: skip
 
 
 def _of_norms(norms: list[_Norms], base: Base) -> Iterator[Finding]:
@@ -252,7 +131,7 @@ def _of_norms(norms: list[_Norms], base: Base) -> Iterator[Finding]:
         yield Finding(name, tuple(path for path, _ in found), f"{what}: mean |m / norm - 1| is {mean:.3g}.", mend)
     still = [n for n in norms if _as_initialised(n)]
     if norms and len(still) == len(norms):
-        moved = tuple(n.path for n in still if bool(n.module.lora_B.any()))
+        moved = tuple(n.path for n in still if bool((n.module.lora_B != 0).any()))
         yield Finding(
             "magnitudes-never-moved" if moved else "untrained", moved or tuple(n.path for n in still),
             "All magnitudes equal ||W0||" + (", while B was trained." if moved else ", and B is zero."),
@@ -264,7 +143,7 @@ def _of_norms(norms: list[_Norms], base: Base) -> Iterator[Finding]:
 def _as_initialised(n: _Norms) -> bool:
     own = n.module.magnitude
     assert own is not None
-    rounding = 0.0 if own.dtype in (torch.float32, torch.float64) else torch.finfo(own.dtype).eps
+    rounding = torch.finfo(own.dtype).eps if own.dtype in (torch.bfloat16, torch.float16) else 0.0
     return bool(((n.magnitude - n.before).abs() <= (AS_INITIALISED + rounding) * n.before).all())
 
 
