@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -74,6 +74,13 @@ def of_tensors(source: Source) -> Iterator[Finding]:
 def flat_scales(source: Source) -> list[str]:
     """The keys of LyCORIS' magnitudes that have one dimension."""
     return [key for key, t in source.tensors.items() if key.endswith(".dora_scale") and t.dim() == 1]
+
+
+def without_input_scales(source: Source) -> Source:
+    """The same without those scales of one dimension that cannot be of output rows."""
+    up = {key: source.tensors.get(f"{key.removesuffix('dora_scale')}lora_up.weight") for key in flat_scales(source)}
+    drop = {key for key, B in up.items() if B is not None and len(B) != source.tensors[key].numel()}
+    return replace(source, tensors={key: tensor for key, tensor in source.tensors.items() if key not in drop})
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -82,6 +82,13 @@ def test_magnitudes_never_moved_in_bf16(broken):
     assert {"magnitudes-never-moved", "low-precision-magnitudes"} <= broken.findings().keys()
 
 
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+def test_some_magnitudes_never_moved(broken, held):
+    # in the norms of a base in bf16, PEFT keeps fp32 numbers that bf16 holds
+    broken.magnitudes(lambda path, m, weight, A, B: norms(weight).to(held).float() if path == Q else m)
+    assert broken.findings()["magnitudes-never-moved"].modules == (Q,)
+
+
 def test_magnitudes_of_modules_that_did_not_train(broken):
     broken.tensors[broken.key("lora_B")].zero_()
     broken.magnitudes(lambda path, m, weight, A, B: norms(weight) if path == Q else m)
