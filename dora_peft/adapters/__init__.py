@@ -14,12 +14,14 @@ undo.py          any of these taken back if it does not succeed
 For adapters that are no model's yet, each a verb of the command `dora-peft`:
 
 info.py          what the files hold
-doctor.py        what is wrong with them
+doctor.py        what is wrong with them: doctor_files.py in the files, doctor_patterns.py in expressions of a config,
+                 doctor_norms.py against the base
 convert.py       written for another tool; formats/ has the formats
 """
 
 from .convert import TARGETS, Conversion, convert
-from .doctor import Finding, doctor
+from .doctor import doctor
+from .doctor_files import Finding
 from .formats import FORMATS, UnreadableError
 from .info import Info, info
 

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from dora_peft import DoraConfig
-from dora_peft.adapters import convert, doctor
+from dora_peft.adapters import convert, doctor, doctor_patterns
 from dora_peft.adapters.formats.torchtune import interleaved
 
 TARGETS = ["q_proj", "k_proj", "o_proj", "down_proj"]
@@ -82,6 +82,19 @@ def test_magnitudes_never_moved_in_bf16(broken):
     assert {"magnitudes-never-moved", "low-precision-magnitudes"} <= broken.findings().keys()
 
 
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+def test_some_magnitudes_never_moved(broken, held):
+    # in the norms of a base in bf16, PEFT keeps fp32 numbers that bf16 holds
+    broken.magnitudes(lambda path, m, weight, A, B: norms(weight).to(held).float() if path == Q else m)
+    assert broken.findings()["magnitudes-never-moved"].modules == (Q,)
+
+
+def test_magnitudes_of_modules_that_did_not_train(broken):
+    broken.tensors[broken.key("lora_B")].zero_()
+    broken.magnitudes(lambda path, m, weight, A, B: norms(weight) if path == Q else m)
+    assert broken.findings() == {}
+
+
 def test_an_adapter_before_training(tmp_path):
     get_peft_model(llama(), DoraConfig(r=4, target_modules=TARGETS)).save_pretrained(tmp_path / "adapter")
     assert [finding.name for finding in doctor(tmp_path / "adapter", llama())] == ["untrained"]
@@ -98,6 +111,28 @@ def test_magnitudes_in_low_precision(broken, dtype):
 def test_not_finite(broken, part, value):
     broken.tensors[broken.key(part)].view(-1)[1] = value
     assert broken.findings()["not-finite"].modules == (broken.key(part),)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 10**400])
+@pytest.mark.parametrize("entry", ["lora_alpha", "alpha_pattern"])
+def test_numbers_of_the_config_that_are_not_finite(broken, entry, value):
+    broken.config[entry] = {"q_proj": value} if "pattern" in entry else value
+    assert entry in broken.findings()["not-finite"].found
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_magnitude_vector"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.int64])
+def test_tensors_of_unusual_dtypes(broken, part, dtype):
+    key = broken.key(part)
+    broken.tensors[key] = broken.tensors[key].to(dtype)
+    findings = broken.findings()
+    assert ("low-precision-magnitudes" in findings) == (part == "lora_magnitude_vector")
+
+
+def test_not_finite_in_fp8(broken):
+    key = broken.key("lora_B")
+    broken.tensors[key] = torch.full_like(broken.tensors[key], torch.nan).to(torch.float8_e4m3fn)
+    assert broken.findings()["not-finite"].modules == (key,)
 
 
 def test_zero_rows(broken):
@@ -126,6 +161,65 @@ def test_modules_that_the_config_names_without_tensors(broken):
     assert len(broken.findings()["named-without-tensors"].modules) == 2
     broken.config["target_modules"] = r".*\.(q|k|o|down|v)_proj"
     assert len(broken.findings()["named-without-tensors"].modules) == 2
+
+
+def test_modules_that_are_saved_whole(broken):
+    broken.config["target_modules"] = [*TARGETS, "lm_head"]
+    assert broken.findings()["named-without-tensors"].modules == ("lm_head",)
+    broken.config["modules_to_save"] = ["lm_head"]
+    assert broken.findings() == {}
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_embeddings_count(tmp_path):
+    folder = saved(tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"])
+    broken, embedding = Broken.__new__(Broken), "model.embed_tokens"
+    broken.folder, broken.tensors = folder, load_file(folder / "adapter_model.safetensors")
+    broken.config = json.loads((folder / "adapter_config.json").read_text())
+    assert broken.findings() == {}
+    broken.config["rank_pattern"] = {"embed_tokens": 5}
+    assert broken.findings()["other-ranks"].modules == (embedding,)
+    broken.config["rank_pattern"] = {}
+    broken.config["target_modules"] = ["q_proj"]
+    assert broken.findings()["not-named"].modules == (embedding,)
+    del broken.tensors[broken.key("lora_magnitude_vector", embedding)]
+    assert broken.findings()["magnitudes-missing"].modules == (embedding,)
+
+
+@pytest.mark.parametrize("value", ["no", "yes", 1, []])
+def test_use_dora_that_is_no_boolean(broken, value):
+    broken.config["use_dora"] = value
+    assert repr(str(value)) in broken.findings()["unclear-use-dora"].found
+
+
+@pytest.mark.parametrize("targets", ["(", "*", "[", 3, {"q_proj": 1}, ["q_proj", 3], True])
+def test_target_modules_that_cannot_be_used(broken, targets):
+    broken.config["target_modules"] = targets
+    found = broken.findings()["unreadable"].found
+    assert "target_modules" in found
+    assert "\n" not in found
+
+
+@pytest.mark.parametrize("entry", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_cannot_be_used(broken, entry):
+    broken.config[entry] = {"q_proj": 4, "(": 4}
+    assert entry in broken.findings()["unreadable"].found
+
+
+@pytest.mark.parametrize("entry", ["target_modules", "rank_pattern"])
+@pytest.mark.parametrize("endless", [r"(\w+\.?)+!", r"(\w|\w\w|\w\w\w|\.)*!"])
+def test_expressions_without_end(broken, entry, endless, monkeypatch):
+    monkeypatch.setattr(doctor_patterns, "SECONDS", 0.5)
+    broken.config[entry] = endless if entry == "target_modules" else {endless: 4}
+    found = broken.findings()["unreadable"].found
+    assert entry in found
+    assert "does not come to an end" in found
+
+
+def test_sound_expressions_with_repetitions_inside_repetitions(broken):
+    broken.config["target_modules"] = r"(\w+\.)*(q|k|o|down)_proj"
+    broken.config["rank_pattern"] = {r"(self_)?(attn\.)+[qk]_proj": 4}
+    assert broken.findings() == {}
 
 
 def test_another_base(broken):
