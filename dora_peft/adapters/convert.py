@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from . import peft_rows
+from .doctor_norms import FROM_TORCHTUNE, norms_of
 from .formats import FORMATS, Adapter, Base, Files, Module, UnreadableError, format_of, read_source, write_files
 from .formats.files import check_target
 from .formats.lycoris import AXES
 from .formats.source import Source
+from .formats.torchtune import heads_of
 
 DORA = "dora"
 TARGETS = (*FORMATS, DORA)
@@ -99,6 +101,8 @@ def convert(
     _check_config(read, name, to)
     read = _as_dora(read, weights) if to == DORA else read
     _check_magnitudes(read, source)
+    if weights is not None and name in ("peft", "nvlabs"):
+        _check_order(read, weights)
     files = _cast(FORMATS["peft" if to == DORA else to].write(read, weights), dtype)
     _check_finite(files.tensors, f"What would be written as {to}", "Choose --dtype fp32 or bf16.")
     notes = list(read.notes)
@@ -185,6 +189,18 @@ def _check_config(adapter: Adapter, name: str, to: str) -> None:
         )
     if adapter.config.get("lora_bias") and to != "peft":
         raise UnreadableError(f"This adapter has lora_bias, biases of B, and {to} has no place for them.")
+
+
+def _check_order(adapter: Adapter, base: Base) -> None:
+    """Tell torchtune's exports, which have PEFT's keys, and magnitudes of q and k in torchtune's order."""
+    for path, module in adapter.modules.items():
+        if module.magnitude is None or heads_of(path, base, module.out_features) is None:
+            continue
+        if norms_of(path, module, module.magnitude, base).fitting == FROM_TORCHTUNE:
+            raise UnreadableError(
+                f"The magnitudes of '{path}' fit the base's norms in torchtune's order of rows only, as its exporter "
+                "leaves them. Pass --from torchtune."
+            )
 
 
 def _check_finite(tensors: Mapping[str, Tensor], what: str, mend: str) -> None:

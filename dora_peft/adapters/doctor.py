@@ -7,11 +7,17 @@ import os
 import torch
 from torch import nn
 
-from .convert import Report, read_as
+from .convert import CHANGES_BASE, Report, read_as
 from .doctor_files import Finding, of_config, of_magnitudes, of_numbers, of_patterns, of_tensors, without_input_scales
 from .doctor_norms import Norms, norms_of, of_norms, of_quantisation, quantised, told_axis
 from .formats import Adapter, Base, UnreadableError, format_of, read_source
 from .formats.source import Source
+
+_CHANGES = (
+    "The adapter was initialised by {}, which changes the base's weights whenever it is loaded: tools that do not know "
+    "it read another adapter, and its magnitudes cannot be compared here.",
+    "Save it with path_initial_model_for_weight_conversion.",
+)
 
 
 def doctor(
@@ -45,6 +51,10 @@ def doctor(
     if stopping or any(finding.name == "not-finite" for finding in findings):
         return findings
     name = source_format or format_of(source)
+    init = (source.config or {}).get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(CHANGES_BASE):
+        # the norms that m belongs to are those of weights that are in no file
+        return [*findings, Finding("changes-base", (), *(sentence.format(init[:20]) for sentence in _CHANGES))]
     norms: list[Norms] = []
     unreadable: list[Finding] = []
     try:

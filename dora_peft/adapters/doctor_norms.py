@@ -103,7 +103,7 @@ def _is_square(module: Module) -> bool:
 _SENTENCES = {
     "another-base": (
         "Magnitudes are far from the norms of this base (one that was quantised in training differs by up to 2 %)",
-        "Name the base that the adapter was trained on.",
+        "Name the base that the adapter was trained on; if this is it, magnitudes were trained at a very high rate.",
     ),
     "normalised-magnitudes": (
         "Magnitudes are near 1, as TensorRT-LLM's normaliser writes m / ||W0 + s B A||",

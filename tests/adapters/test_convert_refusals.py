@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dora_peft import DoraConfig
 from dora_peft.adapters import FORMATS, UnreadableError, convert, doctor, info
+from dora_peft.adapters.formats.torchtune import interleaved
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -35,6 +36,42 @@ def test_initialisations_that_change_the_base(tmp_path, init, config):
         with pytest.raises(UnreadableError, match=f"initialised by '{init}', which changes the base's weights"):
             convert(tmp_path / "adapter", tmp_path / "out", to, base=llama())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_doctor_does_not_call_their_base_another_one(tmp_path, init):
+    model = get_peft_model(llama(), DoraConfig(r=4, target_modules=TARGETS, init_lora_weights=init))
+    model.save_pretrained(tmp_path / "adapter")
+    (finding,) = doctor(tmp_path / "adapter", llama())
+    assert finding.name == "changes-base"
+    assert init in finding.found
+
+
+def test_what_torchtune_exports_is_told_from_plain_folders(tmp_path):
+    """Where a base is given, whose norms have to be unlike."""
+    base = llama()
+    with torch.no_grad():
+        for layer in base.model.layers:
+            layer.self_attn.q_proj.weight.mul_(torch.linspace(0.5, 2, 24)[:, None])
+    folder = saved(tmp_path / "adapter", base, target_modules=TARGETS)
+    base = llama()
+    with torch.no_grad():
+        for layer in base.model.layers:
+            layer.self_attn.q_proj.weight.mul_(torch.linspace(0.5, 2, 24)[:, None])
+    convert(folder, tmp_path / "plain", "lycoris", base=base)
+
+    def turned(tensors):
+        return {
+            key: interleaved(t, 2, to_torchtune=True).contiguous() if "q_proj.lora_magnitude" in key else t
+            for key, t in tensors.items()
+        }
+
+    edited(folder, turned)
+    with pytest.raises(UnreadableError, match=r"in torchtune's order of rows only.*--from torchtune"):
+        convert(folder, tmp_path / "out", "lycoris", base=base)
+    convert(folder, tmp_path / "out", "lycoris", base=base, source_format="torchtune")
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "plain"))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_other_methods_and_biases_of_factors(tmp_path):
