@@ -15,10 +15,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Creation, training, saving, loading, merging, PEFT's registry and patches, trainers; what an import prints.
+# Creation, training, saving, loading, converting, merging, PEFT's registry and patches, trainers; what an import prints.
 TESTS=(
     tests/test_{config,field_types,model,packaging,reference}.py
-    tests/adapters/test_{checkpoint,hotswap,merge}.py
+    tests/adapters/test_{checkpoint,convert,doctor,hotswap,merge}.py
+    tests/cli/test_cli.py
     tests/layers/test_{create,layer,merge}.py
     tests/plugin/test_{configs,models,patching,peft_type,plugin}.py
     tests/whole/test_{quiet,trainers}.py
