@@ -27,7 +27,8 @@ def folder(tmp_path):
 def edited(folder, change):
     """Change the tensors of an adapter."""
     path = folder / "adapter_model.safetensors"
-    save_file(change(load_file(path)), path)
+    # copies: older safetensors maps the file
+    save_file(change({key: t.clone() for key, t in load_file(path).items()}), path)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

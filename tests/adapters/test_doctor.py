@@ -24,7 +24,8 @@ class Broken:
 
     def __init__(self, folder):
         self.folder = saved(folder, target_modules=TARGETS)
-        self.tensors = load_file(folder / "adapter_model.safetensors")
+        # copies: older safetensors maps the file, which `findings` writes to
+        self.tensors = {key: t.clone() for key, t in load_file(folder / "adapter_model.safetensors").items()}
         self.config = json.loads((folder / "adapter_config.json").read_text())
 
     def key(self, part, path=Q):
