@@ -24,7 +24,9 @@ from prepare import wheels as wheel_data
 from prepare.records import format_prompt, split_words
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-NAMED_BY_THE_PACKAGE = ("torch", "transformers", "peft", "accelerate", "huggingface_hub", "safetensors", "packaging")
+NAMED_BY_THE_PACKAGE = (
+    "torch", "transformers", "peft", "accelerate", "huggingface_hub", "safetensors", "packaging", "typer",
+)  # fmt: skip
 DICTIONARY = """\
 'bout B AW1 T
 a AH0
