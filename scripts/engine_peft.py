@@ -11,28 +11,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-
-def model(folder: Path) -> nn.Module:
-    """A tree of linear layers by the base's names."""
-    root = nn.Module()
-    for key, weight in load_file(folder / "base" / "model.safetensors").items():
-        *parents, name, _ = key.split(".")
-        holder = root
-        for parent in parents:
-            if not hasattr(holder, parent):
-                holder.add_module(parent, nn.Module())
-            holder = getattr(holder, parent)
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        layer.weight.data = weight
-        holder.add_module(name, layer)
-    return root
-
-
-def outputs(root: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    with torch.no_grad():
-        return {path: root.get_submodule(path)(x).contiguous() for path, x in inputs.items()}
+from engines.tree import model, outputs
 
 
 def main() -> None:

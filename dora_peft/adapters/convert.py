@@ -22,6 +22,8 @@ from .formats.torchtune import heads_of
 
 DORA = "dora"
 TARGETS = (*FORMATS, DORA)
+# Formats with a dora_scale, whose axis a file may not say.
+SCALES = ("lycoris", "onetrainer", "comfyui-2026")
 # Initialisations that change the base's weights.
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 Report = Callable[[str], None]
@@ -94,11 +96,9 @@ def convert(
     source = read_source(adapter, allow_pickle=allow_pickle)
     weights = None if base is None else Base(base, device, progress)
     name = source_format or format_of(source)
-    read = read_as(source, name, weights, axis=axis, refit=refit)
-    if weights is not None:
-        weights.check(read)
+    read = read_checked(source, name, weights, axis, refit=refit)
     _check_finite(source.tensors, f"'{source.path}'", "Use an earlier checkpoint.")
-    _check_config(read, name, to)
+    _check_config(read, to)
     read = _as_dora(read, weights) if to == DORA else read
     _check_magnitudes(read, source)
     if weights is not None and name in ("peft", "nvlabs"):
@@ -114,6 +114,16 @@ def convert(
     if not dry_run:
         paths = write_files(files, target, force=force)
     return Conversion(name, to, paths, files.nbytes, free, len(read.modules), notes)
+
+
+def read_checked(
+    source: Source, name: str, base: Base | None, axis: str | None, *, refit: bool = False, describe: bool = False
+) -> Adapter:
+    """`read_as`, and that the base is the adapter's by its shapes."""
+    adapter = read_as(source, name, base, axis=axis, refit=refit, describe=describe)
+    if base is not None:
+        base.check(adapter)
+    return adapter
 
 
 def read_as(
@@ -135,7 +145,7 @@ def read_as(
     read = FORMATS[name].read
     if axis is not None and axis not in AXES:
         raise UnreadableError(f"--axis: expected one of {', '.join(AXES)}, found {axis!r}.")
-    scales = name in ("lycoris", "onetrainer", "comfyui-2026")
+    scales = name in SCALES
     if axis is not None or refit or (describe and scales):
         if not scales:
             raise UnreadableError(
@@ -179,7 +189,7 @@ def _filled(path: str, module: Module, empty: Tensor) -> Module:
     return replace(module, lora_B=lora_B)
 
 
-def _check_config(adapter: Adapter, name: str, to: str) -> None:
+def _check_config(adapter: Adapter, to: str) -> None:
     """Refuse what a config says of the base or of other tensors, and the target has no place for."""
     init = adapter.config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(CHANGES_BASE) and to != "peft":

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import nn
 
-from .convert import CHANGES_BASE, Report, read_as
+from .convert import CHANGES_BASE, SCALES, Report, read_as
 from .doctor_files import Finding, of_config, of_magnitudes, of_numbers, of_patterns, of_tensors, without_input_scales
 from .doctor_norms import Norms, norms_of, of_norms, of_quantisation, quantised, told_axis
 from .formats import Adapter, Base, UnreadableError, format_of, read_source
@@ -96,7 +96,7 @@ def _unreadable(error: UnreadableError, base: Base) -> Finding:
 
 def _read(source: Source, name: str, base: Base, axis: str | None) -> Adapter:
     """The adapter; a scale whose axis the file does not say is taken for one of output rows, and compared later."""
-    if name not in ("lycoris", "onetrainer"):
+    if name not in SCALES:
         return read_as(source, name, base)
     try:
         return read_as(source, name, base, axis=axis)

@@ -70,7 +70,7 @@ def norms_of(path: str, module: Module, magnitude: Tensor, base: Base) -> Norms:
         UnreadableError: The base's weight cannot be read.
     """
     m = magnitude.double().cpu()
-    before, composed = base.row_norms(path, module, with_change=False), base.row_norms(path, module)
+    before, composed = base.norms(path, module)
     distance = _distance(m, composed)
     in_order = min(distance, _distance(m, before))
     orders = _orders(path, module, m, (before, composed), base) if in_order > IN_ORDER else {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .convert import Report, read_as
+from .convert import Report, read_checked
 from .formats import Base, format_of, read_source
 
 
@@ -68,9 +68,7 @@ def info(
     source = read_source(adapter, allow_pickle=allow_pickle)
     weights = None if base is None else Base(base, device, progress)
     name = source_format or format_of(source)
-    read = read_as(source, name, weights, axis=axis, describe=True)
-    if weights is not None:
-        weights.check(read)
+    read = read_checked(source, name, weights, axis, describe=True)
     modules = []
     for path, module in read.modules.items():
         change, tensors = None, [module.lora_A, module.lora_B]

@@ -26,7 +26,17 @@ def imported(tree: ast.AST) -> set[str]:
 def test_there_are_commands_and_modules() -> None:
     assert len(NAMES) >= 15
     folders = {path.parent.name for path in MODULES}
-    assert folders == {"benchmarks", "common", "finetune", "gpu", "prepare", "quiet", "reproduction", "vl_bart"}
+    assert folders == {
+        "benchmarks",
+        "common",
+        "engines",
+        "finetune",
+        "gpu",
+        "prepare",
+        "quiet",
+        "reproduction",
+        "vl_bart",
+    }
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)

@@ -12,6 +12,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ... import reference
 from ...bases import BaseWeight, Dense, base_weight
 from ...bases.inspection import FLOATS
 from .adapter import Adapter, Module, UnreadableError
@@ -105,20 +106,24 @@ class Base:
                 if isinstance(weight, Tensor) and weight.dtype in FLOATS:
                     self._check_numbers(path, module, weight.numel())
 
-    def row_norms(self, path: str, module: Module, with_change: bool = True) -> Tensor:
-        """||W0 + s B A|| per output row, or ||W0|| without its change: [out] in fp64."""
+    def norms(self, path: str, module: Module) -> tuple[Tensor, Tensor]:
+        """||W0|| and ||W0 + s B A|| per output row, each [out] in fp64, from one reading of the weight."""
         weight = self.weight(path, module)
         lora_A, lora_B = (factor.to(weight.device, torch.float64) for factor in module.matrices())
-        out = torch.empty(module.out_features, dtype=torch.float64, device=weight.device)
+        before = torch.empty(module.out_features, dtype=torch.float64, device=weight.device)
+        composed = torch.empty_like(before)
         step = max(1, BLOCK_BYTES // (8 * module.in_features))
         for start in range(0, module.out_features, step):
             stop = min(start + step, module.out_features)
             with weight.lend(stop - start) as memory:
                 rows = weight.block(start, stop, memory).double()
-            if with_change:
-                rows = torch.addmm(rows, lora_B[start:stop], lora_A, alpha=module.scaling)
-            torch.linalg.vector_norm(rows, dim=1, out=out[start:stop])
-        return out.cpu()
+                torch.linalg.vector_norm(rows, dim=1, out=before[start:stop])
+                composed[start:stop] = reference.weight_norm(rows, lora_A, lora_B[start:stop], module.scaling)
+        return before.cpu(), composed.cpu()
+
+    def row_norms(self, path: str, module: Module, with_change: bool = True) -> Tensor:
+        """||W0 + s B A|| per output row, or ||W0|| without its change: [out] in fp64."""
+        return self.norms(path, module)[with_change]
 
     def column_norms(self, path: str, module: Module) -> Tensor:
         """||W0 + s B A|| per column of the matrix: [in] in fp64."""

@@ -208,5 +208,5 @@ def write_comfyui(adapter: Adapter, base: Base | None) -> Files:
 
 def _ratio(weights: Base, path: str, module: Module) -> Tensor:
     """||W0 + s B A|| / ||W0|| per output row."""
-    composed, before = (lengths(weights, path, module, "comfyui-2026", change) for change in (True, False))
+    before, composed = lengths(weights, path, module, "comfyui-2026")
     return composed / before

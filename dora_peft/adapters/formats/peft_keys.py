@@ -187,7 +187,7 @@ def config_of(adapter: Adapter) -> dict[str, object]:
 def read_trtllm(source: Source, base: Base | None) -> Adapter:
     """A folder whose magnitudes are m / ||W0 + s B A||."""
     adapter, weights = read(source, base), needed(base, "trtllm")
-    return adapter.with_magnitudes(lambda path, module: times(module, lengths(weights, path, module, "trtllm")))
+    return adapter.with_magnitudes(lambda path, module: times(module, lengths(weights, path, module, "trtllm")[1]))
 
 
 def write_trtllm(adapter: Adapter, base: Base | None) -> Files:
@@ -195,24 +195,27 @@ def write_trtllm(adapter: Adapter, base: Base | None) -> Files:
     check_layers(adapter, "trtllm")
     weights = needed(base, "trtllm")
     normalised = adapter.with_magnitudes(
-        lambda path, module: times(module, 1 / lengths(weights, path, module, "trtllm"))
+        lambda path, module: times(module, 1 / lengths(weights, path, module, "trtllm")[1])
     )
     return write(normalised, base, "lora_magnitude_vector")
 
 
-def lengths(weights: Base, path: str, module: Module, name: str, with_change: bool = True) -> Tensor:
-    """||W0 + s B A|| per output row, or ||W0||, for a format that divides by it.
+def lengths(weights: Base, path: str, module: Module, name: str) -> tuple[Tensor, Tensor]:
+    """||W0|| and ||W0 + s B A|| per output row, for a format that divides by one or both.
 
     Raises:
         UnreadableError: A row is zero.
     """
-    found = weights.row_norms(path, module, with_change)
-    if not bool((found > 0).all()):
+    before, composed = weights.norms(path, module)
+    # only the one of ComfyUI divides by ||W0||
+    divisors = (composed,) if name == "trtllm" else (before, composed)
+    zero = sum(int((norms == 0).sum()) for norms in divisors)
+    if zero:
         raise UnreadableError(
-            f"{name} divides by the norms of the base's rows, and module '{path}' has {int((found == 0).sum())} rows "
-            "of zeros. Leave the module out of the adapter, or merge it."
+            f"{name} divides by the norms of the base's rows, and module '{path}' has {zero} rows of zeros. Leave the "
+            "module out of the adapter, or merge it."
         )
-    return found
+    return before, composed
 
 
 def times(module: Module, factor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ... import reference
 from ...bases import BaseWeight
 from .adapter import Module
 
@@ -42,10 +43,11 @@ def refitted(weight: BaseWeight, module: Module, scale: Tensor) -> tuple[Module,
     new_A, new_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
     new_A[:rank], new_B[:, :rank] = root[:, None] * v[:rank], u[:, :rank] * root / module.scaling
     new_A, new_B = new_A.to(module.lora_A.dtype), new_B.to(module.lora_B.dtype)
-    direction = torch.addmm(base, new_B.double(), new_A.double(), alpha=module.scaling)
-    length = torch.linalg.vector_norm(direction, dim=1)
+    length = reference.weight_norm(base, new_A.double(), new_B.double(), module.scaling)
     magnitude = (c * length).to(module.lora_A.dtype)
-    made = direction * (magnitude.double() / length.clamp(min=1e-300))[:, None]
+    made = reference.dora_weight(
+        base, new_A.double(), new_B.double(), magnitude.double(), module.scaling, tied=length == 0
+    )
     error = (made - target).norm() / (target - base).norm().clamp(min=1e-300)
     out = replace(module, lora_A=new_A.view_as(module.lora_A), lora_B=new_B.view_as(module.lora_B), magnitude=magnitude)
     return out, error.item()
