@@ -115,19 +115,6 @@ def test_the_base_is_asked_for(name):
         FORMATS[name].write(adapter(5, 3, 2.0), None)
 
 
-@pytest.mark.parametrize("prefix", ["diffusion_model.", "transformer."])
-def test_parts_of_a_pipeline_are_taken_off(tmp_path, prefix):
-    made = adapter(5, 3, 2.0)
-    base = Base(base_for(made))
-    files = FORMATS["ai-toolkit"].write(Adapter({f"{prefix}{path}": one for path, one in made.modules.items()}), base)
-    write_files(files, tmp_path / "a.safetensors")
-    source = read_source(tmp_path / "a.safetensors")
-    assert FORMATS["ai-toolkit"].read(source, base).modules.keys() == made.modules.keys()
-    # GPT-2's own paths begin so: nothing says that it is a pipeline's
-    without = FORMATS["ai-toolkit"].read(source, None).modules
-    assert (without.keys() == made.modules.keys()) is (prefix == "diffusion_model.")
-
-
 @pytest.mark.parametrize("name", [name for name, one in FORMATS.items() if one.recognises])
 def test_told_by_keys(tmp_path, name):
     made = adapter(5, 3, 2.0)
