@@ -17,6 +17,9 @@ from dora_peft.adapters.doctor_files import (
 )
 from dora_peft.adapters.formats import Source
 
+MAGNITUDES = ["lora_magnitude_vector", "lora_magnitude_vector.weight", "weight_m_wdecomp.weight"]
+MAGNITUDES += ["dora_scale", "magnitude", "m"]
+
 
 def source(tensors, config=None, **metadata):
     return Source(Path("adapter"), tensors, metadata, config)
