@@ -176,16 +176,16 @@ def _as_dora(adapter: Adapter, base: Base | None) -> Adapter:
 
 def _filled(path: str, module: Module, empty: Tensor) -> Module:
     """The module with an entry of B in its empty rows, so that their norms are not 0: PEFT would divide by it."""
-    row = module.lora_A.flatten(1).double().norm(dim=1)
-    column = int(row.argmax())
-    entry = peft_rows.TINY * 2 / (abs(module.scaling) * row[column].item()) if module.scaling and row[column] else 0.0
-    lora_B = module.lora_B.clone()
-    lora_B[empty.to(lora_B.device), column] = entry
-    if entry == 0 or not bool(lora_B[empty.to(lora_B.device), column].any()):
+    matrix = module.lora_A.flatten(1)
+    row = int(matrix.abs().amax(1).argmax())
+    if not (module.scaling and bool(matrix[row].any())):
         raise UnreadableError(
             f"Module '{path}' has {int(empty.sum())} rows of zeros in its base, by whose norm plain PEFT divides, and "
-            f"its {lora_B.dtype} factors hold no entry small enough. Leave the module out, or use fp32 factors."
+            "its A or s is 0 as well, so that no entry of B mends them. Leave the module out."
         )
+    half = torch.float16 in (module.lora_A.dtype, module.lora_B.dtype)
+    lora_B = module.lora_B.clone()
+    lora_B[empty.to(lora_B.device), row] = peft_rows.entry(module.scaling, matrix[row], half)
     return replace(module, lora_B=lora_B)
 
 

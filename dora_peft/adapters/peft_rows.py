@@ -52,7 +52,7 @@ def fill(
     row = int(matrix.abs().amax(1).argmax())
     if not matrix[row].any():
         matrix[row, 0] = _first(half)
-    _raise(lora_B, rows, row, _entry(layer, adapter, matrix[row], half))
+    _raise(lora_B, rows, row, entry(layer.initial_scaling(adapter), matrix[row], half))
     return lora_A, lora_B, filled
 
 
@@ -79,7 +79,7 @@ def fill_grouped(
             part[j, 0] = _first(half)
         only = torch.zeros_like(rows)
         only[o] = True
-        _raise(lora_B, only, j, _entry(layer, adapter, part[j], half))
+        _raise(lora_B, only, j, entry(layer.initial_scaling(adapter), part[j], half))
     return lora_A, lora_B, filled
 
 
@@ -109,9 +109,9 @@ def _first(half: bool, dtype: torch.dtype = torch.float64) -> float:
     return torch.tensor(HALF_NORM if half else TINY, dtype=dtype).item()
 
 
-def _entry(layer: DoraLayer, adapter: str, row: Tensor, half: bool) -> float:
-    """What B has to hold to multiply this row of A by."""
-    scaling = abs(layer.initial_scaling(adapter)) or 1.0
+def entry(scaling: float, row: Tensor, half: bool) -> float:
+    """What B has to hold to multiply this row of A by, where s is `scaling`."""
+    scaling = abs(scaling) or 1.0
     if half:
         return min(HALF_PRODUCT / (min(scaling, 1.0) * row.abs().max().item()), 2.0**15)
     return TINY / (scaling * torch.linalg.vector_norm(row.double()).item())

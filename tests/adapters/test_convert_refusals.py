@@ -90,7 +90,7 @@ def test_other_methods_and_biases_of_factors(tmp_path):
         convert(tmp_path / "biased", tmp_path / "out", "dora", base=llama())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_plain_lora_over_rows_of_zeros_becomes_a_dora_without_nan(tmp_path, dtype):
     def base():
         model = llama()
@@ -107,21 +107,22 @@ def test_a_plain_lora_over_rows_of_zeros_becomes_a_dora_without_nan(tmp_path, dt
     assert done.notes == [
         "model.layers.0.self_attn.q_proj: 2 rows of zeros got a tiny entry in B, which plain PEFT needs"
     ]
-    torch.testing.assert_close(logits(tmp_path / "dora", base()), logits(tmp_path / "lora", base()))
+    # in fp16 the entry is large enough to be seen
+    close = {"rtol": 1e-3, "atol": 1e-4} if dtype is torch.float16 else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(logits(tmp_path / "dora", base()), logits(tmp_path / "lora", base()), **close)
     assert "zero-rows" not in [finding.name for finding in doctor(tmp_path / "dora", base())]
 
 
-def test_rows_of_zeros_in_fp16(tmp_path):
+def test_rows_of_zeros_that_no_entry_mends(tmp_path):
     model = llama()
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight[3] = 0
-    config = LoraConfig(r=3, target_modules=TARGETS)
-    get_peft_model(model, config).save_pretrained(tmp_path / "lora")
-    edited(tmp_path / "lora", lambda tensors: {key: t.half() for key, t in tensors.items()})
+    get_peft_model(model, LoraConfig(r=3, target_modules=TARGETS)).save_pretrained(tmp_path / "lora")
+    edited(tmp_path / "lora", lambda tensors: {k: 0 * t if "q_proj.lora_A" in k else t for k, t in tensors.items()})
     base = llama()
     with torch.no_grad():
         base.model.layers[0].self_attn.q_proj.weight[3] = 0
-    with pytest.raises(UnreadableError, match=r"1 rows of zeros in its base.*float16 factors hold no entry small"):
+    with pytest.raises(UnreadableError, match=r"q_proj' has 1 rows of zeros in its base.*no entry of B mends them"):
         convert(tmp_path / "lora", tmp_path / "dora", "dora", base=base)
 
 
