@@ -88,7 +88,8 @@ def convert(
 
     Raises:
         UnreadableError: The adapter cannot be read, its base is another one, or the format cannot hold it.
-        FileExistsError: Something is at `out`.
+        FileExistsError: Something is at `out`, and `force` is not set or it is no adapter.
+        ValueError: `out` lies below a file, or is one file for a format of more.
         OSError: The system cannot write. Nothing is half-written in any case.
     """
     if to not in TARGETS:
