@@ -31,6 +31,7 @@ from ..formats import FORMATS, Base, Checkpoint, UnreadableError, format_of, rea
 from ..formats.base import skeleton
 from ..formats.source import CONFIG, Source
 from .names import Names
+from .requantised import Quantised, recorded
 
 # A, B, s and c [out] of each adapter, in the order in which they are active.
 Parts = list[tuple[Tensor, Tensor, float, Tensor]]
@@ -66,11 +67,15 @@ class AdaptedBase:
         adapters: Folders, files or names on the Hub, in any format, in the order in which they are active.
         device: Where W0 is brought and W' computed.
         allow_pickle: See `convert`.
+        base_quantization: How the base was quantised in training, one of `requantised.NAMED`; what the folders
+            say if None.
 
     Attributes:
         layers: The adapted modules by their paths in the base model.
         names: The parameters of the base model in its files.
         sources: What was read of each adapter.
+        quantised: What bitsandbytes makes of the base, if the adapters were trained over that.
+        unrecorded: Whether no folder says how its base was quantised, and nobody else.
 
     Raises:
         UnreadableError: One cannot be read, does not fit the base, is no DoRA, or changes the base when loaded.
@@ -83,6 +88,7 @@ class AdaptedBase:
         *,
         device: torch.device | str = "cpu",
         allow_pickle: bool = False,
+        base_quantization: str | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         base = Base(checkpoint, device)
@@ -95,6 +101,12 @@ class AdaptedBase:
             )
         self.names = Names(checkpoint, model)
         self.sources = [read_source(adapter, allow_pickle=allow_pickle) for adapter in adapters]
+        record, self.unrecorded = recorded(self.sources, base_quantization)
+        self.quantised: Quantised | None = None
+        if record is not None and "quantization_config" not in checkpoint.config:
+            again = skeleton(checkpoint.config)
+            assert again is not None
+            self.quantised = Quantised(record, again)
         self.model = _loaded(model, self.sources, base)
         self._adapters = list(self.model.peft_config)
         self._given = _base_weights(self.sources, checkpoint, self.names)
@@ -140,7 +152,13 @@ class AdaptedBase:
                 f"'{self.checkpoint.name}' is quantised: the weight of '{path}' is {weight.dtype}. Name the base "
                 "before quantisation."
             )
-        return weight
+        return self.requantised(path, weight)
+
+    def requantised(self, path: str, weight: Tensor) -> Tensor:
+        """A module's weight after quantising, if the adapters were trained over that."""
+        if self.quantised is None or path not in self.quantised.paths:
+            return weight
+        return self.quantised.rounded(path, weight.to(self.device))
 
     def parts(self, path: str, layer: DoraLayer) -> Parts:
         """A, B, s and c of each adapter of a module that is at hand."""
