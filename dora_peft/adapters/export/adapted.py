@@ -107,9 +107,9 @@ class AdaptedBase:
             again = skeleton(checkpoint.config)
             assert again is not None
             self.quantised = Quantised(record, again)
+        self._given = _base_weights(self.sources, checkpoint, self.names)
         self.model = _loaded(model, self.sources, base)
         self._adapters = list(self.model.peft_config)
-        self._given = _base_weights(self.sources, checkpoint, self.names)
         self.layers = {
             name: layer for name, layer in _inner(self.model).named_modules() if isinstance(layer, DoraLayer)
         }
@@ -136,12 +136,14 @@ class AdaptedBase:
                 f"'{self.checkpoint.name}' is another base: module '{path}' has a weight of {list(weight.shape)} in "
                 f"its files, and {list(away.shape)} by its config."
             )
-        base.weight = nn.Parameter(weight.to(self.device), requires_grad=False)
+        # a copy lies where a loaded model's weight would, which may decide the last bit of a product
+        base.weight = nn.Parameter(weight.to(self.device, copy=True), requires_grad=False)
         try:
             with torch.no_grad():
                 yield layer
         finally:
-            base.weight = away
+            # a table that the adapter brought is not on the meta device either
+            base.weight = nn.Parameter(away.to("meta"), requires_grad=False)
 
     def stored(self, path: str) -> Tensor:
         """W0 of a module as the model holds it, floats."""
@@ -224,6 +226,9 @@ def _loaded(model: nn.Module, sources: Sequence[Source], base: Base) -> PeftMode
             names.append(name)
             _fill_tokens(loaded, source, name)
         assert loaded is not None
+        for parameter in loaded.parameters():
+            # what is mapped from a file may lie anywhere, a copy where a loaded model's would, which products feel
+            parameter.data = parameter.data.clone()
         loaded.base_model.set_adapter(names)  # type: ignore[operator]
     return loaded.eval()
 
