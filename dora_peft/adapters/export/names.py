@@ -150,6 +150,12 @@ class Names:
         """
         group = self.group(parameter)
         if group._converter is None:
+            found, expected = self.checkpoint.entries[group.keys[0]].shape, self._shapes[parameter]
+            if found != expected:
+                raise UnreadableError(
+                    f"'{self.checkpoint.name}' is not whole: '{parameter}' is {list(expected)} by its config.json, and "
+                    f"{list(found)} in its files. Download it again."
+                )
             return
         try:
             made = self.tensors(group, self._forwards(group, self._meta))
@@ -208,7 +214,7 @@ class Names:
                 by_name[name] = Group([name], _converter=cast(Converter, patterns[pattern]))
             by_name[name].keys.append(key)
             by_name[name]._patterns[key] = pattern
-        for name, group in by_name.items():
+        for group in by_name.values():
             converter = cast(Converter, group._converter)
             if len(converter.target_patterns) > 1 or "*" in converter.target_patterns[0]:
                 group.parameters = list(self._forwards(group, self._meta))
