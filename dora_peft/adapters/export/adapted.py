@@ -125,8 +125,8 @@ class AdaptedBase:
         return [name for name in self._adapters if name in layer.scaling]
 
     @contextmanager
-    def at_hand(self, path: str) -> Iterator[DoraLayer]:
-        """An adapted module with its W0 in memory."""
+    def at_hand(self, path: str, dtype: torch.dtype | None = None) -> Iterator[DoraLayer]:
+        """An adapted module with its W0 in memory, in another dtype if one is given."""
         layer = self.layers[path]
         base = layer.get_base_layer()
         away = base.get_parameter("weight")
@@ -137,7 +137,7 @@ class AdaptedBase:
                 f"its files, and {list(away.shape)} by its config."
             )
         # a copy lies where a loaded model's weight would, which may decide the last bit of a product
-        base.weight = nn.Parameter(weight.to(self.device, copy=True), requires_grad=False)
+        base.weight = nn.Parameter(weight.to(self.device, dtype, copy=True), requires_grad=False)
         try:
             with torch.no_grad():
                 yield layer
@@ -166,13 +166,13 @@ class AdaptedBase:
         """A, B, s and c of each adapter of a module that is at hand."""
         return parts(layer, self.adapters_of(path), layer.base_weight())
 
-    def merged(self, path: str) -> Tensor:
-        """W' of a module in its own layout and dtype, as merging makes it.
+    def merged(self, path: str, dtype: torch.dtype | None = None) -> Tensor:
+        """W' of a module in its own layout, as merging makes it of W0 in its own or another dtype.
 
         Raises:
             UnreadableError: It cannot be merged.
         """
-        with self.at_hand(path) as layer:
+        with self.at_hand(path, dtype) as layer:
             try:
                 return merged_weight(layer, self.adapters_of(path), safe_merge=True).detach()
             except (NotImplementedError, ValueError) as error:
