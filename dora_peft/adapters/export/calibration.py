@@ -221,7 +221,7 @@ def _inputs_seen(
     with ExitStack() as stack:
         for path in paths:
             module = module_of(model, path)
-            hook = module.registerlogits_of_pre_hook(lambda m, inputs, path=path: note(path, m, inputs[0]))
+            hook = module.register_forward_pre_hook(lambda m, inputs, path=path: note(path, m, inputs[0]))
             stack.callback(hook.remove)
         yield
 
