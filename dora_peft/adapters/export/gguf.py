@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..._files import saving
 from ..formats import Module, UnreadableError
@@ -141,9 +141,8 @@ def llama_cpp_tensors(modules: Mapping[str, Module], config: Mapping[str, object
         UnreadableError: llama.cpp has no place for a module, or its rows are no heads.
     """
     gguf, kind = _gguf(), architecture(config)
-    # a config.json leaves out what is as its class has it
-    filled = CONFIG_MAPPING[str(config["model_type"])].from_dict(dict(config))
-    names = gguf.TensorNameMap(_arch(gguf, kind.name), filled.num_hidden_layers)
+    arch, filled = _arch(gguf, kind.name), _filled(config)
+    names = gguf.TensorNameMap(arch, filled.num_hidden_layers)
     found: dict[str, Tensor] = {}
     for path, module in modules.items():
         name = names.get_name(f"{path}.weight", try_suffixes=(".weight",))
@@ -171,6 +170,18 @@ def _rotated(lora_B: Tensor, heads: int, path: str) -> Tensor:
     if rows % (2 * heads):
         raise UnreadableError(f"Module '{path}' has {rows} rows: expected pairs for each of {heads} heads.")
     return lora_B.view(heads, 2, rows // heads // 2, -1).transpose(1, 2).reshape(lora_B.shape)
+
+
+def _filled(config: Mapping[str, object]) -> PreTrainedConfig:
+    """The config with what a config.json leaves out as its class has it."""
+    try:
+        return CONFIG_MAPPING[str(config["model_type"])].from_dict(dict(config))
+    except Exception as error:
+        # of as many kinds as there are models and entries
+        said = str(error).strip().splitlines()
+        raise UnreadableError(
+            f"The base's config.json is damaged: {said[-1].strip() if said else type(error).__name__} Restore the file."
+        ) from error
 
 
 def _add(gguf: ModuleType, writer: object, key: str, tensor: Tensor) -> None:

@@ -1,5 +1,7 @@
 """The approximation of one update: optimal, told exactly, weighted, in blocks of rows."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -73,7 +75,7 @@ def test_errors_fall_with_the_rank():
     found = approximate(update(64, 48), 40)
     errors = [found.error(rank) for rank in range(41)]
     assert errors[0] == pytest.approx(found.norm)
-    assert all(later < earlier for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(errors))
 
 
 @pytest.mark.parametrize("shape", [(5, 60), (60, 5), (1, 9), (9, 1)])

@@ -90,7 +90,9 @@ def test_a_name_that_ends_others_names_is_none_of_them(tmp_path):
     out, columns = model.get_submodule(path).weight.shape
     own = {path: Factors(torch.randn(2, columns), torch.randn(out, 2))}
     loaded = PeftModel.from_pretrained(model, folder(tmp_path, own)[0])
-    assert [name for name, _ in loaded.named_modules() if name.endswith("lora_A")] == [f"base_model.model.{path}.lora_A"]
+    assert [name for name, _ in loaded.named_modules() if name.endswith("lora_A")] == [
+        f"base_model.model.{path}.lora_A"
+    ]
 
 
 @given(st.integers(-40, 40), st.integers(1, 5))
