@@ -164,6 +164,18 @@ def test_embeddings_are_written_as_peft_reads_them(tmp_path):
     assert (logits(exported) - logits(model)).abs().max() < 1e-4 * change
 
 
+def test_a_convolutions_factors_are_in_its_layout(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 5, (2, 3), padding=1))
+    change = update(5, 18, path="0", kernel=(3, 2, 3))
+    export_lora([change], tmp_path / "lora", base_name="base", rank=8, dtype=torch.float32)
+    image = torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        before = net(image)
+        after = PeftModel.from_pretrained(net, tmp_path / "lora")(image)
+    expected = torch.nn.functional.conv2d(image, change.dense().float().view(5, 3, 2, 3), padding=1)
+    assert torch.allclose(after - before, expected, atol=1e-5)
+
+
 def test_each_module_is_read_before_the_next_is_asked_for(tmp_path):
     at_hand, seen = [], []
 
