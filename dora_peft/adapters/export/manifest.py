@@ -50,7 +50,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Replace the file in `folder`, which is whole at any time."""
-        shards = {name: asdict(shard) for name, shard in self.shards.items()}
+        shards = {name: asdict(shard) for name, shard in sorted(self.shards.items())}
         text = json.dumps({"inputs": self.inputs, "shards": shards}, indent=2) + "\n"
         write_synced(folder / NAME, text.encode())
 

@@ -14,6 +14,7 @@ from dora_peft.adapters.formats import UnreadableError
 from dora_peft.adapters.formats.checkpoint import DTYPES
 
 ALL = [dtype for name, dtype in DTYPES.items() if name != "F4"]
+FP4 = torch.arange(16, dtype=torch.uint8).reshape(4, 4).view(torch.float4_e2m1fn_x2)
 
 
 def write(path, tensors, dtype=None, keys_bytes=1000, tensors_at_most=100):
@@ -33,7 +34,7 @@ def examples():
     for length in (3, 8):
         for dtype in ALL:
             tensors[f"{dtype} {length}"] = torch.randint(0, 2, (length,)).to(dtype)
-    return tensors | {"empty": torch.empty(0, 4), "a number": torch.tensor(2.5).reshape(1), "rows": torch.randn(5, 7)}
+    return tensors | {"empty": torch.empty(0, 4), "rows": torch.randn(5, 7), "two in a byte": FP4}
 
 
 def test_safetensors_reads_what_was_written(tmp_path):
