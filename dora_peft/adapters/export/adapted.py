@@ -22,7 +22,6 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ...bases import BaseWeight
 from ...config import DoraConfig
 from ...layers import DoraLayer
 from ...layers.merge import merged_weight, parts
@@ -91,8 +90,8 @@ class AdaptedBase:
         base_quantization: str | None = None,
     ) -> None:
         self.checkpoint = checkpoint
-        base = Base(checkpoint, device)
-        self.device = base.device
+        self._base = Base(checkpoint, device)
+        self.device = self._base.device
         model = skeleton(checkpoint.config)
         if model is None:
             raise UnreadableError(
@@ -108,7 +107,7 @@ class AdaptedBase:
             assert again is not None
             self.quantised = Quantised(record, again)
         self._given = _base_weights(self.sources, checkpoint, self.names)
-        self.model = _loaded(model, self.sources, base)
+        self.model = _loaded(model, self.sources, self._base)
         self._adapters = list(self.model.peft_config)
         self.layers = {
             name: layer for name, layer in _inner(self.model).named_modules() if isinstance(layer, DoraLayer)
@@ -118,6 +117,10 @@ class AdaptedBase:
     def configs(self) -> list[DoraConfig]:
         """Those of the adapters, in order."""
         return [cast(DoraConfig, self.model.peft_config[name]) for name in self._adapters]
+
+    def over(self, model: nn.Module) -> PeftModel:
+        """The adapters over the base in memory, active in their order."""
+        return _loaded(model, self.sources, self._base)
 
     def adapters_of(self, path: str) -> list[str]:
         """The adapters that change a module, in order."""
@@ -174,13 +177,17 @@ class AdaptedBase:
         """
         with self.at_hand(path, dtype) as layer:
             try:
-                return merged_weight(layer, self.adapters_of(path), safe_merge=True).detach()
+                found = merged_weight(layer, self.adapters_of(path), safe_merge=True).detach()
             except (NotImplementedError, ValueError) as error:
                 raise UnreadableError(str(error)) from error
+        return found.to(dtype or self.dtype_of(path))
 
-    def weight(self, layer: DoraLayer) -> BaseWeight:
-        """W0 of a module at hand as [out, in] rows."""
-        return layer.base_weight()
+    def dtype_of(self, path: str) -> torch.dtype:
+        """That of a module's weight in the files; of a quantised one, that of what it stands for."""
+        found = self.checkpoint.entries[self.names.keys(f"{path}.weight")[0]].dtype
+        return (
+            found if found is not None and found.is_floating_point and found.itemsize > 1 else self.stored(path).dtype
+        )
 
     def trained(self) -> dict[str, Trained]:
         """What the adapters hold of other parameters, by their names in the base model: biases, whole modules, rows."""
@@ -315,3 +322,8 @@ def _plain(path: str) -> str:
     """The path of a wrapped module as the base model has it."""
     wrappers = ("base_layer", "token_adapter", "original_module")
     return ".".join(part for part in path.split(".") if part not in wrappers)
+
+
+def kernel_of(base: nn.Module) -> tuple[int, ...]:
+    """(in_channels / groups, kernel sizes ...) of a convolution; () of other layers."""
+    return tuple(base.get_parameter("weight").shape[1:]) if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else ()

@@ -22,7 +22,6 @@ from ..formats import Checkpoint, UnreadableError
 from ..formats.base import skeleton
 from ..formats.source import CONFIG
 from .adapted import AdaptedBase, Trained
-from .companions import base_folder
 from .manifest import digest_files
 from .names import Group, Names
 from .writing import Piece, Report, write_model
@@ -46,52 +45,48 @@ class Merged:
 
 
 def export_merged(
-    base: str | os.PathLike[str],
-    adapters: Sequence[str | os.PathLike[str]],
+    adapted: AdaptedBase,
     out: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
     force: bool = False,
-    allow_pickle: bool = False,
+    finish: Callable[[Path, list[str]], list[Path]] | None = None,
     progress: Report | None = None,
 ) -> Merged:
     """Write a base model with adapters merged into its weights.
 
     Args:
-        base: A folder of safetensors files, or "owner/name" or "owner/name@revision" on the Hub.
-        adapters: In the order in which they are active; see `AdaptedBase`.
+        adapted: The base and its adapters.
         out: The folder to write. What is unfinished lies beside it, see `write_model`.
         dtype: Of the new weights, which W0 is brought to before it is merged, as if the model were loaded in it; each
             weight's own if None.
-        device: Where W' is computed.
         force: Replace a model at `out`.
-        allow_pickle: Also read adapters that torch.save wrote, their tensors alone.
+        finish: Called with the unfinished folder and the notes when the model is in it, to write what belongs to it.
         progress: Called with the key of each tensor that is written.
 
     Raises:
-        UnreadableError: An adapter does not fit the base, or a weight cannot be merged. Nothing is written, unless
-            it is W' itself that is not finite.
+        UnreadableError: A weight cannot be merged. Nothing is written, unless it is W' itself that is not finite.
         FileExistsError, NotWrittenError: See `write_model`.
     """
-    checkpoint = Checkpoint(base_folder(base))
+    checkpoint = adapted.checkpoint
     if "quantization_config" in checkpoint.config:
-        # dequantised weights come through AdaptedBase.stored, and `_pieces` replaces the others' codes
+        # dequantised weights come through AdaptedBase.stored, and `pieces_of` replaces the others' codes
         raise UnreadableError(
-            f"'{base}' is quantised, and W' has no codes: expected a base of floats. Name the base before quantisation."
+            f"'{checkpoint.name}' is quantised, and W' has no codes: expected a base of floats. Name the base before "
+            "quantisation."
         )
-    adapted = AdaptedBase(checkpoint, adapters, device=device, allow_pickle=allow_pickle)
-    _check(adapted)
-    pieces, untied = _pieces(adapted, dtype)
-    config = _config(checkpoint, dtype, untied)
-    files = write_model(
-        checkpoint, out, pieces, dtype=dtype, config=config, options=_options(adapted), force=force, progress=progress
-    )
+    check_all(adapted)
+    pieces, untied = pieces_of(adapted, dtype, lambda path: adapted.merged(path, dtype))
+    config = config_of(checkpoint, dtype, untied)
     notes = [f"{name} is untied from {', '.join(others)}, in the files and in config.json" for name, others in untied]
+    files = write_model(
+        checkpoint, out, pieces, dtype=dtype, config=config, options=options_of(adapted, "merged"),
+        finish=None if finish is None else lambda folder: finish(folder, notes), force=force, progress=progress,
+    )  # fmt: skip
     return Merged(files, len(adapted.layers), notes)
 
 
-def _check(adapted: AdaptedBase) -> None:
+def check_all(adapted: AdaptedBase) -> None:
     """See that each adapted module can be merged, and is in the files once.
 
     Raises:
@@ -107,19 +102,27 @@ def _check(adapted: AdaptedBase) -> None:
         adapted.names.check(f"{path}.weight")
 
 
-def _options(adapted: AdaptedBase) -> dict[str, str]:
+def options_of(adapted: AdaptedBase, route: str) -> dict[str, str]:
     """What a run must share with the one that it goes on after."""
-    options = {"route": "merged", "device": adapted.device.type}
+    options = {"route": route, "device": adapted.device.type}
     for number, source in enumerate(adapted.sources):
         files = [source.path, source.path.parent / CONFIG]
         options[f"adapter {number + 1}"] = digest_files(path for path in files if path.is_file())
     return options
 
 
-def _pieces(adapted: AdaptedBase, dtype: torch.dtype | None) -> tuple[list[Piece], list[tuple[str, list[str]]]]:
-    """What is made anew, and which parameters are untied from which others thereby."""
+def pieces_of(
+    adapted: AdaptedBase, dtype: torch.dtype | None, weight: Callable[[str], Tensor]
+) -> tuple[list[Piece], list[tuple[str, list[str]]]]:
+    """What is made anew, and which parameters are untied from which others thereby.
+
+    Args:
+        adapted: The base and its adapters.
+        dtype: Of the new weights; each weight's own if None.
+        weight: Gives the new weight of an adapted module by its path, in the module's layout.
+    """
     names = adapted.names
-    changes, untied = _changes(adapted, dtype)
+    changes, untied = _changes(adapted, dtype, weight)
     pieces: list[Piece] = []
     groups: dict[int, tuple[Group, dict[str, Make]]] = {}
     for parameter, make in changes.items():
@@ -135,10 +138,14 @@ def _pieces(adapted: AdaptedBase, dtype: torch.dtype | None) -> tuple[list[Piece
     return pieces, untied
 
 
-def _changes(adapted: AdaptedBase, dtype: torch.dtype | None) -> tuple[dict[str, Make], list[tuple[str, list[str]]]]:
+def _changes(
+    adapted: AdaptedBase, dtype: torch.dtype | None, weight: Callable[[str], Tensor]
+) -> tuple[dict[str, Make], list[tuple[str, list[str]]]]:
     """How each parameter that the adapters change is made; with those that have to stand alone for that."""
     names = adapted.names
-    changes: dict[str, Make] = {f"{path}.weight": partial(adapted.merged, path, dtype) for path in adapted.layers}
+    changes: dict[str, Make] = {f"{path}.weight": partial(weight, path) for path in adapted.layers}
+    for path in adapted.quantised.paths if adapted.quantised is not None else ():
+        changes.setdefault(f"{path}.weight", partial(_requantised, adapted, path, dtype))
     rows: dict[str, Make] = {}
     for parameter, trained in adapted.trained().items():
         names.check(parameter)
@@ -175,6 +182,12 @@ def _together(names: Names, group: Group, makes: Mapping[str, Make], dtype: torc
     return names.tensors(group, values)
 
 
+def _requantised(adapted: AdaptedBase, path: str, dtype: torch.dtype | None) -> Tensor:
+    """The weight of a module that no adapter changes, as it was in training."""
+    stored = adapted.names.read(f"{path}.weight")
+    return adapted.requantised(path, stored).to(stored.dtype if dtype is None else dtype)
+
+
 def _trained(names: Names, parameter: str, trained: Trained, dtype: torch.dtype | None) -> Tensor:
     return trained.over(_read(names, parameter, dtype))
 
@@ -195,7 +208,7 @@ def _nbytes(names: Names, group: Group, dtype: torch.dtype | None) -> int:
     )
 
 
-def _config(
+def config_of(
     checkpoint: Checkpoint, dtype: torch.dtype | None, untied: Sequence[tuple[str, list[str]]]
 ) -> dict[str, object]:
     """The new config.json.

@@ -72,6 +72,8 @@ def write_model(
     dtype: torch.dtype | None,
     config: Mapping[str, object],
     options: Mapping[str, str],
+    subfolder: str = "",
+    finish: Callable[[Path], list[Path]] | None = None,
     force: bool = False,
     progress: Report | None = None,
 ) -> list[Path]:
@@ -85,6 +87,8 @@ def write_model(
             are if None.
         config: The new config.json.
         options: What a run must share with the one that it goes on after, besides the base, such as the adapter's hash.
+        subfolder: Where in `out` the model goes.
+        finish: Called with the unfinished folder when the model is in it, to write what belongs to it; gives its files.
         force: Replace a model at `out`, and an unfinished one that was made of something else.
         progress: Called with the key of each tensor that is written.
 
@@ -96,7 +100,7 @@ def write_model(
         FileExistsError: Something is at `out`, or an unfinished export of something else beside it.
         NotWrittenError: The disk is full, or the system cannot write. There is nothing at `out` then.
     """
-    target, partial = _places(Path(out), checkpoint.folder, force=force)
+    target, partial = _places(Path(out), checkpoint.folder, subfolder, force=force)
     shards = _plan(checkpoint, pieces, dtype)
     for name in checkpoint.files():
         check_inside(checkpoint.folder / name, checkpoint.folder)
@@ -105,19 +109,23 @@ def write_model(
     texts = {**options, "dtype": str(dtype)}
     wanted = describe([checkpoint.folder / name for name in checkpoint.files()], config, texts, plan)
     with _said_where(target, partial), _begun(partial, wanted, force=force) as manifest:
-        left = [shard for shard in shards if not _is_whole(partial, shard, manifest)]
+        folder = partial / subfolder
+        folder.mkdir(exist_ok=True)
+        left = [shard for shard in shards if not _is_whole(folder, shard, manifest)]
         along_bytes = sum(path.stat().st_size for path in along.values())
         _check_space(partial, sum(shard.nbytes for shard in left) + along_bytes)
         for shard in left:
-            manifest.shards[shard.name] = _write_shard(checkpoint, partial, shard, dtype, progress)
+            manifest.shards[shard.name] = _write_shard(checkpoint, folder, shard, dtype, progress)
             manifest.write(partial)
-        _write_rest(partial, shards, config, along)
+        _write_rest(folder, shards, config, along)
+        others: list[Path] = [] if finish is None else [path.relative_to(partial) for path in finish(partial)]
         _put(partial, target)
     names = [shard.name for shard in shards] + ([INDEX] if len(shards) > 1 else [])
-    return [target / name for name in (*names, CONFIG, *along, NAME)]
+    model = [Path(subfolder) / name for name in (*names, CONFIG, *along)]
+    return [target / path for path in (*model, *others, Path(NAME))]
 
 
-def _places(out: Path, base: Path, *, force: bool) -> tuple[Path, Path]:
+def _places(out: Path, base: Path, subfolder: str, *, force: bool) -> tuple[Path, Path]:
     """Where the model is going to be, and where it is made.
 
     Raises:
@@ -133,9 +141,13 @@ def _places(out: Path, base: Path, *, force: bool) -> tuple[Path, Path]:
     taken = target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir())))
     if taken and not force:
         raise FileExistsError(f"'{out}' is there already. Choose another name, or pass --force to replace it.")
-    if taken and (target.is_symlink() or not (target / CONFIG).is_file() or not any(target.glob("*.safetensors"))):
+    if taken and (target.is_symlink() or not _is_model(target / subfolder)):
         raise FileExistsError(f"'{out}' is no model: --force replaces a model alone. Choose another name.")
     return target, target.with_name(f"{target.name}.partial")
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and any(folder.glob("*.safetensors"))
 
 
 def _plan(checkpoint: Checkpoint, pieces: Sequence[Piece], dtype: torch.dtype | None) -> list[_Shard]:
@@ -273,7 +285,7 @@ def _begun(partial: Path, wanted: Manifest, *, force: bool) -> Iterator[Manifest
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             found = wanted
             found.write(partial)
-        for entry in partial.glob("*.tmp"):
+        for entry in partial.rglob("*.tmp"):
             entry.unlink()
         try:
             yield found
