@@ -237,6 +237,10 @@ def _loaded(model: nn.Module, sources: Sequence[Source], base: Base) -> PeftMode
             # what is mapped from a file may lie anywhere, a copy where a loaded model's would, which products feel
             parameter.data = parameter.data.clone()
         loaded.base_model.set_adapter(names)  # type: ignore[operator]
+        for parameter in loaded.parameters():
+            if not parameter.is_meta:
+                # PEFT leaves them at the file's addresses, and products differ in their last bits by alignment
+                parameter.data = parameter.data.clone()
     return loaded.eval()
 
 

@@ -231,10 +231,12 @@ class Names:
 
     def _reversed(self, parameter: str) -> str:
         """The key that transformers would write for a parameter that is only renamed."""
+        if not isinstance(self._model, PreTrainedModel):
+            return parameter
+        own = conversion_mapping.get_model_conversion_mapping(self._model, add_legacy=False)
         name = parameter
-        for renaming in reversed(self._renamings):
-            back = deepcopy(renaming).reverse_transform()
-            name = back.rename_source_key(name)[0]
+        for renaming in (one for one in reversed(own) if isinstance(one, WeightRenaming)):
+            name = renaming.reverse_transform().rename_source_key(name)[0]
         return name
 
     def _by_ending(self, parameter: str) -> list[Group]:
