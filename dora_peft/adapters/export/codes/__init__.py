@@ -40,10 +40,9 @@ def codes_of(checkpoint: Checkpoint, path: str) -> Codes | None:
             return found
     if stored.has("weight") and stored.dtype("weight") in FLOATS:
         return None
-    # what follows a path that is no module's alone has more dots, and a module of floats has tensors of any name
-    odd = [
-        name for name in stored.names if name.startswith("weight.") or ("." not in name and not _plain(stored, name))
-    ]
+    # names with dots are those of modules below it, and a module of floats has tensors of any name
+    odd = [name for name in stored.names if "." not in name and not _plain(stored, name)]
+    odd += [name for name in stored.names if name.startswith("weight.")]
     if not odd:
         return None
     raise stored.error(

@@ -1,6 +1,6 @@
-"""bitsandbytes' weights in files: nf4 and fp4, whose blocks run along the flattened weight, and int8 with a scale per row.
+"""bitsandbytes' weights in files: nf4 and fp4, whose blocks run along the flattened weight, and int8 with row scales.
 
-bitsandbytes itself is not needed: a 4-bit weight is code * absmax of its block, in fp32, rounded to the dtype that it had.
+bitsandbytes itself is not needed: a 4-bit weight is code * absmax of its block in fp32, rounded to the dtype it had.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ class FourBit:
             raise stored.error(f"its state says shape {shape}", "two dimensions")
         self.out_features, self.in_features = int(shape[0]), int(shape[1])
         self.block = _whole(self.state.get("blocksize"))
-        self.dtype = getattr(torch, str(self.state.get("dtype")), None)
-        if self.block < 1 or not isinstance(self.dtype, torch.dtype):
+        dtype = getattr(torch, str(self.state.get("dtype")), None)
+        if self.block < 1 or not isinstance(dtype, torch.dtype):
             raise stored.error(f"its state is {self.state}", "a blocksize and a dtype", "download the base again")
+        self.dtype: torch.dtype = dtype
         self.keys = stored.keys("weight", "weight.absmax", "weight.quant_map", *NESTED, self.name)
 
     def _state(self) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """compressed-tensors' weights in files, as vLLM's tools write them: pack-quantized, int-quantized and float-quantized.
 
-A weight is (code - zero) * scale in the scales' dtype, so c goes into the scales alone. Codes are packed in 32-bit words
-(`weight_packed`), or are a matrix of int8 or fp8 (`weight`).
+A weight is (code - zero) * scale in the scales' dtype, so c goes into the scales alone. Codes are packed in words of 32
+bits (`weight_packed`), or are a matrix of int8 or fp8 (`weight`).
 """
 
 from __future__ import annotations

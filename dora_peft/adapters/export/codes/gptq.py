@@ -11,8 +11,8 @@ from torch import Tensor
 from .base import Codes, Stored, per_row, scaled
 from .bits import unpack
 
-# Every code of a word, by its bits, plus one, by one addition: zeros were written one too low, and the readers carry over
-# the border of a code as this does.
+# By the bits of a code, what adds one to every code of a word: zeros were written one too low. Readers carry over the
+# border of a code as one addition does.
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 # AWQ's kernels unpack the low and high halves of bytes separately: code i of a word is column ORDER[i].
 ORDER = (0, 4, 1, 5, 2, 6, 3, 7)

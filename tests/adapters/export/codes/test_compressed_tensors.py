@@ -105,13 +105,15 @@ def test_blocks_global_scales_and_other_widths_are_refused():
         codes(packed_)
 
 
+GROUPS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+CHANNELS = {"num_bits": 8, "type": "int", "strategy": "channel"}
 SCHEMES = [
-    dict(num_bits=4, type="int", strategy="group", group_size=32, symmetric=True),
-    dict(num_bits=4, type="int", strategy="group", group_size=32, symmetric=False),
-    dict(num_bits=8, type="int", strategy="channel", symmetric=True),
-    dict(num_bits=8, type="int", strategy="channel", symmetric=False),
-    dict(num_bits=8, type="float", strategy="channel", symmetric=True),
-    dict(num_bits=8, type="float", strategy="tensor", symmetric=True),
+    {**GROUPS, "symmetric": True},
+    {**GROUPS, "symmetric": False},
+    {**CHANNELS, "symmetric": True},
+    {**CHANNELS, "symmetric": False},
+    {**CHANNELS, "type": "float"},
+    {**CHANNELS, "type": "float", "strategy": "tensor"},
 ]
 
 
