@@ -108,6 +108,20 @@ def test_weights_stored_as_another_dtype_and_odd_rows():
     check_blocks(codes(checkpoint))
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_c_in_absmax_keeps_an_update_that_quantising_again_loses(nested):
+    checkpoint, before = four_bit(32, 256, nested=nested, dtype=torch.float32)
+    change = torch.randn(32, 4) @ torch.randn(4, 256)
+    change *= 0.01 * before.norm() / change.norm()
+    c = some_c(32, spread=4e-4).float()
+    merged = c[:, None] * (before + change)
+    update = (merged - before).norm()
+    again = bnb.functional.dequantize_4bit(*bnb.functional.quantize_4bit(merged, quant_type="nf4"))
+    assert (again - merged).norm() > 0.9 * update
+    exact = whole(codes(rescaled(checkpoint, c))) + c[:, None] * change
+    assert (exact - merged).norm() < 1e-4 * update
+
+
 def test_rows_that_share_a_block_are_refused():
     one = codes(four_bit(8, 96)[0])
     with pytest.raises(UnreadableError, match=rf"'{PATH}'.*blocks of 64 run across rows of 96.*--dequantize"):

@@ -171,3 +171,20 @@ def test_other_types_architectures_and_files_are_refused(tmp_path):
 def test_every_place_and_architecture_is_one_of_the_packages():
     assert {gguf.GGMLQuantizationType[kind] for kind in PLACES} <= set(gguf.GGML_QUANT_SIZES)
     assert {*AS_THEY_ARE, *INTERLEAVED} <= set(gguf.MODEL_ARCH_NAMES.values())
+
+
+def test_c_in_the_scales_keeps_an_update_that_quantising_again_loses(tmp_path):
+    kind = gguf.GGMLQuantizationType.Q4_0
+    data = gguf.quants.quantize(torch.randn(64, COLUMNS).numpy(), kind)
+    source = written(tmp_path / "a.gguf", {"blk.0.ffn_up.weight": ("Q4_0", data)})
+    before = read(source)["blk.0.ffn_up.weight"].double()
+    change = torch.randn(64, 4).double() @ torch.randn(4, COLUMNS).double()
+    change *= 0.01 * before.norm() / change.norm()
+    c = some_c(64, spread=4e-4)
+    merged = c[:, None] * (before + change)
+    update = (merged - before).norm()
+    again = gguf.quants.dequantize(gguf.quants.quantize(merged.float().numpy(), kind), kind)
+    assert (torch.from_numpy(again) - merged).norm() > 0.9 * update
+    rewrite_gguf(source, tmp_path / "b.gguf", {UP: c})
+    exact = read(tmp_path / "b.gguf")["blk.0.ffn_up.weight"].double() + c[:, None] * change
+    assert (exact - merged).norm() < 0.04 * update
