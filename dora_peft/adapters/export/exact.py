@@ -2,136 +2,152 @@
 
     y = c (x W0^T + s (x A^T) B^T) + b  =  x (c W0)^T + (x A^T) (c s B)^T + b
 
-which any server of LoRA computes. Of several adapters, W' = c2 (c1 (W0 + s1 B1 A1) + s2 B2 A2), the rows are c2 c1 W0,
-and the LoRA is [A1; A2] with [c2 c1 s1 B1, c2 s2 B2]. It is exact up to rounding of W0: c W0 is rounded to the dtype of
-the new base, and in bf16 a row whose |c - 1| is below 2^-9 comes out as W0's own.
+which any server of LoRA computes. It is exact up to rounding of W0: c W0 is rounded to the dtype of the new base, and
+in bf16 a row whose |c - 1| is below 2^-9 comes out as W0's own. splitting.py takes W' apart and measures that.
 """
 
 from __future__ import annotations
 
-import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from ...layers import DoraLayer
-from ...ops import merging
-from .adapted import Parts
+from ..formats import Files, write_files
+from .adapted import AdaptedBase, kernel_of
+from .merged import check_all, config_of, options_of, pieces_of
+from .plain import Factors, plain_adapter
+from .splitting import Loss, loss_of, scaled, split
+from .writing import Report, write_model
 
-
-@dataclass(frozen=True)
-class Split:
-    """W' = diag(scale) W0 + lora_B lora_A.
-
-    Attributes:
-        scale: c of all adapters together, [out].
-        lora_A: [r, in], in the accumulation dtype; the ranks of several adapters one after the other.
-        lora_B: [out, r], with c and s.
-    """
-
-    scale: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
-
-    @property
-    def empty(self) -> bool:
-        """Whether the low-rank part is zero, as a magnitude-only module's."""
-        return not bool(self.lora_B.any())
+# The folders of an export, and where the adapter's file says which base it is for.
+BASE, ADAPTER = "base", "adapter"
+FINGERPRINT = "dora_peft_base"
 
 
 @dataclass(frozen=True)
-class Loss:
-    """What rounding cost one module.
+class Exact:
+    """What `export_exact` did, or would do.
 
     Attributes:
-        error: ||W_served - W'||_F, W_served being what a server computes with.
-        update: ||W' - W0||_F.
-        rows, lost: How many rows have c other than 1, and how many of those came out as W0's own.
-        digest: Of the new base's rows, see `digest_of`.
+        dtype: Of the new base and of the adapter.
+        losses: By the path of each adapted module.
+        rank: Of the plain LoRA; 0 if the adapters are magnitudes alone, and there is none.
+        files: What was written.
+        notes: What a reader should know, a sentence each.
     """
 
-    error: float
-    update: float
-    rows: int
-    lost: int
-    digest: str
-
-    @property
-    def error_over_update(self) -> float:
-        return self.error / self.update if self.update else 0.0
-
-    @property
-    def share_lost(self) -> float:
-        return self.lost / self.rows if self.rows else 0.0
+    dtype: torch.dtype
+    losses: dict[str, Loss]
+    rank: int
+    files: list[Path]
+    notes: list[str]
 
 
-def split(parts: Parts) -> Split:
-    """The factors c of W0's rows and the low-rank rest of W'.
+def export_exact(
+    adapted: AdaptedBase,
+    out: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float16,
+    force: bool = False,
+    dry_run: bool = False,
+    finish: Callable[[Exact, Path], Path] | None = None,
+    progress: Report | None = None,
+) -> Exact:
+    """Write `out`/base, whose rows are c W0, and `out`/adapter, the plain LoRA c s B A over it.
 
     Args:
-        parts: A [r, in], B [out, r], s and c [out] of each adapter in order; see `AdaptedBase.parts`.
+        adapted: The base and its adapters.
+        out: The folder to write, complete or absent. What is unfinished lies beside it, see `write_model`.
+        dtype: Of the new base and the adapter; fp32, with a note, if a number is too large for it.
+        force: Replace an export at `out`.
+        dry_run: Measure the losses alone.
+        finish: Called with what is known of the export and each of the two folders, to write what belongs to them.
+        progress: Called with the path of each module that is measured and the key of each tensor that is written.
+
+    Raises:
+        UnreadableError: A module has no rows that could be scaled, or has another rank than servers take.
+        FileExistsError, NotWrittenError: See `write_model`.
     """
-    after = torch.ones_like(parts[0][3])
-    ups: list[Tensor] = []
-    for _, lora_B, scaling, c in reversed(parts):
-        after = after * c
-        ups.insert(0, (scaling * after)[:, None] * lora_B)
-    return Split(after, torch.cat([lora_A for lora_A, *_ in parts]), torch.cat(ups, 1))
+    check_all(adapted)
+    notes: list[str] = []
+    wide = _too_large(adapted, dtype)
+    measured = {} if wide else {path: _measure(adapted, path, dtype, progress) for path in adapted.layers}
+    wide = wide or next((path for path, (loss, _) in measured.items() if not isfinite(loss.error)), None)
+    if wide is not None and dtype != torch.float32:
+        notes.append(f"everything is in fp32: {str(dtype).removeprefix('torch.')} overflows in '{wide}'")
+        dtype = torch.float32
+        measured = {path: _measure(adapted, path, dtype, progress) for path in adapted.layers}
+    losses = {path: loss for path, (loss, _) in measured.items()}
+    factors = {path: own for path, (_, own) in measured.items() if bool(own.lora_B.any())}
+    files: Files | None = None
+    if factors:
+        files, more = plain_adapter(
+            factors, dtype, str(Path(out) / BASE), fan_in_fan_out=_turned(adapted, factors), task_type=task_of(adapted)
+        )
+        files.metadata[FINGERPRINT] = json.dumps({path: loss.digest for path, loss in losses.items()})
+        notes += more
+    rank = next(iter(files.tensors.values())).shape[0] if files is not None else 0
+    done = Exact(dtype, losses, rank, [], notes)
+    pieces, untied = pieces_of(adapted, dtype, lambda path: _served(adapted, path, dtype))
+    notes += [f"{name} is untied from {', '.join(others)}, in the files and in config.json" for name, others in untied]
+    config = config_of(adapted.checkpoint, dtype, untied)
+    if dry_run:
+        return done
+
+    def beside(partial: Path) -> list[Path]:
+        written = [] if files is None else write_files(files, partial / ADAPTER, force=True)
+        folders = [BASE] if files is None else [BASE, ADAPTER]
+        return written + [finish(done, partial / folder) for folder in folders if finish is not None]
+
+    done.files[:] = write_model(
+        adapted.checkpoint, out, pieces, dtype=dtype, config=config, options=options_of(adapted, "exact"),
+        subfolder=BASE, finish=beside, force=force, progress=progress,
+    )  # fmt: skip
+    return done
 
 
-def scaled(layer: DoraLayer, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """c W0 in the base layer's own layout, in `dtype`.
-
-    Args:
-        layer: The layer with its W0 at hand.
-        scale: c [out].
-        dtype: Of the new weight.
-    """
-    weight, base = layer.base_weight(), layer.get_base_layer()
-    new = torch.empty_like(base.get_parameter("weight"), dtype=dtype)
-    matrix = layer.kind.matrix(base, new)
-    for start, stop, rows in weight.blocks():
-        matrix[start:stop] = rows * scale[start:stop, None]
-    return new
+def _measure(adapted: AdaptedBase, path: str, dtype: torch.dtype, progress: Report | None) -> tuple[Loss, Factors]:
+    """What rounding costs a module, and the factors of its plain LoRA."""
+    if progress is not None:
+        progress(path)
+    with adapted.at_hand(path) as layer:
+        parts, base = adapted.parts(path, layer), layer.get_base_layer()
+        whole = split(parts)
+        own = Factors(whole.lora_A, whole.lora_B, isinstance(base, nn.Embedding), kernel_of(base)).rounded(dtype)
+        served = scaled(layer, whole.scale, dtype)
+        return loss_of(layer, parts, served, own.lora_A, own.lora_B), own
 
 
-def loss_of(layer: DoraLayer, parts: Parts, served: Tensor, lora_A: Tensor, lora_B: Tensor) -> Loss:
-    """Compare what a server computes with to W'.
-
-    Args:
-        layer: The layer with its W0 at hand.
-        parts: What W' is made of.
-        served: The new base's weight in its layout.
-        lora_A, lora_B: The plain LoRA's factors [r, in] and [out, r] as they are stored, s = 1.
-    """
-    weight = layer.base_weight()
-    matrix = layer.kind.matrix(layer.get_base_layer(), served)
-    lora_A, lora_B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
-    scale = split(parts).scale
-    changed = (scale - 1).abs() > torch.finfo(scale.dtype).eps
-    error = update = 0.0
-    lost = 0
-    hashed = hashlib.sha256()
-    for start, stop, rows in weight.blocks():
-        new = matrix[start:stop]
-        _add(hashed, new)
-        same = (new == rows.to(new.dtype)).all(1) & rows.any(1)
-        lost += int((same & changed[start:stop]).sum())
-        target = merging.merged_rows(rows.clone(), start, stop, parts)
-        update += (target - rows).double().square().sum().item()
-        target.sub_(torch.addmm(new.to(weight.dtype), lora_B[start:stop], lora_A))
-        error += target.double().square().sum().item()
-    return Loss(error**0.5, update**0.5, int(changed.sum()), lost, hashed.hexdigest())
+def _served(adapted: AdaptedBase, path: str, dtype: torch.dtype) -> Tensor:
+    with adapted.at_hand(path) as layer:
+        return scaled(layer, split(adapted.parts(path, layer)).scale, dtype)
 
 
-def digest_of(matrix: Tensor) -> str:
-    """What a weight is recognised by: SHA-256 of its rows [out, in] in the dtype that they are stored in."""
-    hashed = hashlib.sha256()
-    for rows in matrix.split(max(1, 2**24 // max(1, matrix[0].nbytes))):
-        _add(hashed, rows)
-    return hashed.hexdigest()
+def _too_large(adapted: AdaptedBase, dtype: torch.dtype) -> str | None:
+    """The first of the tensors that are copied with a number too large for `dtype`; those made anew are measured."""
+    limit = torch.finfo(dtype).max
+    changed = {key for path in adapted.layers for key in adapted.names.keys(f"{path}.weight")}
+    for key, entry in adapted.checkpoint.entries.items():
+        floats = entry.dtype is not None and entry.dtype.is_floating_point
+        if floats and torch.finfo(entry.dtype).max > limit and key not in changed:  # type: ignore[arg-type]
+            tensor = adapted.checkpoint.tensor(key)
+            if tensor.numel() and tensor.abs().max().item() > limit:
+                return key
+    return None
 
 
-def _add(hashed: hashlib._Hash, rows: Tensor) -> None:
-    hashed.update(rows.contiguous().cpu().view(torch.uint8).numpy().data)
+def _turned(adapted: AdaptedBase, paths: Iterable[str]) -> bool:
+    return any(isinstance(adapted.layers[path].get_base_layer(), Conv1D) for path in paths)
+
+
+def task_of(adapted: AdaptedBase) -> str | None:
+    """PEFT's name of what the model is for, as the first adapter's config has it."""
+    found = adapted.configs[0].task_type
+    return None if found is None else str(getattr(found, "value", found))

@@ -10,7 +10,7 @@ from layer_fixtures import MERGEABLE, Truth, adapted, base_of, dense_base, dora,
 from torch import nn
 
 from dora_peft import DoraConfig
-from dora_peft.adapters.export.exact import Loss, digest_of, loss_of, scaled, split
+from dora_peft.adapters.export.splitting import Loss, digest_of, loss_of, scaled, split
 from dora_peft.layers.merge import parts
 
 
