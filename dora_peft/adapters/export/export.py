@@ -85,6 +85,10 @@ def export(
         raise UnreadableError(f"--as {route}: expected one of {', '.join(ROUTES)}.")
     if route != "lora" and (rank, error, calibration, to) != (None, None, None, "peft"):
         raise UnreadableError(f"--rank, --error, --calibration and --to belong to --as lora, and this is {route}.")
+    if covariance and calibration is None:
+        raise UnreadableError("--covariance says how to weight by a text: it needs --calibration TEXT.")
+    if dequantize and route != "exact":
+        raise UnreadableError(f"--dequantize belongs to --as exact, and this is {route}, which writes floats anyway.")
     named = [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters)
     if not named:
         raise UnreadableError("There is no adapter to export: expected at least one.")
