@@ -22,14 +22,14 @@ from transformers.pytorch_utils import Conv1D
 from ..formats import Files, write_files
 from .adapted import AdaptedBase, kernel_of
 from .codes import codes_among
+from .fingerprint import KEY
 from .pieces import check_all, config_of, options_of, pieces_of
 from .plain import Factors, plain_adapter
 from .splitting import Loss, loss_of, scaled, split
 from .writing import Report, write_model
 
-# The folders of an export, and where the adapter's file says which base it is for.
+# The folders of an export.
 BASE, ADAPTER = "base", "adapter"
-FINGERPRINT = "dora_peft_base"
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def export_exact(
         files, more = plain_adapter(
             factors, dtype, str(Path(out) / BASE), fan_in_fan_out=_turned(adapted, factors), task_type=task_of(adapted)
         )
-        files.metadata[FINGERPRINT] = json.dumps({path: loss.digest for path, loss in losses.items()})
+        files.metadata[KEY] = json.dumps({path: loss.digest for path, loss in losses.items()})
         notes += more
     rank = next(iter(files.tensors.values())).shape[0] if files is not None else 0
     done = Exact(dtype, losses, rank, [], notes)

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 import dora_peft
 from dora_peft.adapters.export.adapted import AdaptedBase
-from dora_peft.adapters.export.exact import FINGERPRINT, export_exact
-from dora_peft.adapters.export.splitting import digest_of
+from dora_peft.adapters.export.exact import export_exact
+from dora_peft.adapters.export.fingerprint import KEY, digest_of
 from dora_peft.adapters.formats import Checkpoint
 
 pytestmark = pytest.mark.filterwarnings(
@@ -156,7 +156,7 @@ def test_the_adapter_knows_its_base(tmp_path):
     made(tmp_path, "llama")
     export_exact(opened(tmp_path), tmp_path / "out", dtype=torch.float32)
     with safe_open(tmp_path / "out" / "adapter" / "adapter_model.safetensors", framework="pt") as file:
-        known = json.loads(file.metadata()[FINGERPRINT])
+        known = json.loads(file.metadata()[KEY])
     tensors = load_file(tmp_path / "out" / "base" / "model.safetensors")
     linear = [name for name, module in llama().named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
     assert sorted(known) == sorted(linear)
