@@ -15,7 +15,7 @@ from ...formats.checkpoint import Checkpoint
 from . import bitsandbytes, compressed_tensors, fp8, gptq, hqq
 from .base import Codes, Stored
 
-__all__ = ["Codes", "codes_of"]
+__all__ = ["Codes", "codes_of", "quantised_paths"]
 
 # compressed-tensors before the 8-bit floats of others, whose names are the same
 FORMATS = (bitsandbytes, gptq, hqq, compressed_tensors, fp8)
@@ -50,6 +50,22 @@ def codes_of(checkpoint: Checkpoint, path: str) -> Codes | None:
         "bitsandbytes, GPTQ, AWQ, HQQ, compressed-tensors or 8-bit floats",
         "name the base before quantisation",
     )
+
+
+def quantised_paths(checkpoint: Checkpoint) -> list[str]:
+    """The paths of all modules of a checkpoint whose weights are quantised, in the order of the files.
+
+    Raises:
+        UnreadableError: As `codes_of`, of the first that is not known.
+    """
+    paths = dict.fromkeys(key.rpartition(".")[0] for key in checkpoint.entries)
+    return [path for path in paths if not _is_part(checkpoint, path) and codes_of(checkpoint, path) is not None]
+
+
+def _is_part(checkpoint: Checkpoint, path: str) -> bool:
+    """Whether a path is no module's, but that of a tensor, beside whose key are longer ones ("weight.absmax")."""
+    parts = path.split(".")
+    return not path or any(".".join(parts[:count]) in checkpoint.entries for count in range(1, len(parts) + 1))
 
 
 def _plain(stored: Stored, name: str) -> bool:
