@@ -61,16 +61,20 @@ class Hqq:
         return "".join(chr(code) for code in self.stored[name].tolist()) if self.stored.has(name) else ""
 
     def dequantise(self, start: int, stop: int) -> Tensor:
-        words, shifts = self.stored["W_q"].flatten(), torch.tensor(SHIFTS[self.packing])
-        index = torch.arange(start * self.in_features, stop * self.in_features)
-        row, column = index // self.columns, index % self.columns
-        # rows of that view in each part of the words
-        step = len(words) // self.columns
+        shifts = torch.tensor(SHIFTS[self.packing], dtype=torch.int32)
+        words = self.stored["W_q"].view(-1, self.columns)
+        low, high = start * self.in_features, stop * self.in_features
+        # rows of the view that hold these numbers
+        rows = torch.arange(low // self.columns, -(-high // self.columns))
         bits = int(shifts[-2] - shifts[-1]) if len(shifts) > 1 else 8
-        codes = (words[row % step * self.columns + column].int() >> shifts[row // step]) & ((1 << bits) - 1)
-        group = row if self.axis else column
-        zero, scale = (self.stored[name].flatten()[group] for name in ("zero", "scale"))
-        return ((codes.to(self.dtype) - zero) * scale).view(stop - start, self.in_features)
+        shift = shifts[rows // len(words)][:, None]
+        codes = ((words[rows % len(words)].int() >> shift) & ((1 << bits) - 1)).to(self.dtype)
+        zero, scale = (self.stored[name].view(-1, 1 if self.axis else self.columns) for name in ("zero", "scale"))
+        if self.axis:
+            zero, scale = zero[rows], scale[rows]
+        found = ((codes - zero) * scale).flatten()
+        skipped = low % self.columns
+        return found[skipped : skipped + high - low].view(stop - start, self.in_features)
 
     def check(self) -> None:
         if not self.axis:

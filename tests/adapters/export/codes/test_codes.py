@@ -9,7 +9,7 @@ from codes_fixtures import PATH, held, some_c
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from dora_peft.adapters.export.codes import codes_of
+from dora_peft.adapters.export.codes import codes_of, quantised_paths
 from dora_peft.adapters.formats import Checkpoint, UnreadableError
 
 
@@ -20,6 +20,7 @@ def test_floats_and_what_is_not_there_have_no_codes():
     assert codes_of(checkpoint, PATH) is None
     assert codes_of(checkpoint, "model.layers.0") is None
     assert codes_of(checkpoint, "model.layers.7") is None
+    assert quantised_paths(checkpoint) == []
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,7 @@ def dense(model):
 def test_transformers_loads_rows_times_c(tmp_path, options):
     before = dense(quantised(tmp_path, **options))
     checkpoint = Checkpoint(tmp_path / "quantised")
+    assert sorted(quantised_paths(checkpoint)) == sorted(before)
     tensors = load_file(tmp_path / "quantised" / "model.safetensors")
     scales = {}
     for path, weight in before.items():
