@@ -50,13 +50,13 @@ class Undo:
         # the weights that unmerging would bring back, in another dtype if the model was cast since
         originals = [m._original[0] for m in modules if isinstance(m, DoraLayer) and m._original is not None]
         self._data = [(original, original.data) for original in originals]
-        self._copies: list[tuple[nn.Parameter, Tensor]] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
         if adapter_name is not None:
             for parameter in [*_tensors_of(modules, adapter_name), *_biases(model)]:
                 self.remember(parameter, parameter.detach().clone())
 
-    def remember(self, parameter: nn.Parameter, copy: Tensor) -> None:
-        """Have `parameter`, which is about to be overwritten, restored from `copy`, which may be on another device."""
+    def remember(self, parameter: Tensor, copy: Tensor) -> None:
+        """Have `parameter` (or another tensor), which is about to be overwritten, restored from `copy`, which may be on another device."""
         self._copies.append((parameter, copy))
 
     def adopt(self, other: Undo) -> None:
@@ -123,7 +123,7 @@ def restored_on_failure(
         outer.adopt(undo)
 
 
-def remember(parameter: nn.Parameter, copy: Tensor) -> None:
+def remember(parameter: Tensor, copy: Tensor) -> None:
     """`Undo.remember` in the operation that is going on; nothing happens if there is none."""
     undo = _open.get()
     if undo is not None:
