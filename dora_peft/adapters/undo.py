@@ -56,7 +56,7 @@ class Undo:
                 self.remember(parameter, parameter.detach().clone())
 
     def remember(self, parameter: Tensor, copy: Tensor) -> None:
-        """Have `parameter` (or another tensor), which is about to be overwritten, restored from `copy`, which may be on another device."""
+        """Have a tensor that is about to be overwritten restored from `copy`, which may be on another device."""
         self._copies.append((parameter, copy))
 
     def adopt(self, other: Undo) -> None:
@@ -79,11 +79,11 @@ class Undo:
         for parameter, data in self._data:
             parameter.data = data
         # The first copy of a parameter is the oldest.
-        for parameter, copy in reversed(self._copies):
-            if parameter.dtype == copy.dtype and parameter.shape == copy.shape and not parameter.is_meta:
-                parameter.copy_(copy)
+        for tensor, copy in reversed(self._copies):
+            if tensor.dtype == copy.dtype and tensor.shape == copy.shape and not tensor.is_meta:
+                tensor.copy_(copy)
             else:
-                parameter.data = copy
+                tensor.data = copy
         for parameter, requires_grad, device in self._parameters:
             if parameter.device != device:
                 parameter.data = parameter.data.to(device)
