@@ -48,14 +48,28 @@ def merge(layer: MergingLayer, adapters: list[str], safe_merge: bool, offload_or
     """
     if not adapters:
         return
-    check_mergeable(layer, brought_in=True)
+    replacement = merged_weight(layer, layer.merged_adapters + adapters, safe_merge)
     weight, base = layer.base_weight(), layer.get_base_layer()
-    parts = _parts(layer, layer.merged_adapters + adapters, weight)
+    if layer._original is None:
+        layer._original = (weight.keep_original(base, offload_original),)
+    weight.install(base, replacement)
+    layer.merged_adapters.extend(adapters)
+
+
+def merged_weight(layer: MergingLayer, adapters: list[str], safe_merge: bool) -> nn.Parameter:
+    """W' of adapters composed in order, of the base weight's own kind; the layer is as it was.
+
+    Raises:
+        NotImplementedError, ValueError: See `merge`.
+    """
+    check_mergeable(layer, brought_in=True)
+    weight = layer.base_weight()
+    composed = parts(layer, adapters, weight)
     finite = True
 
     def rows(block: Tensor, start: int, stop: int) -> Tensor:
         nonlocal finite
-        merged = merging.merged_rows(block, start, stop, parts, out=block)
+        merged = merging.merged_rows(block, start, stop, composed, out=block)
         # before it is quantised, which may hide a NaN
         finite = finite and (not safe_merge or merging.is_finite(merged))
         return merged
@@ -68,10 +82,7 @@ def merge(layer: MergingLayer, adapters: list[str], safe_merge: bool, offload_or
             f"NaNs detected in the merged weights. The adapter {', '.join(adapters)} seems to be broken "
             f"(module '{layer.name}')."
         )
-    if layer._original is None:
-        layer._original = (weight.keep_original(base, offload_original),)
-    weight.install(base, replacement)
-    layer.merged_adapters.extend(adapters)
+    return replacement
 
 
 def unmerge(layer: MergingLayer) -> None:
@@ -90,14 +101,14 @@ def unmerge(layer: MergingLayer) -> None:
     layer.merged_adapters.clear()
 
 
-def _parts(layer: MergingLayer, adapters: list[str], weight: BaseWeight) -> list[tuple[Tensor, Tensor, float, Tensor]]:
+def parts(layer: MergingLayer, adapters: list[str], weight: BaseWeight) -> list[tuple[Tensor, Tensor, float, Tensor]]:
     """What `merging.merged_rows` composes: A, B, s and c of each adapter, in the device and dtype of W0's rows."""
-    parts = []
+    found = []
     for adapter in adapters:
         lora_A, lora_B = (t.detach().to(weight.device, weight.dtype) for t in layer.factors(adapter))
         c = layer.scale(adapter).detach().to(weight.device, weight.dtype)
-        parts.append((lora_A, lora_B, float(layer.scaling[adapter]), c))
-    return parts
+        found.append((lora_A, lora_B, float(layer.scaling[adapter]), c))
+    return found
 
 
 def delta_weight(layer: MergingLayer, adapter: str) -> Tensor:
@@ -112,10 +123,10 @@ def delta_weight(layer: MergingLayer, adapter: str) -> Tensor:
     if obstacle is not None:
         raise NotImplementedError(f"W' - W0 is not available for module '{layer.name}': {obstacle}")
     with torch.no_grad():
-        parts = _parts(layer, [adapter], weight)
+        composed = parts(layer, [adapter], weight)
         delta = torch.empty(weight.out_features, weight.in_features, dtype=weight.dtype, device=weight.device)
         for start, stop, rows in weight.blocks():
-            merging.merged_rows(rows, start, stop, parts, out=delta[start:stop]).sub_(rows)
+            merging.merged_rows(rows, start, stop, composed, out=delta[start:stop]).sub_(rows)
     return layer.kind.in_layout(base, delta).to(layer.factor_parameters(adapter)[1].dtype)
 
 

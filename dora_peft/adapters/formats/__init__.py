@@ -1,7 +1,7 @@
 """Adapters in the formats of other tools, read into and written from one form, `adapter.Adapter`.
 
 source.py      files, found and read          files.py       files, written
-adapter.py     the one form                   base.py        W0 of the base, where a format needs it
+adapter.py     the one form                   base.py        W0 of the base, where a format needs it, of checkpoint.py
 peft_keys.py   peft, nvlabs, trtllm           lycoris.py     lycoris, onetrainer, comfyui-2026; refit.py other norms
 ai_toolkit.py, mlx.py, torchtune.py           their own
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from . import ai_toolkit, lycoris, mlx, peft_keys, torchtune
 from .adapter import Adapter, Module, UnreadableError
 from .base import Base
+from .checkpoint import Checkpoint
 from .files import Files, write_files
 from .source import Source, read_source
 
@@ -21,6 +22,7 @@ __all__ = [
     "FORMATS",
     "Adapter",
     "Base",
+    "Checkpoint",
     "Files",
     "Format",
     "Module",

@@ -5,20 +5,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ... import reference
 from ...bases import BaseWeight, Dense, base_weight
 from ...bases.inspection import FLOATS
 from .adapter import Adapter, Module, UnreadableError
-from .source import local_folder, read_json
+from .checkpoint import Checkpoint, Entry
 
-INDEX = "model.safetensors.index.json"
 # Rows of W0 + s B A that are made at a time, in fp64.
 BLOCK_BYTES = 16 * 2**20
 
@@ -27,8 +24,7 @@ class Base:
     """The modules of a base model and their weights.
 
     Args:
-        source: A folder of safetensors files, "owner/name" or "owner/name@revision" on the Hub, or a model. A model
-            may be quantised; files may not.
+        source: What `Checkpoint` takes, one of these, or a model. A model may be quantised; files may not.
         device: Where weights from files are brought.
         progress: Called with the path of each module whose weight is read.
 
@@ -38,7 +34,7 @@ class Base:
 
     def __init__(
         self,
-        source: str | os.PathLike[str] | nn.Module,
+        source: str | os.PathLike[str] | Checkpoint | nn.Module,
         device: torch.device | str = "cpu",
         progress: Callable[[str], None] | None = None,
     ) -> None:
@@ -46,27 +42,26 @@ class Base:
         self._progress = progress
         self._turned = False
         self.config: dict[str, object] = {}
-        self._files: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.files: Checkpoint | None = None
         if isinstance(source, nn.Module):
             self.name = str(getattr(getattr(source, "config", None), "_name_or_path", "") or type(source).__name__)
             self._model: nn.Module | None = source
             config = getattr(source, "config", None)
             self.config = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
             return
-        folder = Path(source)
-        if not folder.exists():
-            folder = local_folder(str(source), ["*.safetensors", "*.json"])
-        self.name = str(source)
-        self.config = read_json((folder if folder.is_dir() else folder.parent) / "config.json") or {}
-        self._read_heads(folder)
-        self._model = _skeleton(self.config)
+        self.files = source if isinstance(source, Checkpoint) else Checkpoint(source)
+        self.name, self.config = self.files.name, self.files.config
+        self._model = skeleton(self.config)
 
     def paths(self) -> list[str]:
         """The paths of all modules that hold a weight, in the model's order."""
         if self._model is not None:
             return [name for name, module in self._model.named_modules() if hasattr(module, "weight")]
-        return [key.removesuffix(".weight") for key in self._shapes if key.endswith(".weight")]
+        return [key.removesuffix(".weight") for key in self._stored if key.endswith(".weight")]
+
+    @property
+    def _stored(self) -> dict[str, Entry]:
+        return {} if self.files is None else self.files.entries
 
     def weight(self, path: str, module: Module) -> BaseWeight:
         """W0 of one module as [out, in] rows.
@@ -98,7 +93,7 @@ class Base:
             if self._model is None:
                 self._check_stored(path, module)
                 square = module.in_features == module.out_features
-                turned = self._shapes[self._key(path)] == (module.in_features, module.out_features)
+                turned = self._stored[self._key(path)].shape == (module.in_features, module.out_features)
                 self._turned |= turned and not square and not module.embedding
             else:
                 layer = self._layer(path)
@@ -165,8 +160,8 @@ class Base:
 
     def _tensor(self, path: str) -> Tensor:
         key = self._key(path)
-        with safe_open(self._files[key], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(key).to(self.device)
+        assert self.files is not None
+        tensor = self.files.tensor(key).to(self.device)
         if tensor.dtype not in FLOATS:
             raise UnreadableError(
                 f"'{self.name}' is quantised: '{key}' is {tensor.dtype}. Name the base before quantisation, or pass "
@@ -178,9 +173,9 @@ class Base:
         """The name of a module's weight in the files, which may leave out the first parts of its path, or have more."""
         for name in (path, *self._tied_to(path)):
             wanted = f"{name}.weight"
-            if wanted in self._files:
+            if wanted in self._stored:
                 return wanted
-            found = [key for key in self._files if wanted.endswith(f".{key}") or key.endswith(f".{wanted}")]
+            found = [key for key in self._stored if wanted.endswith(f".{key}") or key.endswith(f".{wanted}")]
             if len(found) == 1:
                 return found[0]
         raise self._absent(path)
@@ -193,7 +188,7 @@ class Base:
         return [name for name, other in self._model.named_modules() if getattr(other, "weight", None) is own]
 
     def _check_stored(self, path: str, module: Module) -> None:
-        shape = self._shapes[self._key(path)]
+        shape = self._stored[self._key(path)].shape
         self._check_numbers(path, module, int(torch.Size(shape).numel()), shape)
 
     def _check_numbers(self, path: str, module: Module, found: int, shape: tuple[int, ...] = ()) -> None:
@@ -202,31 +197,6 @@ class Base:
                 f"'{self.name}' is another base: the adapter's module '{path}' is for a weight of "
                 f"{module.out_features} x {module.in_features}, and its weight has {list(shape) or found} numbers."
             )
-
-    def _read_heads(self, folder: Path) -> None:
-        """The names and shapes of all tensors in the files, and which file has them."""
-        files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
-        index = folder / INDEX
-        if index.is_file():
-            named = (read_json(index) or {}).get("weight_map")
-            names = {str(name) for name in named.values()} if isinstance(named, dict) else set()
-            # of the folder itself, whatever a name says
-            missing = sorted(name for name in names if Path(name).name != name or not (folder / name).is_file())
-            if missing or not names:
-                raise UnreadableError(
-                    f"'{folder}' is not whole: its index names '{(missing or ['nothing'])[0]}', which is not in it. "
-                    "Download it again."
-                )
-            files = sorted(folder / name for name in names)
-        if not files:
-            raise UnreadableError(f"'{folder}' holds no base model: expected safetensors files, found none.")
-        for path in files:
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for key in file.keys():  # noqa: SIM118 - the file is no dictionary
-                        self._files[key], self._shapes[key] = path, tuple(file.get_slice(key).get_shape())
-            except (SafetensorError, OSError) as error:
-                raise UnreadableError(f"Cannot read the base's '{path}': {' '.join(str(error).split())}.") from error
 
 
 def _usable(device: torch.device | str) -> torch.device:
@@ -246,7 +216,7 @@ def _usable(device: torch.device | str) -> torch.device:
     return found
 
 
-def _skeleton(config: dict[str, object]) -> nn.Module | None:
+def skeleton(config: dict[str, object]) -> nn.Module | None:
     """The base model without weights, which says what kind each module is; None if transformers has no such model."""
     names = config.get("architectures")
     kind = getattr(transformers, str(names[0]), None) if isinstance(names, list) and names else None
