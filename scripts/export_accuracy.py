@@ -4,9 +4,9 @@
     python scripts/export_accuracy.py --base outputs/smollm2 --adapter outputs/demo/dora
 
 with the adapter of scripts/demo.sh. Runs on a CPU in about 20 minutes on 2 cores; `--words 8` is a short run. Expected
-result: a line for each route, dtype and rank with the share of held-out words that are right, how many answers are those
-of the DoRA model, and error / update over all weights; the rows are stored in scripts/engines/spelling.json, which
-README's table comes from. All models compute in fp32 with the weights as they were written, so that only what an export
+result: a line for each route, dtype and rank with the share of held-out words that are right, how many answers are
+those of the DoRA model, and error / update over all weights; stored in scripts/engines/spelling.json, which README's
+table comes from. All models compute in fp32 with the weights as they were written, so that only what an export
 rounded or left out makes a difference.
 """
 
