@@ -2,7 +2,7 @@
 
     python scripts/export_codes.py --base outputs/smollm2 --adapter outputs/demo/dora
 
-with the adapter of scripts/demo.sh and the base of `prepare_smollm2.py --safetensors`. Runs on a CPU in some minutes, by
+with the adapter of scripts/demo.sh and the base of `prepare_smollm2.py --safetensors`. Runs on a CPU in minutes, by
 bitsandbytes. For each of its formats the base is quantised as transformers does it, and W' is that of the adapter over
 the quantised base. Expected result: error / update over all adapted weights is some hundredths with c in the scales,
 and about 1 after merging and quantising again: the update is lost. Stored in scripts/engines/codes.json.
