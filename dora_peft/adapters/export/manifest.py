@@ -50,7 +50,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Replace the file in `folder`, which is whole at any time."""
-        shards = {name: asdict(shard) for name, shard in self.shards.items()}
+        shards = {name: asdict(shard) for name, shard in sorted(self.shards.items())}
         text = json.dumps({"inputs": self.inputs, "shards": shards}, indent=2) + "\n"
         write_synced(folder / NAME, text.encode())
 
@@ -86,8 +86,8 @@ def describe(files: Iterable[Path], config: Mapping[str, object], options: Mappi
         plan: Which tensors go into which file.
     """
     inputs = {f"base's {path.name}": _describe_file(path) for path in files}
-    inputs["config"] = _digest(json.dumps(config, sort_keys=True, default=str).encode())
     inputs.update({f"option {name}": text for name, text in options.items()})
+    inputs["config"] = _digest(json.dumps(config, sort_keys=True, default=str).encode())
     inputs.update({f"version of {name}": _version(name) for name in _PACKAGES})
     inputs["plan"] = _digest(plan.encode())
     return Manifest(inputs)

@@ -200,6 +200,13 @@ class Names:
             raise UnreadableError(f"'{self.checkpoint.name}' has {len(found)} modules '{path}' in its files, not one.")
         return next(iter(found))
 
+    def module_of(self, path: str) -> str:
+        """The model's module that a path in the files is of."""
+        for key, renamed in self._renamed.items():
+            if key.startswith(f"{path}."):
+                return renamed.removesuffix(key.removeprefix(path))
+        raise UnreadableError(f"'{self.checkpoint.name}' has no module '{path}' in its files.")
+
     def _collect(self) -> None:
         """Put every key of the files to the parameter that it is loaded into."""
         by_name: dict[str, Group] = {}
@@ -231,10 +238,12 @@ class Names:
 
     def _reversed(self, parameter: str) -> str:
         """The key that transformers would write for a parameter that is only renamed."""
+        if not isinstance(self._model, PreTrainedModel):
+            return parameter
+        own = conversion_mapping.get_model_conversion_mapping(self._model, add_legacy=False)
         name = parameter
-        for renaming in reversed(self._renamings):
-            back = deepcopy(renaming).reverse_transform()
-            name = back.rename_source_key(name)[0]
+        for renaming in (one for one in reversed(own) if isinstance(one, WeightRenaming)):
+            name = renaming.reverse_transform().rename_source_key(name)[0]
         return name
 
     def _by_ending(self, parameter: str) -> list[Group]:

@@ -97,6 +97,9 @@ class ShardWriter:
             self._digest.update(data)
             self._offset += len(data)
         shape = list(tensor.shape)
+        if dtype == torch.float4_e2m1fn_x2:
+            # two numbers in each element of torch's
+            shape[-1] *= 2
         self._entries[key] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [start, self._offset]}
 
 

@@ -8,14 +8,17 @@ compressed_tensors.py  W4A16, W8A16, W8A8                 gguf.py      a whole f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from ....bases.inspection import FLOATS
-from ...formats.checkpoint import Checkpoint
+from ...formats.checkpoint import Checkpoint, Entry
 from . import bitsandbytes, compressed_tensors, fp8, gptq, hqq
 from .base import Codes, Stored
 
-__all__ = ["Codes", "codes_of", "quantised_paths"]
+__all__ = ["Codes", "codes_among", "codes_of", "quantised_paths"]
 
 # compressed-tensors before the 8-bit floats of others, whose names are the same
 FORMATS = (bitsandbytes, gptq, hqq, compressed_tensors, fp8)
@@ -50,6 +53,32 @@ def codes_of(checkpoint: Checkpoint, path: str) -> Codes | None:
         "bitsandbytes, GPTQ, AWQ, HQQ, compressed-tensors or 8-bit floats",
         "name the base before quantisation",
     )
+
+
+def codes_among(checkpoint: Checkpoint, path: str, tensors: Mapping[str, Tensor]) -> Codes:
+    """The weight that a module's new tensors are, such as `Codes.times` gives them.
+
+    Args:
+        checkpoint: Where the module was, whose config says how it is quantised.
+        path: The module's, as the keys begin.
+        tensors: By key.
+    """
+    found = codes_of(_Among(checkpoint, tensors), path)
+    assert found is not None
+    return found
+
+
+class _Among(Checkpoint):
+    """Tensors in memory in the place of a checkpoint's own."""
+
+    def __init__(self, checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
+        self.name, self.folder, self.config = checkpoint.name, checkpoint.folder, checkpoint.config
+        self.metadata = checkpoint.metadata
+        self._tensors = tensors
+        self.entries = {key: Entry("", tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+
+    def tensor(self, key: str) -> Tensor:
+        return self._tensors[key]
 
 
 def quantised_paths(checkpoint: Checkpoint) -> list[str]:
