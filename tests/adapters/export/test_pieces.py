@@ -65,6 +65,8 @@ def test_tables_that_are_not_adapted_stay_tied(tmp_path):
 
 def test_trained_rows_go_into_the_table_that_all_share(tmp_path):
     adapted = opened(tmp_path, target_modules=["q_proj"], trainable_token_indices=[1, 3])
+    rows = adapted.model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta["default"]
+    rows.data.fill_(7.0)
     tensors, untied = made(adapted)
     assert HEAD not in tensors
     assert untied == []
