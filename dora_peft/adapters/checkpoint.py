@@ -65,14 +65,21 @@ def to_checkpoint(
 
 
 def _quantisation(model: nn.Module) -> dict[str, object] | None:
-    """What a model's quantization_config says in texts and numbers; None if it has none.
+    """What a model's quantization_config says in texts, numbers and names of modules; None if it has none.
 
     A base that was quantised otherwise, or not at all, has other norms by up to 2 %.
     """
     found = getattr(getattr(model, "config", None), "quantization_config", None)
     entries: dict[str, object] = found if isinstance(found, dict) else getattr(found, "to_dict", dict)()
     kept = {k: getattr(v, "value", v) for k, v in entries.items()}
-    return {k: v for k, v in kept.items() if isinstance(v, (str, int, float)) and not k.startswith("_")} or None
+    return {k: v for k, v in kept.items() if _is_plain(v) and not k.startswith("_")} or None
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is a text, a number, or a list of texts."""
+    if isinstance(value, list):
+        return all(isinstance(one, str) for one in value)
+    return isinstance(value, (str, int, float))
 
 
 def _readable_by_peft(

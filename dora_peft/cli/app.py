@@ -6,11 +6,11 @@ import sys
 
 import typer
 
-from . import convert, doctor, info
+from . import convert, doctor, export, info
 from .common import said_in_one_line
 
 app = typer.Typer(
-    help="DoRA adapters: what is in them, what is wrong with them, and other tools' formats.",
+    help="DoRA adapters: what is in them, what is wrong with them, other tools' formats, and what servers take.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -19,6 +19,7 @@ app = typer.Typer(
 app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)
 app.command("convert")(convert.convert)
+app.command("export")(export.export)
 
 
 def main() -> None:

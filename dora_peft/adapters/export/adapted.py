@@ -22,7 +22,6 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ...bases import BaseWeight
 from ...config import DoraConfig
 from ...layers import DoraLayer
 from ...layers.merge import merged_weight, parts
@@ -31,6 +30,7 @@ from ..formats import FORMATS, Base, Checkpoint, UnreadableError, format_of, rea
 from ..formats.base import skeleton
 from ..formats.source import CONFIG, Source
 from .names import Names
+from .requantised import Quantised, recorded
 
 # A, B, s and c [out] of each adapter, in the order in which they are active.
 Parts = list[tuple[Tensor, Tensor, float, Tensor]]
@@ -66,11 +66,15 @@ class AdaptedBase:
         adapters: Folders, files or names on the Hub, in any format, in the order in which they are active.
         device: Where W0 is brought and W' computed.
         allow_pickle: See `convert`.
+        base_quantization: How the base was quantised in training, one of `requantised.NAMED`; what the folders
+            say if None.
 
     Attributes:
         layers: The adapted modules by their paths in the base model.
         names: The parameters of the base model in its files.
         sources: What was read of each adapter.
+        quantised: What bitsandbytes makes of the base, if the adapters were trained over that.
+        unrecorded: Whether no folder says how its base was quantised, and nobody else.
 
     Raises:
         UnreadableError: One cannot be read, does not fit the base, is no DoRA, or changes the base when loaded.
@@ -83,10 +87,11 @@ class AdaptedBase:
         *,
         device: torch.device | str = "cpu",
         allow_pickle: bool = False,
+        base_quantization: str | None = None,
     ) -> None:
         self.checkpoint = checkpoint
-        base = Base(checkpoint, device)
-        self.device = base.device
+        self._base = Base(checkpoint, device)
+        self.device = self._base.device
         model = skeleton(checkpoint.config)
         if model is None:
             raise UnreadableError(
@@ -95,9 +100,15 @@ class AdaptedBase:
             )
         self.names = Names(checkpoint, model)
         self.sources = [read_source(adapter, allow_pickle=allow_pickle) for adapter in adapters]
-        self.model = _loaded(model, self.sources, base)
-        self._adapters = list(self.model.peft_config)
+        record, self.unrecorded = recorded(self.sources, base_quantization)
+        self.quantised: Quantised | None = None
+        if record is not None and "quantization_config" not in checkpoint.config:
+            again = skeleton(checkpoint.config)
+            assert again is not None
+            self.quantised = Quantised(record, again)
         self._given = _base_weights(self.sources, checkpoint, self.names)
+        self.model = _loaded(model, self.sources, self._base)
+        self._adapters = list(self.model.peft_config)
         self.layers = {
             name: layer for name, layer in _inner(self.model).named_modules() if isinstance(layer, DoraLayer)
         }
@@ -107,14 +118,18 @@ class AdaptedBase:
         """Those of the adapters, in order."""
         return [cast(DoraConfig, self.model.peft_config[name]) for name in self._adapters]
 
+    def over(self, model: nn.Module) -> PeftModel:
+        """The adapters over the base in memory, active in their order."""
+        return _loaded(model, self.sources, self._base)
+
     def adapters_of(self, path: str) -> list[str]:
         """The adapters that change a module, in order."""
         layer = self.layers[path]
         return [name for name in self._adapters if name in layer.scaling]
 
     @contextmanager
-    def at_hand(self, path: str) -> Iterator[DoraLayer]:
-        """An adapted module with its W0 in memory."""
+    def at_hand(self, path: str, dtype: torch.dtype | None = None) -> Iterator[DoraLayer]:
+        """An adapted module with its W0 in memory, in another dtype if one is given."""
         layer = self.layers[path]
         base = layer.get_base_layer()
         away = base.get_parameter("weight")
@@ -124,12 +139,14 @@ class AdaptedBase:
                 f"'{self.checkpoint.name}' is another base: module '{path}' has a weight of {list(weight.shape)} in "
                 f"its files, and {list(away.shape)} by its config."
             )
-        base.weight = nn.Parameter(weight.to(self.device), requires_grad=False)
+        # a copy lies where a loaded model's weight would, which may decide the last bit of a product
+        base.weight = nn.Parameter(weight.to(self.device, dtype, copy=True), requires_grad=False)
         try:
             with torch.no_grad():
                 yield layer
         finally:
-            base.weight = away
+            # a table that the adapter brought is not on the meta device either
+            base.weight = nn.Parameter(away.to("meta"), requires_grad=False)
 
     def stored(self, path: str) -> Tensor:
         """W0 of a module as the model holds it, floats."""
@@ -140,27 +157,37 @@ class AdaptedBase:
                 f"'{self.checkpoint.name}' is quantised: the weight of '{path}' is {weight.dtype}. Name the base "
                 "before quantisation."
             )
-        return weight
+        return self.requantised(path, weight)
+
+    def requantised(self, path: str, weight: Tensor) -> Tensor:
+        """A module's weight after quantising, if the adapters were trained over that."""
+        if self.quantised is None or path not in self.quantised.paths:
+            return weight
+        return self.quantised.rounded(path, weight.to(self.device))
 
     def parts(self, path: str, layer: DoraLayer) -> Parts:
         """A, B, s and c of each adapter of a module that is at hand."""
         return parts(layer, self.adapters_of(path), layer.base_weight())
 
-    def merged(self, path: str) -> Tensor:
-        """W' of a module in its own layout and dtype, as merging makes it.
+    def merged(self, path: str, dtype: torch.dtype | None = None) -> Tensor:
+        """W' of a module in its own layout, as merging makes it of W0 in its own or another dtype.
 
         Raises:
             UnreadableError: It cannot be merged.
         """
-        with self.at_hand(path) as layer:
+        with self.at_hand(path, dtype) as layer:
             try:
-                return merged_weight(layer, self.adapters_of(path), safe_merge=True).detach()
+                found = merged_weight(layer, self.adapters_of(path), safe_merge=True).detach()
             except (NotImplementedError, ValueError) as error:
                 raise UnreadableError(str(error)) from error
+        return found.to(dtype or self.dtype_of(path))
 
-    def weight(self, layer: DoraLayer) -> BaseWeight:
-        """W0 of a module at hand as [out, in] rows."""
-        return layer.base_weight()
+    def dtype_of(self, path: str) -> torch.dtype:
+        """That of a module's weight in the files; of a quantised one, that of what it stands for."""
+        found = self.checkpoint.entries[self.names.keys(f"{path}.weight")[0]].dtype
+        return (
+            found if found is not None and found.is_floating_point and found.itemsize > 1 else self.stored(path).dtype
+        )
 
     def trained(self) -> dict[str, Trained]:
         """What the adapters hold of other parameters, by their names in the base model: biases, whole modules, rows."""
@@ -206,6 +233,9 @@ def _loaded(model: nn.Module, sources: Sequence[Source], base: Base) -> PeftMode
             names.append(name)
             _fill_tokens(loaded, source, name)
         assert loaded is not None
+        for parameter in loaded.parameters():
+            # what is mapped from a file may lie anywhere, a copy where a loaded model's would, which products feel
+            parameter.data = parameter.data.clone()
         loaded.base_model.set_adapter(names)  # type: ignore[operator]
     return loaded.eval()
 
@@ -288,3 +318,8 @@ def _plain(path: str) -> str:
     """The path of a wrapped module as the base model has it."""
     wrappers = ("base_layer", "token_adapter", "original_module")
     return ".".join(part for part in path.split(".") if part not in wrappers)
+
+
+def kernel_of(base: nn.Module) -> tuple[int, ...]:
+    """(in_channels / groups, kernel sizes ...) of a convolution; () of other layers."""
+    return tuple(base.get_parameter("weight").shape[1:]) if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else ()

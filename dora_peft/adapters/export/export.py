@@ -1,0 +1,256 @@
+"""The three routes out of an adapter under one function."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from ..formats import Checkpoint, UnreadableError
+from .adapted import AdaptedBase
+from .changes import changes
+from .companions import base_folder
+from .exact import Exact, export_exact, task_of
+from .lora import export_lora
+from .merged import check_all, export_merged
+from .record import Record
+from .splitting import Loss, loss_of, split
+from .text import text_for
+from .writing import Report
+
+ROUTES = ("exact", "lora", "merged")
+
+
+def export(
+    adapters: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    route: str,
+    *,
+    dtype: torch.dtype | None = None,
+    rank: int | None = None,
+    error: float | None = None,
+    to: str = "peft",
+    calibration: str | os.PathLike[str] | None = None,
+    covariance: bool = False,
+    base_quantization: str | None = None,
+    device: torch.device | str = "cpu",
+    force: bool = False,
+    dry_run: bool = False,
+    allow_pickle: bool = False,
+    command: str | None = None,
+    progress: Report | None = None,
+) -> Record:
+    """Write what servers that do not know DoRA take: W' = c (W0 + s B A) by one of three routes.
+
+    Args:
+        adapters: Folders, files or names on the Hub, in any format that `convert` reads, in the order in which they are
+            active.
+        base: A folder of safetensors files, or "owner/name" or "owner/name@revision" on the Hub.
+        out: The folder to write; with `to` "gguf" the file.
+        route: "exact", a base with rows c W0 in `out`/base and a plain LoRA c s B A in `out`/adapter: exact up to
+            rounding of W0; "lora", the nearest plain LoRA over the base as it is; "merged", a base with weights W'.
+        dtype: Of what is written: fp16 if None, but for "merged" that of the base. fp32 if fp16 overflows.
+        rank, error: Of "lora": one of vLLM's ranks, or the largest ||dW - B A|| / ||dW|| over all modules.
+        to: Of "lora": "peft" for a folder, "gguf" for llama.cpp's file.
+        calibration: Of "lora": a file of texts, by whose inputs the fit is weighted and the result compared.
+        covariance: Weight by the whole second moments of the inputs, one layer at a time.
+        base_quantization: How the base was quantised in training, "nf4", "fp4", "int8" or "none"; what the folders say
+            if None.
+        device: Where it is computed.
+        force: Replace an export at `out`.
+        dry_run: Write nothing.
+        allow_pickle: Also read adapters of torch.save, their tensors alone.
+        command: What a user typed, for the record.
+        progress: Called with what is being read or written.
+
+    Returns:
+        What was written, with its errors; it is in dora_export.json as well.
+
+    Raises:
+        UnreadableError: An adapter cannot be read or does not fit the base, or the route cannot hold it.
+        FileExistsError: Something is at `out`, and `force` is not set or it is something else.
+        OSError: The system cannot write.
+    """
+    if route not in ROUTES:
+        raise UnreadableError(f"--as {route}: expected one of {', '.join(ROUTES)}.")
+    if route != "lora" and (rank, error, calibration, to) != (None, None, None, "peft"):
+        raise UnreadableError(f"--rank, --error, --calibration and --to belong to --as lora, and this is {route}.")
+    named = [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters)
+    if not named:
+        raise UnreadableError("There is no adapter to export: expected at least one.")
+    adapted = AdaptedBase(
+        Checkpoint(base_folder(base)), named, device=device, allow_pickle=allow_pickle,
+        base_quantization=base_quantization,
+    )  # fmt: skip
+    run = _Run(adapted, Path(out), str(base), [str(one) for one in named], command, force, dry_run, progress)
+    if route == "exact":
+        return _exact(run, torch.float16 if dtype is None else dtype)
+    if route == "merged":
+        return _merged(run, dtype)
+    fit = _Fit(rank, error, torch.float16 if dtype is None else dtype, to, calibration, covariance)
+    return _lora(run, fit)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all routes are told."""
+
+    adapted: AdaptedBase
+    out: Path
+    base: str
+    adapters: list[str]
+    command: str | None
+    force: bool
+    dry_run: bool
+    progress: Report | None
+
+    def record(
+        self,
+        route: str,
+        dtype: torch.dtype,
+        statement: str,
+        totals: Mapping[str, float],
+        modules: Mapping[str, Mapping[str, float]],
+        notes: Sequence[str],
+    ) -> Record:
+        name = str(dtype).removeprefix("torch.")
+        of_base = _of_base(self.adapted)
+        return Record(
+            route, name, self.base, self.adapters, statement, totals, modules, [*of_base, *notes], self.command
+        )
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What the route `lora` is told."""
+
+    rank: int | None
+    error: float | None
+    dtype: torch.dtype
+    to: str
+    calibration: str | os.PathLike[str] | None
+    covariance: bool
+
+
+def _exact(run: _Run, dtype: torch.dtype) -> Record:
+    def record(done: Exact) -> Record:
+        statement = f"exact up to rounding of W0 to {_name(done.dtype)}"
+        return run.record("exact", done.dtype, statement, *_numbers(done.losses), done.notes)
+
+    done = export_exact(
+        run.adapted, run.out, dtype=dtype, force=run.force, dry_run=run.dry_run,
+        finish=lambda known, folder: record(known).write(folder), progress=run.progress,
+    )  # fmt: skip
+    return record(done)
+
+
+def _merged(run: _Run, dtype: torch.dtype | None) -> Record:
+    adapted = run.adapted
+    check_all(adapted)
+    losses = {path: _merged_loss(adapted, path, dtype, run.progress) for path in adapted.layers}
+    stored = adapted.dtype_of(next(iter(adapted.layers)))
+    to = stored if dtype is None else dtype
+
+    def record(notes: Sequence[str]) -> Record:
+        statement = f"exact up to rounding of W' to {_name(to)}, as merge_and_unload rounds it"
+        return run.record("merged", to, statement, *_numbers(losses), notes)
+
+    if run.dry_run:
+        return record([])
+    done = export_merged(
+        adapted, run.out, dtype=dtype, force=run.force, progress=run.progress,
+        finish=lambda folder, notes: [record(notes).write(folder)],
+    )  # fmt: skip
+    return record(done.notes)
+
+
+def _merged_loss(adapted: AdaptedBase, path: str, dtype: torch.dtype | None, progress: Report | None) -> Loss:
+    if progress is not None:
+        progress(path)
+    served = adapted.merged(path, dtype)
+    with adapted.at_hand(path) as layer:
+        weight = layer.base_weight()
+        nothing = torch.zeros(1, weight.in_features), torch.zeros(weight.out_features, 1)
+        return loss_of(layer, adapted.parts(path, layer), served, *nothing)
+
+
+def _lora(run: _Run, fit: _Fit) -> Record:
+    adapted = run.adapted
+    check_all(adapted)
+    others = adapted.trained()
+    if others:
+        raise UnreadableError(
+            f"The adapter also trained '{next(iter(others))}' ({len(others)} such parameters), and a plain LoRA holds "
+            "factors alone. Export with --as exact or merged."
+        )
+    text = None if fit.calibration is None else text_for(adapted, fit.calibration)
+    weights = None if text is None else text.weights(list(adapted.layers), fit.covariance)
+    turned = any(isinstance(layer.get_base_layer(), Conv1D) for layer in adapted.layers.values())
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / run.out.name if run.dry_run else run.out
+        done = export_lora(
+            changes(adapted), out, base_name=run.base, rank=fit.rank, error=fit.error, weights=weights,
+            dtype=fit.dtype, to=fit.to, config=adapted.checkpoint.config, fan_in_fan_out=turned,
+            task_type=task_of(adapted), force=run.force, progress=run.progress,
+        )  # fmt: skip
+    totals = {"rank": done.rank, "error_over_update": done.error, "scale_share": done.scale_share}
+    if text is not None:
+        totals.update(vars(text.compare(done.factors)))
+    modules = {
+        one.path: {
+            "error_over_update": one.error,
+            "scale_share": one.scale_share,
+            "rank": one.rank,
+            "update": one.update,
+        }
+        for one in done.modules
+    }
+    statement = (
+        f"approximate: the nearest plain LoRA of rank {done.rank}; the part (c - 1) W0, which no low rank holds, is "
+        f"{done.scale_share:.3g} of the update"
+    )
+    record = run.record("lora", done.dtype, statement, totals, modules, done.notes)
+    if fit.to == "peft" and not run.dry_run:
+        record.write(run.out)
+    return record
+
+
+def _numbers(losses: Mapping[str, Loss]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Totals, and each module's."""
+    error, update = (sqrt(sum(getattr(one, name) ** 2 for one in losses.values())) for name in ("error", "update"))
+    rows, lost = (sum(getattr(one, name) for one in losses.values()) for name in ("rows", "lost"))
+    totals = {"error_over_update": error / update if update else 0.0, "share_lost": lost / rows if rows else 0.0}
+    modules = {
+        path: {"error_over_update": one.error_over_update, "share_lost": one.share_lost, "update": one.update}
+        for path, one in losses.items()
+    }
+    return totals, modules
+
+
+def _of_base(adapted: AdaptedBase) -> list[str]:
+    """What has to be said of the base."""
+    if adapted.quantised is not None:
+        return ["W0 is the base as bitsandbytes quantised it in training, as the adapter's folder or the caller says"]
+    if not adapted.unrecorded:
+        return []
+    total, count = 0.0, 0
+    for path in adapted.layers:
+        with adapted.at_hand(path) as layer:
+            off = (split(adapted.parts(path, layer)).scale - 1).abs()
+            total, count = total + off.sum().item(), count + len(off)
+    return [
+        "the adapter's folder does not say how its base was quantised in training: magnitudes are "
+        f"{total / count:.2%} off the norms of this one on average (NF4 moves norms by up to 1.9 %); see "
+        "--base-quantization"
+    ]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

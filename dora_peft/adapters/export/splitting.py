@@ -1,0 +1,134 @@
+"""W' taken apart into rows c W0 and a plain LoRA c s B A, and what rounding both costs.
+
+Of several adapters, W' = c2 (c1 (W0 + s1 B1 A1) + s2 B2 A2): the rows are c2 c1 W0, and the LoRA is [A1; A2] with
+[c2 c1 s1 B1, c2 s2 B2].
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...layers import DoraLayer
+from ...ops import merging
+from .adapted import Parts
+
+
+@dataclass(frozen=True)
+class Split:
+    """W' = diag(scale) W0 + lora_B lora_A.
+
+    Attributes:
+        scale: c of all adapters together, [out].
+        lora_A: [r, in], in the accumulation dtype; the ranks of several adapters one after the other.
+        lora_B: [out, r], with c and s.
+    """
+
+    scale: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+
+    @property
+    def empty(self) -> bool:
+        """Whether the low-rank part is zero, as a magnitude-only module's."""
+        return not bool(self.lora_B.any())
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What rounding cost one module.
+
+    Attributes:
+        error: ||W_served - W'||_F, W_served being what a server computes with.
+        update: ||W' - W0||_F.
+        rows, lost: How many rows have c other than 1, and how many of those came out as W0's own.
+        digest: Of the new base's rows, see `digest_of`.
+    """
+
+    error: float
+    update: float
+    rows: int
+    lost: int
+    digest: str
+
+    @property
+    def error_over_update(self) -> float:
+        return self.error / self.update if self.update else 0.0
+
+    @property
+    def share_lost(self) -> float:
+        return self.lost / self.rows if self.rows else 0.0
+
+
+def split(parts: Parts) -> Split:
+    """The factors c of W0's rows and the low-rank rest of W'.
+
+    Args:
+        parts: A [r, in], B [out, r], s and c [out] of each adapter in order; see `AdaptedBase.parts`.
+    """
+    after = torch.ones_like(parts[0][3])
+    ups: list[Tensor] = []
+    for _, lora_B, scaling, c in reversed(parts):
+        after = after * c
+        ups.insert(0, (scaling * after)[:, None] * lora_B)
+    return Split(after, torch.cat([lora_A for lora_A, *_ in parts]), torch.cat(ups, 1))
+
+
+def scaled(layer: DoraLayer, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """c W0 in the base layer's own layout, in `dtype`.
+
+    Args:
+        layer: The layer with its W0 at hand.
+        scale: c [out].
+        dtype: Of the new weight.
+    """
+    weight, base = layer.base_weight(), layer.get_base_layer()
+    new = torch.empty_like(base.get_parameter("weight"), dtype=dtype)
+    matrix = layer.kind.matrix(base, new)
+    for start, stop, rows in weight.blocks():
+        matrix[start:stop] = rows * scale[start:stop, None]
+    return new
+
+
+def loss_of(layer: DoraLayer, parts: Parts, served: Tensor, lora_A: Tensor, lora_B: Tensor) -> Loss:
+    """Compare what a server computes with to W'.
+
+    Args:
+        layer: The layer with its W0 at hand.
+        parts: What W' is made of.
+        served: The new base's weight in its layout.
+        lora_A, lora_B: The plain LoRA's factors [r, in] and [out, r] as they are stored, s = 1.
+    """
+    weight = layer.base_weight()
+    matrix = layer.kind.matrix(layer.get_base_layer(), served)
+    lora_A, lora_B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
+    scale = split(parts).scale
+    changed = (scale - 1).abs() > torch.finfo(scale.dtype).eps
+    error = update = 0.0
+    lost = 0
+    hashed = hashlib.sha256()
+    for start, stop, rows in weight.blocks():
+        new = matrix[start:stop]
+        _add(hashed, new)
+        same = (new == rows.to(new.dtype)).all(1) & rows.any(1)
+        lost += int((same & changed[start:stop]).sum())
+        target = merging.merged_rows(rows.clone(), start, stop, parts)
+        update += (target - rows).double().square().sum().item()
+        target.sub_(torch.addmm(new.to(weight.dtype), lora_B[start:stop], lora_A))
+        error += target.double().square().sum().item()
+    return Loss(error**0.5, update**0.5, int(changed.sum()), lost, hashed.hexdigest())
+
+
+def digest_of(matrix: Tensor) -> str:
+    """What a weight is recognised by: SHA-256 of its rows [out, in] in the dtype that they are stored in."""
+    hashed = hashlib.sha256()
+    for rows in matrix.split(max(1, 2**24 // max(1, matrix[0].nbytes))):
+        _add(hashed, rows)
+    return hashed.hexdigest()
+
+
+def _add(hashed: hashlib._Hash, rows: Tensor) -> None:
+    hashed.update(rows.contiguous().cpu().view(torch.uint8).numpy().data)
