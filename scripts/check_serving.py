@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,12 @@ SIZES = {
 MODELS: dict[str, PretrainedConfig] = {
     "tiny LLaMA": LlamaConfig(**SIZES, tie_word_embeddings=False),
     "tiny Qwen2 with biases": Qwen2Config(**SIZES, tie_word_embeddings=True),
+}
+# Where a server finds the base and the adapter of each route.
+SERVED: dict[str, Callable[[str, str], dict[str, str | None]]] = {
+    "exact": lambda out, base: {"base": f"{out}/base", "adapter": f"{out}/adapter"},
+    "lora": lambda out, base: {"base": base, "adapter": out},
+    "merged": lambda out, base: {"base": out, "adapter": None},
 }
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PROMPT = "Say g a l l o p i n g: G AE L AH P IH NG\nSay t r o m b o n e s:"
@@ -126,15 +132,14 @@ def make_forms(folder: Path, name: str, rank: int, whole: bool) -> dict[str, dic
         for dtype in DTYPES:
             out = f"{name}/{route}-{dtype}"
             options: dict[str, Any] = {"rank": rank} if route == "lora" else {}
-            export([folder / dora], folder / base, folder / out, route=route, dtype=DTYPES[dtype], **options)
-            served = {
-                "exact": {"base": f"{out}/base", "adapter": f"{out}/adapter"},
-                "lora": {"base": base, "adapter": out},
-                "merged": {"base": out, "adapter": None},
-            }
-            about = {"route": route, "dtype": dtype, **served[route], "engines": list(ENGINES)}
+            record = export(folder / dora, folder / base, folder / out, route, dtype=DTYPES[dtype], **options)
+            about = {"route": route, "dtype": dtype, **SERVED[route](out, base), "engines": list(ENGINES)}
+            about["weights"] = record.totals["error_over_update"]
             if route == "lora":
                 about |= {"rank": rank, "approximate": not whole}
+                gguf = f"{out}.gguf"
+                export(folder / dora, folder / base, folder / gguf, route, dtype=DTYPES[dtype], to="gguf", **options)
+                cases[f"{name} gguf {dtype}"] = {**about, "route": "gguf", "adapter": gguf, "engines": ["llama"]}
             if route == "merged":
                 # It checks adapters alone, and here is none.
                 about["engines"].remove("sglang")
@@ -181,7 +186,7 @@ def truths(folder: Path, plan: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def judge(row: Mapping[str, Any], case: Mapping[str, Any], truth: Mapping[str, Any]) -> dict[str, Any]:
     """What is stored of one answer of one engine; `right` is whether it is what had to be expected."""
-    kept = {key: case[key] for key in ("model", "route", "dtype", "rank") if key in case}
+    kept = {key: case[key] for key in ("model", "route", "dtype", "rank", "weights") if key in case}
     if "refused" in row:
         return {**kept, "refused": row["refused"], "right": case["route"] == "dora"}
     if "scaling" in row:

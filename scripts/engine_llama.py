@@ -59,8 +59,10 @@ def serve(folder: Path, models: dict, group: list[tuple[str, dict]]) -> tuple[di
         return {name: {"refused": refusal} for name, _ in group}, {}
     asked = []
     for number, (name, case) in enumerate(group):
-        lora = folder / f"{number}.gguf" if case["adapter"] is not None else None
-        if lora is not None:
+        # What is written as a file is llama.cpp's own; a folder goes through its converter.
+        lora = folder / case["adapter"] if case["adapter"] is not None else None
+        if lora is not None and lora.is_dir():
+            lora = folder / f"{number}.gguf"
             options = ("--base", folder / case["base"], "--outtype", kind, "--outfile", lora)
             refusal = convert("convert_lora_to_gguf.py", folder / case["adapter"], *options)
             if refusal is not None:

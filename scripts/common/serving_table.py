@@ -11,6 +11,7 @@ FORMS = {
     "dora": "the DoRA adapter itself",
     "exact": "`exact`: a base of its own and a LoRA",
     "lora": "`lora`",
+    "gguf": "`lora --to gguf`",
     "merged": "`merged`",
 }
 DTYPES = ("fp32", "fp16", "bf16")
