@@ -247,7 +247,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--adapter", type=Path, help="make: a DoRA adapter of LLaMA's modules, besides the tiny ones")
     parser.add_argument("--base", help="make: its base, if it is not the one that the adapter names")
     parser.add_argument("--rank", type=int, default=128, help="make: of its `lora` export (default 128)")
-    parser.add_argument("--label", default="SmolLM2-135M, the demo's adapter", help="compare: what --adapter was")
+    parser.add_argument("--label", default="SmolLM2-135M", help="compare: what --adapter was")
     parser.add_argument("--results", type=Path, default=Path("scripts/engines"))
     options = parser.parse_args(argv)
     if options.what == "make":

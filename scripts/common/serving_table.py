@@ -27,7 +27,8 @@ UNMEASURED = "not measured yet"
 
 def heading(engine: str, versions: Mapping[str, Mapping[str, str]]) -> str:
     """What an engine's column is called; without versions if it has not been run."""
-    return re.sub(r" ?\{([^}]*)\}", lambda m: f" {v}" if (v := versions.get(engine, {}).get(m[1])) else "", ENGINES[engine])
+    found = versions.get(engine, {})
+    return re.sub(r" \{([^}]*)\}", lambda m: f" {found[m[1]]}" if m[1] in found else "", ENGINES[engine])
 
 
 def cell(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -39,7 +40,9 @@ def cell(rows: Sequence[Mapping[str, Any]]) -> str:
         return "refused"
     if all("scaling" in row for row in ordered):
         return "taken"
-    return ", ".join("refused" if "refused" in row else f"{row['error']:.0e}" for row in ordered)
+    return ", ".join(
+        "refused" if "refused" in row else f"{row['error']:.0e}" if row["error"] else "0" for row in ordered
+    )
 
 
 def serving_table(report: Mapping[str, Any]) -> str:
