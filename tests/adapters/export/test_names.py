@@ -41,9 +41,7 @@ def llava(tied=False):
         projection_dim=16,
     )  # fmt: skip
     text = LlamaConfig(**SIZES, tie_word_embeddings=tied)
-    return LlavaForConditionalGeneration(
-        LlavaConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
-    )
+    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied))
 
 
 def qwen_vl():
