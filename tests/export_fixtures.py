@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 
 def qwen(tied: bool = False) -> Qwen2ForCausalLM:
@@ -25,3 +25,12 @@ def gpt2() -> GPT2LMHeadModel:
     """One block, whose linear layers are stored the other way round; its head is tied to its table."""
     torch.manual_seed(0)
     return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=16)).eval()
+
+
+def wide_llama() -> LlamaForCausalLM:
+    """Two blocks whose rows end on bitsandbytes' blocks of 64."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=32, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config).eval()

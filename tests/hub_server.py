@@ -86,6 +86,9 @@ class HubServer(ThreadingHTTPServer):
         self.token = token
         # Of each repository its commits, oldest first, by sha; of each commit its files, by path.
         self.repos: dict[str, dict[str, dict[str, File]]] = {}
+        self.private: set[str] = set()
+        # Of each repository the files that a pull request would give it.
+        self.pull_requests: dict[str, list[dict[str, File]]] = {}
         self.lfs_granted: dict[str, int] = {}
         self.lfs_objects: dict[str, bytes] = {}
         self.unexpected: list[str] = []
@@ -150,6 +153,8 @@ class HubServer(ThreadingHTTPServer):
         if name in self.repos:
             raise HubError(409, "You already created this model repo", url=f"{self.url}/{name}")
         self.add_commit(name, {})
+        if asked.get("private") or asked.get("visibility") == "private":
+            self.private.add(name)
         return {"url": f"{self.url}/{name}", "name": name}
 
     @route("POST", "/api/validate-yaml")
@@ -218,6 +223,11 @@ class HubServer(ThreadingHTTPServer):
                 files[value["path"]] = File(self.lfs_objects[value["oid"]], lfs=True)
             else:
                 raise HubError(400, f"Operation {key!r} is not supported")
+        if "create_pr=1" in request.path:
+            self.pull_requests.setdefault(repo, []).append(files)
+            number = len(self.pull_requests[repo])
+            answer = {"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{repo}/commit/{sha}"}
+            return answer | {"pullRequestUrl": f"{self.url}/{repo}/discussions/{number}"}
         sha = self.add_commit(repo, files)
         return {"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{repo}/commit/{sha}"}
 
@@ -229,7 +239,14 @@ class HubServer(ThreadingHTTPServer):
     def model_info_at(self, request, repo, rev):
         sha, files = self.commit(repo, rev)
         siblings = [{"rfilename": path} for path in sorted(files)]
-        return {"id": repo, "modelId": repo, "sha": sha, "private": False, "tags": [], "siblings": siblings}
+        return {
+            "id": repo,
+            "modelId": repo,
+            "sha": sha,
+            "private": repo in self.private,
+            "tags": [],
+            "siblings": siblings,
+        }
 
     @route("GET", "/api/models/{repo}/tree/{rev}")
     @route("GET", "/api/models/{repo}/tree/{rev}/{path}")

@@ -5,7 +5,7 @@ checkpoint.py    its tensors in a file that plain PEFT reads; peft_rows.py rows 
                  computed.py masks and parametrizations
 card.py          the model card beside it
 initial.py       rewritten for a base weight without what its initialisation changed
-hotswap.py       another checkpoint in an adapter's place
+hotswap.py       another checkpoint in an adapter's place; swappable.py whether it may take it
 combine.py       weighted sums of adapters as a new one
 merge.py         into the base weights
 mixed_batch.py   one adapter per sample

@@ -34,15 +34,21 @@ def complete_model_card(folder: str, config: DoraConfig, repo_id: str | None = N
     """
     path = os.path.join(folder, "README.md")
     card = ModelCard.load(path)
-    card.data["tags"] = sorted({*(card.data.get("tags") or []), "dora", "lora"})
-    before, _, rest = card.text.partition(_START)
-    after = rest.partition(_END)[2].lstrip("\n")
-    section = _section(config, card.data.get("base_model"), repo_id or "<this repository or folder>")
-    card.text = f"{before.rstrip()}\n\n{_START}\n{section}\n{_END}\n{after}".lstrip()
+    section = adapter_section(config, card.data.get("base_model"), repo_id or "<this repository or folder>")
+    complete(card, section, "dora", "lora")
     card.save(path)
 
 
-def _section(config: DoraConfig, base_model: str | None, where: str) -> str:
+def complete(card: ModelCard, section: str, *tags: str) -> None:
+    """Add the package's section to a card, or replace it by another one, and tags to those that it has."""
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), *tags})
+    before, _, rest = card.text.partition(_START)
+    after = rest.partition(_END)[2].lstrip("\n")
+    card.text = f"{before.rstrip()}\n\n{_START}\n{section}\n{_END}\n{after}".lstrip()
+
+
+def adapter_section(config: DoraConfig, base_model: str | None, where: str) -> str:
+    """What a DoRA adapter in PEFT's format is, and how to load it from a repository or folder `where`."""
     base = base_model or config.base_model_name_or_path or "the base model"
     auto = {"SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM", "CAUSAL_LM": "AutoModelForCausalLM"}.get(
         str(getattr(config.task_type, "value", config.task_type)), "AutoModel"

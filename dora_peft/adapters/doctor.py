@@ -10,6 +10,7 @@ from torch import nn
 from .convert import CHANGES_BASE, SCALES, Report, read_as
 from .doctor_files import Finding, of_config, of_magnitudes, of_numbers, of_patterns, of_tensors, without_input_scales
 from .doctor_norms import Norms, norms_of, of_norms, of_quantisation, quantised, told_axis
+from .export.fingerprint import KEY, other_weights
 from .formats import Adapter, Base, UnreadableError, format_of, read_source
 from .formats.source import Source
 
@@ -17,6 +18,12 @@ _CHANGES = (
     "The adapter was initialised by {}, which changes the base's weights whenever it is loaded: tools that do not know "
     "it read another adapter, and its magnitudes cannot be compared here.",
     "Save it with path_initial_model_for_weight_conversion.",
+)
+
+_NOT_ITS_BASE = (
+    "The adapter is half of an exact export, and these weights of the base are not the rows c W0 that were made for "
+    "it: over others, or in another dtype, it is another adapter.",
+    "Name the folder `base` that was written with it.",
 )
 
 
@@ -57,11 +64,16 @@ def doctor(
         return [*findings, Finding("changes-base", (), *(sentence.format(init[:20]) for sentence in _CHANGES))]
     norms: list[Norms] = []
     unreadable: list[Finding] = []
+    exported = KEY in source.metadata
     try:
         read = _read(source, name, weights, axis)
-        if not any(finding.name == "magnitudes-missing" for finding in findings):
+        if not exported and not any(finding.name == "magnitudes-missing" for finding in findings):
             findings += of_magnitudes(read, source)
         weights.check(read)
+        if exported:
+            # a plain LoRA over a base that was made for it
+            others = tuple(other_weights(source.metadata, read, weights))
+            findings += [Finding("not-its-base", others, *_NOT_ITS_BASE)] if others else []
         for path, module in read.modules.items():
             if module.magnitude is not None:
                 norms.append(norms_of(path, module, module.magnitude, weights))
@@ -70,7 +82,8 @@ def doctor(
     flat = norms or _of_flat_scales(source, name, weights)
     findings = [told_axis(one, flat, source) if one.name == "one-dimensional-scale" else one for one in findings]
     # weights that cannot be read may be quantised, though no config says so
-    quantisation = of_quantisation(source, weights) if quantised(weights) or not unreadable else ()
+    told = not exported and (quantised(weights) or not unreadable)
+    quantisation = of_quantisation(source, weights) if told else ()
     return [*findings, *of_norms(norms), *quantisation, *unreadable]
 
 

@@ -22,10 +22,8 @@ from ..config import DoraConfig
 from ..layers import DoraLayer
 from .checkpoint import from_checkpoint, keys_of
 from .names import belongs_to, exactly, to_parameter_names
-from .undo import restored_on_failure
-
-# Options that change the output, and that the tensors do not carry.
-_SHARED = ("use_rslora", "lora_dropout", "dropout_mode", "magnitude_only_modules")
+from .swappable import check_options, initialisation_of_base, trained_beside, without_base
+from .undo import remember, restored_on_failure
 
 
 def swap(
@@ -63,16 +61,16 @@ def swap_tensors(
         source: What the checkpoint is called in errors.
     """
     old = configs[adapter_name]
-    for option in _SHARED:
-        if getattr(old, option) != getattr(config, option):
-            raise ValueError(
-                f"Cannot hot-swap adapter '{adapter_name}' with {source}: {option} is {getattr(old, option)!r} and "
-                f"{getattr(config, option)!r}. Load it under another name."
-            )
+    check_options(old, config, adapter_name, source)
     layers = _layers(model, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"Cannot hot-swap adapter '{adapter_name}' while it is merged. Call unmerge_adapter() first.")
+    others = trained_beside(model, adapter_name, old)
+    beside = {key: tensor for key, tensor in tensors.items() if key in others}
+    tensors = without_base(model, {k: v for k, v in tensors.items() if k not in others}, adapter_name, source)
     with restored_on_failure(model, adapter_name):
+        for written in [*others.values(), *_scaling_tensors(layers, adapter_name)]:
+            remember(written, written.detach().clone())
         # The conversion of grouped convolutions from the checkpoint depends on the new scaling.
         for name, layer in layers.items():
             r = (
@@ -85,13 +83,20 @@ def swap_tensors(
             layer.detach_norm[adapter_name] = config.detach_norm
         tensors = _filled_up(model, layers, adapter_name, tensors)
         tensors = from_checkpoint(model, adapter_name, tensors, config)
-        _copy(model, adapter_name, to_parameter_names(model, adapter_name, tensors), source)
+        current = {n: p for n, p in model.named_parameters() if belongs_to(n, adapter_name)}
+        named = to_parameter_names(model, adapter_name, tensors)
+        _copy({**current, **others}, {**named, **beside}, adapter_name, source)
         config.inference_mode = old.inference_mode
         _describe(config, old, layers, adapter_name)
         configs[adapter_name] = config
         # last, as a tensor is written in place
         for layer in layers.values():
             layer.set_scale(adapter_name, 1.0)
+
+
+def _scaling_tensors(layers: Mapping[str, DoraLayer], adapter: str) -> list[Tensor]:
+    scalings: list[object] = [layer.scaling[adapter] for layer in layers.values()]
+    return [scaling for scaling in scalings if isinstance(scaling, Tensor)]
 
 
 def prepare_scalings(model: nn.Module) -> bool:
@@ -118,8 +123,17 @@ def prepare_ranks(model: nn.Module, configs: Mapping[str, object], target_rank: 
         target_rank: The largest rank of the adapters that will be swapped in.
 
     Raises:
-        ValueError: An adapter has a larger rank, or a grouped convolution cannot have this one.
+        ValueError: An adapter has a larger rank, its initialisation changed W0, or a grouped convolution cannot have
+            this one.
     """
+    for adapter, config in configs.items():
+        init = initialisation_of_base(config) if isinstance(config, DoraConfig) else None
+        if init is not None and any(r != target_rank for r in _ranks(model, adapter)):
+            raise ValueError(
+                f"Cannot fill adapter '{adapter}' up to rank {target_rank}: init_lora_weights={init!r} took another "
+                "part out of the base's weights than it would at that rank, so that a saved adapter could not be "
+                "loaded again. Save it with path_initial_model_for_weight_conversion, and load that."
+            )
     for layer in _layers(model).values():
         groups = getattr(layer.get_base_layer(), "groups", 1)
         for adapter, r in layer.r.items():
@@ -150,6 +164,11 @@ def _layers(model: nn.Module, adapter: str | None = None) -> dict[str, DoraLayer
     """The DoRA layers, those of an adapter if one is given, by the module's name in the base model."""
     named = [(bare(name), module) for name, module in model.named_modules() if isinstance(module, DoraLayer)]
     return {name: layer for name, layer in named if adapter is None or adapter in layer.r}
+
+
+def _ranks(model: nn.Module, adapter: str) -> list[int]:
+    layers = _layers(model, adapter).values()
+    return [layer.r[adapter] for layer in layers if not layer.magnitude_only[adapter]]
 
 
 T = TypeVar("T", int, float)
@@ -224,8 +243,7 @@ def _describe_alphas(config: DoraConfig, layers: Mapping[str, DoraLayer], adapte
     config.alpha_pattern = {exactly(name): alpha for name, alpha in alphas.items() if alpha != config.lora_alpha}
 
 
-def _copy(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor], source: str) -> None:
-    current = {n: p for n, p in model.named_parameters() if belongs_to(n, adapter_name)}
+def _copy(current: dict[str, Tensor], tensors: dict[str, Tensor], adapter_name: str, source: str) -> None:
     different = sorted(set(current) ^ set(tensors)) or sorted(
         name for name in current if current[name].shape != tensors[name].shape
     )
@@ -237,5 +255,5 @@ def _copy(model: nn.Module, adapter_name: str, tensors: dict[str, Tensor], sourc
             "model, target_rank=...) first."
         )
     with torch.no_grad():
-        for name, parameter in current.items():
-            parameter.copy_(tensors[name])
+        for name, tensor in current.items():
+            tensor.copy_(tensors[name])

@@ -50,13 +50,13 @@ class Undo:
         # the weights that unmerging would bring back, in another dtype if the model was cast since
         originals = [m._original[0] for m in modules if isinstance(m, DoraLayer) and m._original is not None]
         self._data = [(original, original.data) for original in originals]
-        self._copies: list[tuple[nn.Parameter, Tensor]] = []
+        self._copies: list[tuple[Tensor, Tensor]] = []
         if adapter_name is not None:
             for parameter in [*_tensors_of(modules, adapter_name), *_biases(model)]:
                 self.remember(parameter, parameter.detach().clone())
 
-    def remember(self, parameter: nn.Parameter, copy: Tensor) -> None:
-        """Have `parameter`, which is about to be overwritten, restored from `copy`, which may be on another device."""
+    def remember(self, parameter: Tensor, copy: Tensor) -> None:
+        """Have a tensor that is about to be overwritten restored from `copy`, which may be on another device."""
         self._copies.append((parameter, copy))
 
     def adopt(self, other: Undo) -> None:
@@ -79,11 +79,11 @@ class Undo:
         for parameter, data in self._data:
             parameter.data = data
         # The first copy of a parameter is the oldest.
-        for parameter, copy in reversed(self._copies):
-            if parameter.dtype == copy.dtype and parameter.shape == copy.shape and not parameter.is_meta:
-                parameter.copy_(copy)
+        for tensor, copy in reversed(self._copies):
+            if tensor.dtype == copy.dtype and tensor.shape == copy.shape and not tensor.is_meta:
+                tensor.copy_(copy)
             else:
-                parameter.data = copy
+                tensor.data = copy
         for parameter, requires_grad, device in self._parameters:
             if parameter.device != device:
                 parameter.data = parameter.data.to(device)
@@ -123,7 +123,7 @@ def restored_on_failure(
         outer.adopt(undo)
 
 
-def remember(parameter: nn.Parameter, copy: Tensor) -> None:
+def remember(parameter: Tensor, copy: Tensor) -> None:
     """`Undo.remember` in the operation that is going on; nothing happens if there is none."""
     undo = _open.get()
     if undo is not None:

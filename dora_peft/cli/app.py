@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from . import convert, doctor, export, info
+from . import convert, doctor, export, info, push
 from .common import said_in_one_line
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.command("info")(info.info)
 app.command("doctor")(doctor.doctor)
 app.command("convert")(convert.convert)
 app.command("export")(export.export)
+app.command("push")(push.push)
 
 
 def main() -> None:

@@ -42,6 +42,9 @@ def export(
         str | None,
         typer.Option(metavar="|".join(NAMED), help="How the base was quantised in training, if the folder errs."),
     ] = None,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Of --as exact: write a quantised base in floating point.")
+    ] = False,
     device: common.DeviceOption = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only measure, and say what would be lost.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an export at DIR.")] = False,
@@ -59,7 +62,8 @@ def export(
     with common.progress_shown() as progress:
         record = write_exported(
             [adapter, *(more or [])], base, out, route, dtype=common.to_dtype(dtype), rank=rank, error=error, to=to,
-            calibration=calibration, covariance=covariance, base_quantization=base_quantization, device=device,
+            calibration=calibration, covariance=covariance, base_quantization=base_quantization,
+            dequantize=dequantize, device=device,
             force=force, dry_run=dry_run, allow_pickle=allow_pickle, progress=progress,
             command=shlex.join(["dora-peft", *sys.argv[1:]]),
         )  # fmt: skip

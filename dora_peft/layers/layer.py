@@ -343,7 +343,8 @@ class DoraLayer(BaseTunerLayer):
                 self.scaling[adapter] /= scale
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return self.base_weight().has_rows and self.kind.merge_obstacle(self.get_base_layer()) is None
+        """Whether `peft.convert_to_lora` can decompose W' - W0: it writes matrices, for linear layers alone."""
+        return False
 
     def __repr__(self) -> str:
         return "dora." + super().__repr__()

@@ -174,6 +174,9 @@ class Linear(DoraLayer, nn.Module):
         y, self._shortcut = adapt_linear(self, self, adapter, how, x, args, kwargs)
         return y
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return self.base_weight().has_rows and self.kind.merge_obstacle(self.get_base_layer()) is None
+
     def adapt_compiled(self, adapter: str, x: Tensor) -> Tensor | None:
         """The output by an operator, or with v in the graph; None if plain operations serve as well."""
         weight = dense_weight(self)

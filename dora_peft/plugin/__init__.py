@@ -27,6 +27,8 @@ What `register`, called when the package is imported, installs:
     peft.utils.hotswap              its functions know PEFT's LoRA layers alone (hotswap.py)
     create_loraplus_optimizer,      know A and B alone, and treat m as B or as A (optimizers.py)
     create_lorafa_optimizer
+    convert_to_lora,                write a config that leaves out magnitude-only modules and layer_replication, and do
+    _convert_module_to_lora         not say who reads its patterns (conversion.py)
     PeftMixedModel's check          lists the kinds it takes, without a reason (mixed.py)
     load_peft_weights, torch_load   safetensors' and torch's errors about a damaged file name neither file nor cure
                                     (models.py)
@@ -70,7 +72,7 @@ from ..bases.offload import staying_add_hook
 from ..config import DoraConfig
 from ..layers import DoraLayer
 from ..model import DoraModel
-from . import configs, hotswap, mixed, models, optimizers, peft_020, transformers
+from . import configs, conversion, hotswap, mixed, models, optimizers, peft_020, transformers
 from .patching import patch
 from .peft_type import add_peft_type
 
@@ -96,6 +98,7 @@ def register() -> None:
     models.install()
     transformers.install()
     hotswap.install()
+    conversion.install()
     mixed.install()
     optimizers.install()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning, append=True)

@@ -4,6 +4,9 @@ import pytest
 import torch
 from model_fixtures import config, differs, mlp, output, same, saved_second, train, unchanged
 from peft import PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+
+from dora_peft import DoraLayer
 
 
 def test_hotswap_replaces_tensors_scaling_and_outputs(tmp_path):
@@ -83,3 +86,22 @@ def test_a_merged_adapter_is_not_swapped(tmp_path):
     with pytest.raises(ValueError, match="unmerge_adapter"):
         model.hotswap_adapter(str(tmp_path))
     assert torch.equal(output(model), before)
+
+
+def test_an_interruption_of_the_scalings_leaves_them(tmp_path, monkeypatch):
+    """Of a prepared model these are tensors, and written in place."""
+    saved_second(tmp_path, lora_alpha=9)
+    model = train(get_peft_model(mlp(), config()))
+    prepare_model_for_compiled_hotswap(model)
+    before, calls, set_scale = output(model), [], DoraLayer.set_scale
+
+    def interrupted(self, *args):
+        calls.append(set_scale(self, *args))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(DoraLayer, "set_scale", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+    assert torch.equal(output(model), before)
+    assert model.peft_config["default"].lora_alpha == 3

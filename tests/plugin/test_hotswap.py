@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from layer_fixtures import KINDS, One, adapted, distance, dora, example, expected_warning, perturb
-from model_fixtures import config, differs, mlp, output, same, saved_second, train, unchanged
+from model_fixtures import IDS, config, differs, llama, mlp, output, same, saved_second, train, unchanged
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import hotswap
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
@@ -80,6 +80,70 @@ def test_other_ranks_and_alphas_without_compiling_again(compiled, patterns, tmp_
     model.save_pretrained(tmp_path / "again")
     assert model.peft_config["default"].r == 5
     same(output(PeftModel.from_pretrained(mlp(), tmp_path / "again").eval()), expected[folder])
+
+
+def with_zero_rows():
+    model = llama().float()
+    model.model.layers[0].self_attn.q_proj.weight.data[3] = 0
+    return model
+
+
+def called(model, training, grad, ids=IDS):
+    model.train(training)
+    with torch.set_grad_enabled(grad):
+        return model(ids).logits.detach().clone()
+
+
+# of the compiler's own
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("training", "grad"), [(False, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("several", [False, True], ids=["one", "beside another"])
+def test_a_compiled_model_follows_every_swap(several, training, grad, tmp_path):
+    """As a fresh load of each adapter gives it: v, c, ties and folded factors are those of the adapter swapped in."""
+    options = {"target_modules": ["q_proj", "down_proj"]}
+
+    def beside(model):
+        if several:
+            torch.manual_seed(9)
+            model.add_adapter("other", config(**options, r=3))
+            train(model, "other", 2).base_model.set_adapter(["default", "other"])
+        return model
+
+    expected = {}
+    for r, alpha in ((1, 3), (2, 9), (5, 7)):
+        folder = str(tmp_path / str(r))
+        train(get_peft_model(with_zero_rows(), config(**options, r=r, lora_alpha=alpha)), seed=r).save_pretrained(
+            folder
+        )
+        fresh = beside(PeftModel.from_pretrained(with_zero_rows(), folder, is_trainable=True))
+        expected[folder] = called(fresh, training, grad)
+    model = beside(train(get_peft_model(with_zero_rows(), config(**options))))
+    prepare_model_for_compiled_hotswap(model, target_rank=5)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    called(run, training, grad)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for folder in [*expected, *expected]:
+            hotswap_adapter(run, folder, adapter_name="default", torch_device="cpu")
+            torch.testing.assert_close(called(run, training, grad), expected[folder], rtol=1e-5, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_swap_that_fails_leaves_the_compiled_graph(tmp_path):
+    saved_second(tmp_path / "larger", r=8, lora_alpha=9)
+    expected = saved_second(tmp_path / "fits", r=1, lora_alpha=9)
+    model = train(get_peft_model(mlp(), config()))
+    prepare_model_for_compiled_hotswap(model, target_rank=4)
+    torch._dynamo.reset()
+    run = torch.compile(model, backend="eager", fullgraph=True)
+    before = output(run)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        with pytest.raises(ValueError, match=r"target_rank=\.\.\."):
+            hotswap_adapter(run, str(tmp_path / "larger"), adapter_name="default", torch_device="cpu")
+        assert torch.equal(output(run), before)
+        hotswap_adapter(run, str(tmp_path / "fits"), adapter_name="default", torch_device="cpu")
+        same(output(run), expected)
 
 
 def test_a_prepared_model_is_saved_with_its_own_output(tmp_path):

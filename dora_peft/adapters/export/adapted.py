@@ -8,12 +8,9 @@ computed, by the functions that `merge_and_unload` calls.
 from __future__ import annotations
 
 import os
-import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -21,14 +18,17 @@ from peft import PeftModel
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from ... import norms
+from ...bases.inspection import FLOATS
 from ...config import DoraConfig
 from ...layers import DoraLayer
 from ...layers.merge import merged_weight, parts
-from ..convert import CHANGES_BASE, read_checked
-from ..formats import FORMATS, Base, Checkpoint, UnreadableError, format_of, read_source, write_files
+from ..formats import Base, Checkpoint, UnreadableError, read_source
 from ..formats.base import skeleton
-from ..formats.source import CONFIG, Source
+from .codes import Codes, codes_of, quantised_paths
+from .loading import base_weights, inner, loaded_over, plain_path
 from .names import Names
 from .requantised import Quantised, recorded
 
@@ -74,6 +74,7 @@ class AdaptedBase:
         names: The parameters of the base model in its files.
         sources: What was read of each adapter.
         quantised: What bitsandbytes makes of the base, if the adapters were trained over that.
+        coded: The modules whose weights are quantised in the files, and what the files call them.
         unrecorded: Whether no folder says how its base was quantised, and nobody else.
 
     Raises:
@@ -106,12 +107,11 @@ class AdaptedBase:
             again = skeleton(checkpoint.config)
             assert again is not None
             self.quantised = Quantised(record, again)
-        self._given = _base_weights(self.sources, checkpoint, self.names)
-        self.model = _loaded(model, self.sources, self._base)
+        self.coded, self._turned = _coded(checkpoint, self.names, model)
+        self._given = base_weights(self.sources, checkpoint, self.names)
+        self.model = loaded_over(model, self.sources, self._base)
         self._adapters = list(self.model.peft_config)
-        self.layers = {
-            name: layer for name, layer in _inner(self.model).named_modules() if isinstance(layer, DoraLayer)
-        }
+        self.layers = {name: layer for name, layer in inner(self.model).named_modules() if isinstance(layer, DoraLayer)}
 
     @property
     def configs(self) -> list[DoraConfig]:
@@ -120,7 +120,7 @@ class AdaptedBase:
 
     def over(self, model: nn.Module) -> PeftModel:
         """The adapters over the base in memory, active in their order."""
-        return _loaded(model, self.sources, self._base)
+        return loaded_over(model, self.sources, self._base)
 
     def adapters_of(self, path: str) -> list[str]:
         """The adapters that change a module, in order."""
@@ -141,15 +141,22 @@ class AdaptedBase:
             )
         # a copy lies where a loaded model's weight would, which may decide the last bit of a product
         base.weight = nn.Parameter(weight.to(self.device, dtype, copy=True), requires_grad=False)
+        # the file's memory
+        del weight
         try:
             with torch.no_grad():
                 yield layer
         finally:
             # a table that the adapter brought is not on the meta device either
             base.weight = nn.Parameter(away.to("meta"), requires_grad=False)
+            # the record of its norm looks at W0 through a view, which would keep it in memory
+            norms.let_go(layer)
 
     def stored(self, path: str) -> Tensor:
         """W0 of a module as the model holds it, floats."""
+        codes = self.codes(path)
+        if codes is not None:
+            return self.in_layout(path, codes.dequantise(0, codes.out_features))
         parameter = f"{path}.weight"
         weight = self._given[parameter] if parameter in self._given else self.names.read(parameter)
         if not weight.is_floating_point() or weight.itemsize < 2:
@@ -158,6 +165,14 @@ class AdaptedBase:
                 "before quantisation."
             )
         return self.requantised(path, weight)
+
+    def codes(self, path: str) -> Codes | None:
+        """The quantised weight of a module, if it is one."""
+        return codes_of(self.checkpoint, self.coded[path]) if path in self.coded else None
+
+    def in_layout(self, path: str, matrix: Tensor) -> Tensor:
+        """Rows [out, in] of a module that is quantised, as the module would hold them in floating point."""
+        return matrix.t().contiguous() if path in self._turned else matrix
 
     def requantised(self, path: str, weight: Tensor) -> Tensor:
         """A module's weight after quantising, if the adapters were trained over that."""
@@ -183,7 +198,10 @@ class AdaptedBase:
         return found.to(dtype or self.dtype_of(path))
 
     def dtype_of(self, path: str) -> torch.dtype:
-        """That of a module's weight in the files; of a quantised one, that of what it stands for."""
+        """That of a module's weight in the files; of a quantised one, that of the model."""
+        if path in self.coded:
+            said = self.checkpoint.config.get("dtype", self.checkpoint.config.get("torch_dtype"))
+            return next((one for one in FLOATS if str(one) == f"torch.{said}"), self.stored(path).dtype)
         found = self.checkpoint.entries[self.names.keys(f"{path}.weight")[0]].dtype
         return (
             found if found is not None and found.is_floating_point and found.itemsize > 1 else self.stored(path).dtype
@@ -193,7 +211,7 @@ class AdaptedBase:
         """What the adapters hold of other parameters, by their names in the base model: biases, whole modules, rows."""
         adapted = {f"{path}.weight" for path in self.layers}
         found = {name: Trained(tensor) for name, tensor in self._given.items() if name not in adapted}
-        for path, module in _inner(self.model).named_modules():
+        for path, module in inner(self.model).named_modules():
             if isinstance(module, TrainableTokensLayer):
                 if module.tied_adapter is None:
                     found.update(_tokens(path, module, self._adapters))
@@ -206,107 +224,16 @@ class AdaptedBase:
                 for own, parameter in module.named_parameters(recurse=False):
                     # those of the base stand on the meta device, unless the adapter trained them
                     if own == "bias" and not parameter.is_meta:
-                        found[f"{_plain(path)}.{own}"] = Trained(parameter.detach())
+                        found[f"{plain_path(path)}.{own}"] = Trained(parameter.detach())
         return found
 
 
-def _loaded(model: nn.Module, sources: Sequence[Source], base: Base) -> PeftModel:
-    """The adapters over the model on the meta device."""
-    loaded: PeftModel | None = None
-    names: list[str] = []
-    with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
-        # said of the model on the meta device, which nobody uses
-        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
-        for number, source in enumerate(sources):
-            folder = _as_folder(source, base, Path(scratch) / str(number))
-            config = DoraConfig.from_pretrained(folder)
-            name = "default" if loaded is None else f"adapter_{number}"
-            try:
-                if loaded is None:
-                    loaded = PeftModel.from_pretrained(
-                        model, folder, config=config, low_cpu_mem_usage=True, torch_device="cpu"
-                    )
-                else:
-                    loaded.load_adapter(folder, name, config=config, low_cpu_mem_usage=True, torch_device="cpu")
-            except (ValueError, RuntimeError, KeyError) as error:
-                raise UnreadableError(f"'{source.path}' does not load over '{base.name}': {error}") from error
-            names.append(name)
-            _fill_tokens(loaded, source, name)
-        assert loaded is not None
-        for parameter in loaded.parameters():
-            # what is mapped from a file may lie anywhere, a copy where a loaded model's would, which products feel
-            parameter.data = parameter.data.clone()
-        loaded.base_model.set_adapter(names)  # type: ignore[operator]
-        for parameter in loaded.parameters():
-            if not parameter.is_meta:
-                # PEFT leaves them at the file's addresses, and products differ in their last bits by alignment
-                parameter.data = parameter.data.clone()
-    return loaded.eval()
-
-
-def _inner(model: PeftModel) -> nn.Module:
-    """The base model with adapted layers in it."""
-    return cast(nn.Module, model.base_model.model)
-
-
-def _as_folder(source: Source, base: Base, scratch: Path) -> str:
-    """The folder of an adapter in PEFT's format: its own, or one written for it."""
-    name = format_of(source)
-    read = read_checked(source, name, base, None)
-    bare = [path for path, module in read.modules.items() if module.magnitude is None]
-    if bare:
-        raise UnreadableError(
-            f"'{source.path}' is no DoRA: module '{bare[0]}' has no magnitude ({len(bare)} of {len(read.modules)}). A "
-            "plain LoRA is served as it is."
-        )
-    init = (source.config or {}).get("init_lora_weights")
-    if isinstance(init, str) and init.startswith(CHANGES_BASE):
-        raise UnreadableError(
-            f"'{source.path}' was initialised by {init[:20]!r}, which changes the base's weights whenever it is "
-            "loaded. Save it with path_initial_model_for_weight_conversion first."
-        )
-    if (source.config or {}).get("layer_replication"):
-        raise UnreadableError(
-            f"'{source.path}' repeats layers of the base (layer_replication), which no exported model can hold once. "
-            "Merge it with merge_and_unload."
-        )
-    if name == "peft" and source.path.name == "adapter_model.safetensors":
-        return str(source.path.parent)
-    write_files(FORMATS["peft"].write(read, base), scratch)
-    return str(scratch)
-
-
-def _fill_tokens(model: PeftModel, source: Source, name: str) -> None:
-    """Trained rows of embeddings, which PEFT 0.21.2 does not load over a table on the meta device."""
-    for path, module in _inner(model).named_modules():
-        if isinstance(module, TrainableTokensLayer) and module.tied_adapter is None and name in module.token_indices:
-            key = f"{_PREFIX}{path}.trainable_tokens_delta"
-            if key not in source.tensors:
-                raise UnreadableError(f"'{source.path}' has no '{key}', which its {CONFIG} announces. Save it again.")
-            module.trainable_tokens_delta[name] = nn.Parameter(source.tensors[key].clone(), requires_grad=False)
-
-
-def _base_weights(sources: Sequence[Source], checkpoint: Checkpoint, names: Names) -> dict[str, Tensor]:
-    """The base's own tables that PEFT saves along with adapted embeddings (`save_embedding_layers`), by parameter.
-
-    Raises:
-        UnreadableError: One has another shape than in the files: the vocabulary was resized.
-    """
-    found: dict[str, Tensor] = {}
-    for source in sources:
-        for key, tensor in source.tensors.items():
-            name = _plain(key.removeprefix(_PREFIX))
-            if not key.endswith((".base_layer.weight", "embed_tokens.weight", "lm_head.weight")) or "lora_" in key:
-                continue
-            (stored,) = names.keys(name)
-            if tuple(tensor.shape) != checkpoint.entries[stored].shape:
-                raise UnreadableError(
-                    f"'{source.path}' brings a '{name}' of {list(tensor.shape)}, and that of '{checkpoint.name}' is "
-                    f"{list(checkpoint.entries[stored].shape)}: the vocabulary was resized in training. Resize the "
-                    "base's embeddings and save it first."
-                )
-            found[name] = tensor
-    return found
+def _coded(checkpoint: Checkpoint, names: Names, model: nn.Module) -> tuple[dict[str, str], set[str]]:
+    """The modules whose weights are quantised, by what the files call them, and which of them are Conv1D."""
+    if not {"quantization_config", "compression_config"} & checkpoint.config.keys():
+        return {}, set()
+    coded = {names.module_of(path): path for path in quantised_paths(checkpoint)}
+    return coded, {path for path in coded if isinstance(model.get_submodule(path), Conv1D)}
 
 
 def _tokens(path: str, module: TrainableTokensLayer, adapters: list[str]) -> dict[str, Trained]:
@@ -315,13 +242,7 @@ def _tokens(path: str, module: TrainableTokensLayer, adapters: list[str]) -> dic
         return {}
     rows = torch.tensor([row for name in names for row in module.token_indices[name]])
     value = torch.cat([module.trainable_tokens_delta[name].detach() for name in names])
-    return {f"{_plain(path)}.weight": Trained(value, rows)}
-
-
-def _plain(path: str) -> str:
-    """The path of a wrapped module as the base model has it."""
-    wrappers = ("base_layer", "token_adapter", "original_module")
-    return ".".join(part for part in path.split(".") if part not in wrappers)
+    return {f"{plain_path(path)}.weight": Trained(value, rows)}
 
 
 def kernel_of(base: nn.Module) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ def read_texts(path: str) -> list[str]:
         UnreadableError: There is no such file, it is no text in UTF-8, or it is empty.
     """
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UnreadableError(
             f"--calibration '{path}': expected a text file in UTF-8, found: {' '.join(str(error).split())}."
@@ -221,7 +221,7 @@ def _inputs_seen(
     with ExitStack() as stack:
         for path in paths:
             module = module_of(model, path)
-            hook = module.registerlogits_of_pre_hook(lambda m, inputs, path=path: note(path, m, inputs[0]))
+            hook = module.register_forward_pre_hook(lambda m, inputs, path=path: note(path, m, inputs[0]))
             stack.callback(hook.remove)
         yield
 

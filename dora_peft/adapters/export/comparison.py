@@ -103,7 +103,7 @@ def applied(model: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
     with ExitStack() as stack:
         for path, own in factors.items():
             module = module_of(model, path)
-            hook = module.registerlogits_of_hook(lambda m, inputs, output, own=own: added(own, m, inputs, output))
+            hook = module.register_forward_hook(lambda m, inputs, output, own=own: added(own, m, inputs, output))
             stack.callback(hook.remove)
         yield
 

@@ -21,14 +21,15 @@ from transformers.pytorch_utils import Conv1D
 
 from ..formats import Files, write_files
 from .adapted import AdaptedBase, kernel_of
-from .merged import check_all, config_of, options_of, pieces_of
+from .codes import codes_among
+from .fingerprint import KEY
+from .pieces import check_all, config_of, options_of, pieces_of
 from .plain import Factors, plain_adapter
 from .splitting import Loss, loss_of, scaled, split
 from .writing import Report, write_model
 
-# The folders of an export, and where the adapter's file says which base it is for.
+# The folders of an export.
 BASE, ADAPTER = "base", "adapter"
-FINGERPRINT = "dora_peft_base"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def export_exact(
     out: str | os.PathLike[str],
     *,
     dtype: torch.dtype = torch.float16,
+    dequantize: bool = False,
     force: bool = False,
     dry_run: bool = False,
     finish: Callable[[Exact, Path], Path] | None = None,
@@ -66,6 +68,7 @@ def export_exact(
         adapted: The base and its adapters.
         out: The folder to write, complete or absent. What is unfinished lies beside it, see `write_model`.
         dtype: Of the new base and the adapter; fp32, with a note, if a number is too large for it.
+        dequantize: Write a quantised base in floating point; else its codes stay, and its scales take c.
         force: Replace an export at `out`.
         dry_run: Measure the losses alone.
         finish: Called with what is known of the export and each of the two folders, to write what belongs to them.
@@ -78,12 +81,12 @@ def export_exact(
     check_all(adapted)
     notes: list[str] = []
     wide = _too_large(adapted, dtype)
-    measured = {} if wide else {path: _measure(adapted, path, dtype, progress) for path in adapted.layers}
+    measured = {} if wide else {path: _measure(adapted, path, dtype, dequantize, progress) for path in adapted.layers}
     wide = wide or next((path for path, (loss, _) in measured.items() if not isfinite(loss.error)), None)
     if wide is not None and dtype != torch.float32:
         notes.append(f"everything is in fp32: {str(dtype).removeprefix('torch.')} overflows in '{wide}'")
         dtype = torch.float32
-        measured = {path: _measure(adapted, path, dtype, progress) for path in adapted.layers}
+        measured = {path: _measure(adapted, path, dtype, dequantize, progress) for path in adapted.layers}
     losses = {path: loss for path, (loss, _) in measured.items()}
     factors = {path: own for path, (_, own) in measured.items() if bool(own.lora_B.any())}
     files: Files | None = None
@@ -91,13 +94,17 @@ def export_exact(
         files, more = plain_adapter(
             factors, dtype, str(Path(out) / BASE), fan_in_fan_out=_turned(adapted, factors), task_type=task_of(adapted)
         )
-        files.metadata[FINGERPRINT] = json.dumps({path: loss.digest for path, loss in losses.items()})
+        files.metadata[KEY] = json.dumps({path: loss.digest for path, loss in losses.items()})
         notes += more
     rank = next(iter(files.tensors.values())).shape[0] if files is not None else 0
     done = Exact(dtype, losses, rank, [], notes)
-    pieces, untied = pieces_of(adapted, dtype, lambda path: _served(adapted, path, dtype))
+    keeps_codes = bool(adapted.coded) and not dequantize
+    pieces, untied = pieces_of(
+        adapted, dtype, lambda path: _served(adapted, path, dtype),
+        (lambda path: _rescaled(adapted, path, dtype)) if keeps_codes else None,
+    )  # fmt: skip
     notes += [f"{name} is untied from {', '.join(others)}, in the files and in config.json" for name, others in untied]
-    config = config_of(adapted.checkpoint, dtype, untied)
+    config = config_of(adapted, dtype, untied, keeps_codes=keeps_codes)
     if dry_run:
         return done
 
@@ -113,7 +120,9 @@ def export_exact(
     return done
 
 
-def _measure(adapted: AdaptedBase, path: str, dtype: torch.dtype, progress: Report | None) -> tuple[Loss, Factors]:
+def _measure(
+    adapted: AdaptedBase, path: str, dtype: torch.dtype, dequantize: bool, progress: Report | None
+) -> tuple[Loss, Factors]:
     """What rounding costs a module, and the factors of its plain LoRA."""
     if progress is not None:
         progress(path)
@@ -121,7 +130,12 @@ def _measure(adapted: AdaptedBase, path: str, dtype: torch.dtype, progress: Repo
         parts, base = adapted.parts(path, layer), layer.get_base_layer()
         whole = split(parts)
         own = Factors(whole.lora_A, whole.lora_B, isinstance(base, nn.Embedding), kernel_of(base)).rounded(dtype)
-        served = scaled(layer, whole.scale, dtype)
+        codes = None if dequantize else adapted.codes(path)
+        if codes is None:
+            served = scaled(layer, whole.scale, dtype)
+        else:
+            new = codes_among(adapted.checkpoint, adapted.coded[path], codes.times(whole.scale, dtype))
+            served = adapted.in_layout(path, new.dequantise(0, new.out_features))
         return loss_of(layer, parts, served, own.lora_A, own.lora_B), own
 
 
@@ -130,10 +144,19 @@ def _served(adapted: AdaptedBase, path: str, dtype: torch.dtype) -> Tensor:
         return scaled(layer, split(adapted.parts(path, layer)).scale, dtype)
 
 
+def _rescaled(adapted: AdaptedBase, path: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a quantised module whose rows are c W0."""
+    codes = adapted.codes(path)
+    assert codes is not None
+    with adapted.at_hand(path) as layer:
+        return codes.times(split(adapted.parts(path, layer)).scale, dtype)
+
+
 def _too_large(adapted: AdaptedBase, dtype: torch.dtype) -> str | None:
     """The first of the tensors that are copied with a number too large for `dtype`; those made anew are measured."""
     limit = torch.finfo(dtype).max
-    changed = {key for path in adapted.layers for key in adapted.names.keys(f"{path}.weight")}
+    paths = [path for path in adapted.layers if path not in adapted.coded]
+    changed = {key for path in paths for key in adapted.names.keys(f"{path}.weight")}
     for key, entry in adapted.checkpoint.entries.items():
         floats = entry.dtype is not None and entry.dtype.is_floating_point
         if floats and torch.finfo(entry.dtype).max > limit and key not in changed:  # type: ignore[arg-type]

@@ -18,7 +18,8 @@ from .changes import changes
 from .companions import base_folder
 from .exact import Exact, export_exact, task_of
 from .lora import export_lora
-from .merged import check_all, export_merged
+from .merged import export_merged
+from .pieces import check_all
 from .record import Record
 from .splitting import Loss, loss_of, split
 from .text import text_for
@@ -40,6 +41,7 @@ def export(
     calibration: str | os.PathLike[str] | None = None,
     covariance: bool = False,
     base_quantization: str | None = None,
+    dequantize: bool = False,
     device: torch.device | str = "cpu",
     force: bool = False,
     dry_run: bool = False,
@@ -63,6 +65,7 @@ def export(
         covariance: Weight by the whole second moments of the inputs, one layer at a time.
         base_quantization: How the base was quantised in training, "nf4", "fp4", "int8" or "none"; what the folders say
             if None.
+        dequantize: Of "exact": write a quantised base in floating point, whose codes stay otherwise.
         device: Where it is computed.
         force: Replace an export at `out`.
         dry_run: Write nothing.
@@ -82,6 +85,10 @@ def export(
         raise UnreadableError(f"--as {route}: expected one of {', '.join(ROUTES)}.")
     if route != "lora" and (rank, error, calibration, to) != (None, None, None, "peft"):
         raise UnreadableError(f"--rank, --error, --calibration and --to belong to --as lora, and this is {route}.")
+    if covariance and calibration is None:
+        raise UnreadableError("--covariance says how to weight by a text: it needs --calibration TEXT.")
+    if dequantize and route != "exact":
+        raise UnreadableError(f"--dequantize belongs to --as exact, and this is {route}, which writes floats anyway.")
     named = [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters)
     if not named:
         raise UnreadableError("There is no adapter to export: expected at least one.")
@@ -91,7 +98,7 @@ def export(
     )  # fmt: skip
     run = _Run(adapted, Path(out), str(base), [str(one) for one in named], command, force, dry_run, progress)
     if route == "exact":
-        return _exact(run, torch.float16 if dtype is None else dtype)
+        return _exact(run, torch.float16 if dtype is None else dtype, dequantize)
     if route == "merged":
         return _merged(run, dtype)
     fit = _Fit(rank, error, torch.float16 if dtype is None else dtype, to, calibration, covariance)
@@ -139,13 +146,13 @@ class _Fit:
     covariance: bool
 
 
-def _exact(run: _Run, dtype: torch.dtype) -> Record:
+def _exact(run: _Run, dtype: torch.dtype, dequantize: bool) -> Record:
     def record(done: Exact) -> Record:
         statement = f"exact up to rounding of W0 to {_name(done.dtype)}"
         return run.record("exact", done.dtype, statement, *_numbers(done.losses), done.notes)
 
     done = export_exact(
-        run.adapted, run.out, dtype=dtype, force=run.force, dry_run=run.dry_run,
+        run.adapted, run.out, dtype=dtype, dequantize=dequantize, force=run.force, dry_run=run.dry_run,
         finish=lambda known, folder: record(known).write(folder), progress=run.progress,
     )  # fmt: skip
     return record(done)

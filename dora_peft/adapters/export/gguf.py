@@ -17,6 +17,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..._files import saving
 from ..formats import Module, UnreadableError
@@ -34,7 +35,7 @@ class _Architecture:
 ARCHITECTURES = {
     "llama": _Architecture("llama", rotated=True),
     "mistral": _Architecture("llama", rotated=True),
-    "smollm3": _Architecture("smollm3"),
+    "smollm3": _Architecture("smollm3", rotated=True),
     "qwen2": _Architecture("qwen2"),
     "qwen3": _Architecture("qwen3"),
     "gemma": _Architecture("gemma"),
@@ -96,9 +97,11 @@ def check_gguf(out: str | os.PathLike[str], *, force: bool) -> Path:
     """Where the file may be written.
 
     Raises:
+        UnreadableError: `gguf` is not installed.
         FileExistsError: Something is there, and `force` is not set or it is no file.
         ValueError: The name ends otherwise, or lies below a file.
     """
+    _gguf()
     path = Path(out)
     if path.suffix != ".gguf":
         raise ValueError(f"'{path}': llama.cpp's adapter is one file: expected a name that ends in .gguf.")
@@ -135,24 +138,26 @@ def llama_cpp_tensors(modules: Mapping[str, Module], config: Mapping[str, object
         config: The base's config.json.
 
     Raises:
-        UnreadableError: llama.cpp has no place for a module, or the config says nothing of its layers or heads.
+        UnreadableError: llama.cpp has no place for a module, or its rows are no heads.
     """
     gguf, kind = _gguf(), architecture(config)
-    names = gguf.TensorNameMap(_arch(gguf, kind.name), _number(config, "num_hidden_layers"))
+    arch, filled = _arch(gguf, kind.name), _filled(config)
+    names = gguf.TensorNameMap(arch, filled.num_hidden_layers)
     found: dict[str, Tensor] = {}
     for path, module in modules.items():
         name = names.get_name(f"{path}.weight", try_suffixes=(".weight",))
-        if name is None or module.lora_A.dim() > 2:
+        # gemma3's embedding is cut to its tokenizer's length there
+        if name is None or module.lora_A.dim() > 2 or (module.embedding and kind.name == "gemma3"):
             raise UnreadableError(f"llama.cpp's {kind.name} has no place for an adapter of module '{path}'.")
-        if config.get("tie_word_embeddings") and name in _TIED:
+        if filled.tie_word_embeddings and name in _TIED:
             raise UnreadableError(
                 f"llama.cpp has one tensor for the tied embedding and head, and computes no adapter of '{path}' with "
                 "it. Leave the module out, or export with --as exact or merged."
             )
         lora_A, lora_B = module.lora_A, module.lora_B
         if kind.rotated and path.endswith((".q_proj", ".k_proj")):
-            keys = "num_attention_heads" if path.endswith(".q_proj") else "num_key_value_heads"
-            lora_B = _rotated(lora_B, _number(config, keys, "num_attention_heads"), path)
+            query = path.endswith(".q_proj")
+            lora_B = _rotated(lora_B, filled.num_attention_heads if query else filled.num_key_value_heads, path)
         # rows are looked up by token
         found[f"{name}.lora_a"] = lora_A.T if module.embedding else lora_A
         found[f"{name}.lora_b"] = lora_B
@@ -167,12 +172,16 @@ def _rotated(lora_B: Tensor, heads: int, path: str) -> Tensor:
     return lora_B.view(heads, 2, rows // heads // 2, -1).transpose(1, 2).reshape(lora_B.shape)
 
 
-def _number(config: Mapping[str, object], *names: str) -> int:
-    """The first of some entries that the config has."""
-    for name in names:
-        if isinstance(config.get(name), int):
-            return int(str(config[name]))
-    raise UnreadableError(f"The base's config.json has no number {names[0]}, which llama.cpp's names need.")
+def _filled(config: Mapping[str, object]) -> PreTrainedConfig:
+    """The config with what a config.json leaves out as its class has it."""
+    try:
+        return CONFIG_MAPPING[str(config["model_type"])].from_dict(dict(config))
+    except Exception as error:
+        # of as many kinds as there are models and entries
+        said = str(error).strip().splitlines()
+        raise UnreadableError(
+            f"The base's config.json is damaged: {said[-1].strip() if said else type(error).__name__} Restore the file."
+        ) from error
 
 
 def _add(gguf: ModuleType, writer: object, key: str, tensor: Tensor) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..formats import Files, Module, UnreadableError, write_files
+from ..formats import Files, UnreadableError, write_files
 from ..formats.files import check_target
 from ..formats.source import CONFIG
 from .gguf import architecture, check_gguf, write_gguf
@@ -138,7 +138,11 @@ def export_lora(
     chosen = ranks[-1] if error is None else _reaching(errors, error)
     factors = {path: fit.factors.cut(chosen) for path, fit in fits.items()}
     modules, notes = plain_modules(factors, chosen)
-    files = _write(modules, out, base_name, to, config, fan_in_fan_out, task_type, force)
+    if to == "gguf":
+        files = [write_gguf(modules, config or {}, out, name=Path(base_name).name, force=force)]
+    else:
+        made = plain_files(modules, base_name, fan_in_fan_out=fan_in_fan_out, task_type=task_type)
+        files = write_files(made, out, force=force)
     return LoraExport(
         rank=chosen,
         dtype=next(iter(modules.values())).lora_A.dtype,
@@ -238,19 +242,3 @@ def _report(path: str, fit: _Fit, rank: int) -> ModuleReport:
         error=_error(one, rank),
         weighted_error=_weighted_ratio(one, rank),
     )
-
-
-def _write(
-    modules: Mapping[str, Module],
-    out: str | os.PathLike[str],
-    base_name: str,
-    to: str,
-    config: Mapping[str, object] | None,
-    fan_in_fan_out: bool,
-    task_type: str | None,
-    force: bool,
-) -> list[Path]:
-    if to == "gguf" and config is not None:
-        return [write_gguf(modules, config, out, name=Path(base_name).name, force=force)]
-    files = plain_files(modules, base_name, fan_in_fan_out=fan_in_fan_out, task_type=task_type)
-    return write_files(files, out, force=force)

@@ -87,11 +87,14 @@ class LowRank:
         return self.weighted.sqrt()
 
     def error(self, rank: int) -> float:
-        """||dW - B A||_F at a rank, unweighted, before the factors are rounded."""
+        """||dW - B A||_F at a rank, unweighted, before the factors are rounded.
+
+        By subtraction of squares, so that less than 1e-3 ||dW||_F is not resolved: `measured_errors` resolves it.
+        """
         return _rest(self.norm, self.energies[:rank])
 
     def weighted_error(self, rank: int) -> float:
-        """||(dW - B A) D||_F at a rank, before the factors are rounded."""
+        """||(dW - B A) D||_F at a rank, before the factors are rounded, and to the same resolution."""
         return _rest(self.weighted_norm, self.weighted[:rank])
 
 

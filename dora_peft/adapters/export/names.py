@@ -202,6 +202,13 @@ class Names:
             raise UnreadableError(f"'{self.checkpoint.name}' has {len(found)} modules '{path}' in its files, not one.")
         return next(iter(found))
 
+    def module_of(self, path: str) -> str:
+        """The model's module that a path in the files is of."""
+        for key, renamed in self._renamed.items():
+            if key.startswith(f"{path}."):
+                return renamed.removesuffix(key.removeprefix(path))
+        raise UnreadableError(f"'{self.checkpoint.name}' has no module '{path}' in its files.")
+
     def _collect(self) -> None:
         """Put every key of the files to the parameter that it is loaded into."""
         by_name: dict[str, Group] = {}

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...layers import DoraLayer
 from ...ops import merging
 from .adapted import Parts
+from .fingerprint import add
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Loss:
         error: ||W_served - W'||_F, W_served being what a server computes with.
         update: ||W' - W0||_F.
         rows, lost: How many rows have c other than 1, and how many of those came out as W0's own.
-        digest: Of the new base's rows, see `digest_of`.
+        digest: Of the new base's rows, see `fingerprint.digest_of`.
     """
 
     error: float
@@ -112,7 +113,7 @@ def loss_of(layer: DoraLayer, parts: Parts, served: Tensor, lora_A: Tensor, lora
     hashed = hashlib.sha256()
     for start, stop, rows in weight.blocks():
         new = matrix[start:stop]
-        _add(hashed, new)
+        add(hashed, new)
         same = (new == rows.to(new.dtype)).all(1) & rows.any(1)
         lost += int((same & changed[start:stop]).sum())
         target = merging.merged_rows(rows.clone(), start, stop, parts)
@@ -120,15 +121,3 @@ def loss_of(layer: DoraLayer, parts: Parts, served: Tensor, lora_A: Tensor, lora
         target.sub_(torch.addmm(new.to(weight.dtype), lora_B[start:stop], lora_A))
         error += target.double().square().sum().item()
     return Loss(error**0.5, update**0.5, int(changed.sum()), lost, hashed.hexdigest())
-
-
-def digest_of(matrix: Tensor) -> str:
-    """What a weight is recognised by: SHA-256 of its rows [out, in] in the dtype that they are stored in."""
-    hashed = hashlib.sha256()
-    for rows in matrix.split(max(1, 2**24 // max(1, matrix[0].nbytes))):
-        _add(hashed, rows)
-    return hashed.hexdigest()
-
-
-def _add(hashed: hashlib._Hash, rows: Tensor) -> None:
-    hashed.update(rows.contiguous().cpu().view(torch.uint8).numpy().data)

@@ -6,14 +6,13 @@ import shutil
 import pytest
 import torch
 from export_fixtures import gpt2, qwen
-from format_fixtures import llama, saved, shaken
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from format_fixtures import llama, saved
+from peft import PeftModel
+from safetensors.torch import load_file
 
 from dora_peft import DoraConfig
-from dora_peft.adapters import convert
 from dora_peft.adapters.export.adapted import AdaptedBase, Trained
-from dora_peft.adapters.formats import Checkpoint, UnreadableError
+from dora_peft.adapters.formats import Checkpoint
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Model has `tie_word_embeddings=True`", "ignore:Merging unties", "ignore:Input and output embeddings",
@@ -101,16 +100,6 @@ def test_rows_of_zeros_and_peft_s_own_folders(tmp_path):
         assert adapted.unrecorded == (name == "foreign")
 
 
-def test_an_adapter_of_another_tool(tmp_path):
-    llama().save_pretrained(tmp_path / "base")
-    saved(tmp_path / "adapter")
-    convert(tmp_path / "adapter", tmp_path / "kohya", "lycoris")
-    merged = PeftModel.from_pretrained(llama(), tmp_path / "adapter").merge_and_unload().state_dict()
-    adapted = AdaptedBase(Checkpoint(tmp_path / "base"), [tmp_path / "kohya"])
-    for path in adapted.layers:
-        torch.testing.assert_close(adapted.merged(path), merged[f"{path}.weight"])
-
-
 def test_what_was_trained_is_put_over_what_is_stored():
     stored = torch.zeros(4, 2, dtype=torch.bfloat16)
     whole = Trained(torch.ones(4, 2)).over(stored)
@@ -118,41 +107,3 @@ def test_what_was_trained_is_put_over_what_is_stored():
     rows = Trained(torch.ones(2, 2), torch.tensor([1, 3])).over(stored)
     assert rows[:, 0].tolist() == [0, 1, 0, 1]
     assert not stored.any()
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ("plain LoRA", "is no DoRA: module .* has no magnitude"),
-        ("another base", "is another base"),
-        ("pissa", "changes the base's weights whenever it is loaded"),
-        ("replicated", "layer_replication"),
-        ("no class", "names no model of transformers"),
-        ("resized", "the vocabulary was resized"),
-    ],
-)
-def test_what_cannot_be_exported(tmp_path, change, said):
-    llama().save_pretrained(tmp_path / "base")
-    folder = saved(tmp_path / "adapter", **({"target_modules": ["embed_tokens"]} if change == "resized" else {}))
-    config = json.loads((folder / "adapter_config.json").read_text())
-    if change == "plain LoRA":
-        folder = tmp_path / "lora"
-        shaken(get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))).save_pretrained(folder)
-    elif change == "another base":
-        gpt2().save_pretrained(tmp_path / "base2")
-        with pytest.raises(UnreadableError, match=said):
-            AdaptedBase(Checkpoint(tmp_path / "base2"), [folder])
-        return
-    elif change == "no class":
-        base = json.loads((tmp_path / "base" / "config.json").read_text())
-        (tmp_path / "base" / "config.json").write_text(json.dumps({**base, "architectures": ["Nobody"]}))
-    elif change == "resized":
-        tensors = load_file(folder / "adapter_model.safetensors")
-        key = next(key for key in tensors if key.endswith("embed_tokens.base_layer.weight") or "embed_tokens.w" in key)
-        tensors[key] = torch.zeros(34, 24)
-        save_file(tensors, folder / "adapter_model.safetensors")
-    else:
-        more = {"init_lora_weights": "pissa"} if change == "pissa" else {"layer_replication": [[0, 1], [0, 2]]}
-        (folder / "adapter_config.json").write_text(json.dumps({**config, **more}))
-    with pytest.raises(UnreadableError, match=said):
-        AdaptedBase(Checkpoint(tmp_path / "base"), [folder])

@@ -1,0 +1,171 @@
+"""One function for three routes: what it writes and says, over bases of floats and quantised ones."""
+
+import json
+
+import pytest
+import torch
+from export_fixtures import wide_llama
+from format_fixtures import llama, logits, saved, shaken
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import dora_peft
+from dora_peft import DoraConfig
+from dora_peft.adapters.export import ROUTES, Record, export
+from dora_peft.adapters.formats import UnreadableError
+
+FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+EIGHT = {"load_in_8bit": True}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    saved(tmp_path / "adapter")
+    return tmp_path
+
+
+def outputs(folder, route, base=None):
+    """The logits of what a route wrote, without this package."""
+    name = {"exact": "base", "merged": ""}.get(route)
+    model = AutoModelForCausalLM.from_pretrained(base if name is None else folder / name, device_map="cpu")
+    if route != "merged":
+        model = PeftModel.from_pretrained(model, folder / "adapter" if route == "exact" else folder)
+    with torch.no_grad():
+        return model.eval()(torch.arange(10)[None]).logits.float()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_each_route(folders, route):
+    """At the rank that holds all of W', the approximation is exact as well."""
+    more = {"rank": 64} if route == "lora" else {}
+    record = export(
+        folders / "adapter", folders / "base", folders / "out", route, dtype=torch.float32, command="as typed", **more
+    )
+    expected = logits(folders / "adapter")
+    found = outputs(folders / "out", route, folders / "base")
+    assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+    assert len(record.modules) == 14
+    assert record.totals["error_over_update"] < 1e-3
+    assert record.warnings() == []
+    places = [folders / "out" / name for name in ("base", "adapter")] if route == "exact" else [folders / "out"]
+    for place in places:
+        stored = json.loads((place / "dora_export.json").read_text())
+        assert (stored["route"], stored["dtype"], stored["command"]) == (route, "float32", "as typed")
+        assert stored["totals"] == record.totals
+    assert ("exact up to rounding of W" in record.statement) == (route != "lora")
+    assert ("approximate" in record.statement) == (route == "lora")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_dry_run_says_the_same_and_writes_nothing(folders, route):
+    more = {"rank": 8} if route == "lora" else {}
+    said = export(folders / "adapter", folders / "base", folders / "out", route, dry_run=True, **more)
+    assert sorted(path.name for path in folders.iterdir()) == ["adapter", "base"]
+    done = export(folders / "adapter", folders / "base", folders / "out", route, **more)
+    assert said == done
+    assert said.dtype == ("float32" if route == "merged" else "float16")
+
+
+def test_rounding_is_said(folders):
+    """bf16 loses more than fp16, and the nearest LoRA of rank 1 most."""
+    errors = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        for route in ("exact", "merged"):
+            done = export(folders / "adapter", folders / "base", folders / "out", route, dtype=dtype, dry_run=True)
+            errors[route, dtype] = done.totals["error_over_update"]
+    for route in ("exact", "merged"):
+        assert 4 < errors[route, torch.bfloat16] / errors[route, torch.float16] < 16
+    one = export(folders / "adapter", folders / "base", folders / "out", "lora", rank=1, dry_run=True)
+    assert one.totals["error_over_update"] > errors["exact", torch.float16]
+    assert any("error / update is above 1%" in said for said in one.warnings())
+
+
+def test_llama_cpp_s_file(folders):
+    pytest.importorskip("gguf")
+    export(folders / "adapter", folders / "base", folders / "out.gguf", "lora", rank=8, to="gguf")
+    assert (folders / "out.gguf").read_bytes()[:4] == b"GGUF"
+
+
+def test_the_folder_of_others_does_not_say_how_its_base_was_quantised(folders):
+    path = folders / "adapter" / "adapter_config.json"
+    assert export(folders / "adapter", folders / "base", folders / "out", "exact", dry_run=True).notes == []
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_mapping": None}))
+    (note,) = export(folders / "adapter", folders / "base", folders / "out", "exact", dry_run=True).notes
+    assert "does not say how its base was quantised" in note
+    assert "% off the norms" in note
+    options = {"base_quantization": "none", "dry_run": True}
+    assert export(folders / "adapter", folders / "base", folders / "out", "exact", **options).notes == []
+
+
+@pytest.mark.parametrize(
+    ("route", "options", "said"),
+    [
+        ("quick", {}, "--as quick: expected one of exact, lora, merged"),
+        ("exact", {"rank": 8}, "belong to --as lora, and this is exact"),
+        ("merged", {"to": "gguf"}, "belong to --as lora, and this is merged"),
+        ("lora", {}, "--as lora takes --rank or --error"),
+        ("lora", {"rank": 9}, "choose 16"),
+        ("lora", {"rank": 8, "covariance": True}, "--covariance .* --calibration"),
+        ("merged", {"dequantize": True}, "--dequantize belongs to --as exact"),
+        ("exact", {"base_quantization": "q8"}, "--base-quantization: expected one of"),
+    ],
+)
+def test_options_that_do_not_fit(folders, route, options, said):
+    with pytest.raises(UnreadableError, match=said):
+        export(folders / "adapter", folders / "base", folders / "out", route, **options)
+    assert sorted(path.name for path in folders.iterdir()) == ["adapter", "base"]
+
+
+def test_no_adapter_and_trained_parameters(folders, tmp_path):
+    with pytest.raises(UnreadableError, match="expected at least one"):
+        export([], folders / "base", folders / "out", "exact")
+    saved(tmp_path / "more", modules_to_save=["lm_head"])
+    with pytest.raises(UnreadableError, match=r"also trained 'lm_head.weight'"):
+        export(tmp_path / "more", folders / "base", folders / "out", "lora", rank=8)
+
+
+@pytest.fixture(scope="module", params=[FOUR, EIGHT], ids=["nf4", "int8"])
+def quantised(request, tmp_path_factory):
+    """A base before and after bitsandbytes, an adapter trained over it, its logits and W' of one module."""
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path_factory.mktemp("quantised")
+    wide_llama().save_pretrained(folder / "floats")
+
+    def base():
+        config = BitsAndBytesConfig(**request.param)
+        return AutoModelForCausalLM.from_pretrained(
+            folder / "floats", quantization_config=config, dtype=torch.float32, device_map="cpu"
+        )
+
+    base().save_pretrained(folder / "codes")
+    shaken(get_peft_model(base(), DoraConfig(r=4, target_modules="all-linear"))).save_pretrained(folder / "adapter")
+    model = PeftModel.from_pretrained(base(), folder / "adapter").eval()
+    with torch.no_grad(), dora_peft.implementation("torch"):
+        return folder, model(torch.arange(10)[None]).logits.float()
+
+
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:Merge")
+@pytest.mark.parametrize("route", ["exact", "merged"])
+@pytest.mark.parametrize("base", ["floats", "codes"])
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_quantised_bases(tmp_path, quantised, base, route, dequantize):
+    """Of codes as of the floats that were quantised in training; only an exact export of codes has codes."""
+    folder, expected = quantised
+    more = {"dequantize": True} if dequantize and route == "exact" else {}
+    record = export(folder / "adapter", folder / base, tmp_path / "out", route, dtype=torch.float32, **more)
+    assert record.totals["error_over_update"] < 1e-5
+    found = outputs(tmp_path / "out", route)
+    # bitsandbytes' own products on a CPU round to 16 bits
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+    config = json.loads((tmp_path / "out" / ("base" if route == "exact" else "") / "config.json").read_text())
+    keeps = base == "codes" and route == "exact" and not dequantize
+    assert ("quantization_config" in config) == keeps
+    if keeps:
+        assert not config["quantization_config"].get("bnb_4bit_use_double_quant")
+    assert (len(record.notes) == 1) == (base == "floats")
+
+
+def test_a_record_is_what_json_gives(folders):
+    done = export(folders / "adapter", folders / "base", folders / "out", "merged")
+    assert Record(**json.loads((folders / "out" / "dora_export.json").read_text())) == done
