@@ -3,9 +3,9 @@
     python scripts/benchmark_merge.py                          # a synthetic LLaMA of 4 GB, all-linear, r = 16
     python scripts/benchmark_merge.py --gigabytes 0.05 --shard-gigabytes 0.01      # a toy, in a minute
 
-Needs three times the model's size on the disk, and for the loaded model about twice its size of memory. Each runs in a
-process of its own: `dora-peft export --as merged`; `merge_and_unload().save_pretrained`; and the export again, which is
-killed by SIGKILL when half of its files are finished, and started a second time. Expected result: the files of the
+Needs Linux, three times the model's size on the disk, and for the loaded model twice its size of memory. Each runs in
+a process of its own: `dora-peft export --as merged`; `merge_and_unload().save_pretrained`; and the export again, which
+is killed by SIGKILL when half of its files are finished, and started a second time. Expected result: the files of the
 first two hold the same bits, those of the first and the last the same bytes; a table of seconds and of the largest
 resident set, everything included; the same in scripts/benchmarks/results/merge.json.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -138,13 +137,18 @@ def start(name: str, folder: Path, out: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+def peak_mib() -> float:
+    """The largest resident set of this process so far; what rusage says includes that of the process before it."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
 def work(name: str, folder: Path, out: Path) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
     begin = time.perf_counter()
     WORKERS[name](folder, out)
     seconds = time.perf_counter() - begin
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"time_s": seconds, "peak_mib": peak / 1024, "before_mib": before / 1024}))
+    print(json.dumps({"time_s": seconds, "peak_mib": peak_mib(), "before_mib": before}))
 
 
 def figures(name: str, folder: Path, out: Path) -> dict[str, float]:
