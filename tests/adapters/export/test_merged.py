@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,29 @@ def test_several_adapters_in_their_order(tmp_path):
     turned = tensors_in(tmp_path / "out")
     key = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(turned[key], found[key])
+
+
+def test_nothing_of_a_module_stays_in_memory_when_it_is_written(tmp_path):
+    """Neither weights nor records of their norms, between which the heap would grow by all of the model."""
+    llama().save_pretrained(tmp_path / "base")
+    adapted = AdaptedBase(Checkpoint(tmp_path / "base"), [saved(tmp_path / "adapter")])
+    stored, seen = adapted.stored, []
+
+    def watched(path):
+        weight = stored(path)
+        seen.append(weakref.ref(weight.untyped_storage()))
+        return weight
+
+    def check(key):
+        known = [path for path, layer in adapted.layers.items() if layer._base_norm is not None]
+        known += [path for path, layer in adapted.layers.items() for norm in layer._norms.values() if norm.known]
+        assert known == [], key
+        assert all(layer.get_base_layer().weight.is_meta for layer in adapted.layers.values())
+
+    adapted.stored = watched
+    export_merged(adapted, tmp_path / "out", progress=check)
+    assert len(seen) == len(adapted.layers)
+    assert not any(one() for one in seen)
 
 
 def test_mixtrals_own_names_are_kept(tmp_path):
