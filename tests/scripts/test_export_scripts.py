@@ -41,7 +41,7 @@ def folders(tmp_path):
 
 def test_accuracy(folders, script, monkeypatch, capsys):
     accuracy = script("export_accuracy")
-    kept = [accuracy.Case("exact", "fp32"), accuracy.Case("merged", "bf16"), accuracy.Case("lora", "fp16", 8, True)]
+    kept = [accuracy.Case("exact", "fp32"), accuracy.Case("merged", "bf16"), accuracy.Case("lora", "fp16", 32, True)]
     assert set(kept) <= set(accuracy.cases())
     monkeypatch.setattr(accuracy, "cases", lambda: iter(kept))
     words = ["--base", folders / "base", "--adapter", folders / "adapter", "--dataset", folders / "data"]
@@ -52,7 +52,7 @@ def test_accuracy(folders, script, monkeypatch, capsys):
     assert rows[1]["same_answers"] == 1
     assert rows[3]["totals"]["exported_kl"] >= 0
     said = capsys.readouterr().out
-    assert "| `lora --rank 8 --calibration` | fp16 |" in said
+    assert "| `lora --rank 32 --calibration` | fp16 |" in said
     assert "| the DoRA model itself | fp32 |" in said
 
 
