@@ -75,6 +75,8 @@ class AdaptedBase:
         sources: What was read of each adapter.
         quantised: What bitsandbytes makes of the base, if the adapters were trained over that.
         coded: The modules whose weights are quantised in the files, and what the files call them.
+        base: The same files by the modules' paths.
+        told: Whether the caller says how the base was quantised in training.
         unrecorded: Whether no folder says how its base was quantised, and nobody else.
 
     Raises:
@@ -91,8 +93,8 @@ class AdaptedBase:
         base_quantization: str | None = None,
     ) -> None:
         self.checkpoint = checkpoint
-        self._base = Base(checkpoint, device)
-        self.device = self._base.device
+        self.base = Base(checkpoint, device)
+        self.device = self.base.device
         model = skeleton(checkpoint.config)
         if model is None:
             raise UnreadableError(
@@ -101,6 +103,7 @@ class AdaptedBase:
             )
         self.names = Names(checkpoint, model)
         self.sources = [read_source(adapter, allow_pickle=allow_pickle) for adapter in adapters]
+        self.told = base_quantization is not None
         record, self.unrecorded = recorded(self.sources, base_quantization)
         self.quantised: Quantised | None = None
         if record is not None and "quantization_config" not in checkpoint.config:
@@ -109,7 +112,7 @@ class AdaptedBase:
             self.quantised = Quantised(record, again)
         self.coded, self._turned = _coded(checkpoint, self.names, model)
         self._given = base_weights(self.sources, checkpoint, self.names)
-        self.model = loaded_over(model, self.sources, self._base)
+        self.model = loaded_over(model, self.sources, self.base)
         self._adapters = list(self.model.peft_config)
         self.layers = {name: layer for name, layer in inner(self.model).named_modules() if isinstance(layer, DoraLayer)}
 
@@ -120,7 +123,7 @@ class AdaptedBase:
 
     def over(self, model: nn.Module) -> PeftModel:
         """The adapters over the base in memory, active in their order."""
-        return loaded_over(model, self.sources, self._base)
+        return loaded_over(model, self.sources, self.base)
 
     def adapters_of(self, path: str) -> list[str]:
         """The adapters that change a module, in order."""
