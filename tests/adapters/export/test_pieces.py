@@ -81,6 +81,13 @@ def test_options_tell_one_adapter_from_another(tmp_path):
     assert first != options_of(opened(tmp_path / "b", r=2), "merged")
 
 
+def test_options_tell_one_base_from_another(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    first = opened(tmp_path)
+    other = AdaptedBase(first.checkpoint, [tmp_path / "adapter"], base_quantization="nf4")
+    assert options_of(first, "merged") != options_of(other, "merged")
+
+
 def test_what_is_not_in_the_files_is_named(tmp_path):
     adapted = opened(tmp_path)
     check_all(adapted)
