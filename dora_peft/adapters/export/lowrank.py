@@ -265,7 +265,7 @@ class _Root:
             self.matrix = (weight + floor).sqrt().float()
             return
         weight = weight.clone()
-        added = 0.0
+        added = torch.zeros_like(mean)
         # sums in fp32 leave negative eigenvalues where a text has fewer tokens than a module has inputs
         for share in (FLOOR, 10 * FLOOR, 100 * FLOOR, 1000 * FLOOR):
             weight.diagonal().add_(share * mean - added)
