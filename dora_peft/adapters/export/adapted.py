@@ -194,11 +194,18 @@ class AdaptedBase:
             UnreadableError: It cannot be merged.
         """
         with self.at_hand(path, dtype) as layer:
-            try:
-                found = merged_weight(layer, self.adapters_of(path), safe_merge=True).detach()
-            except (NotImplementedError, ValueError) as error:
-                raise UnreadableError(str(error)) from error
-        return found.to(dtype or self.dtype_of(path))
+            return self.merge(path, layer).to(dtype or self.dtype_of(path))
+
+    def merge(self, path: str, layer: DoraLayer) -> Tensor:
+        """W' of a module that is at hand, in the dtype of W0.
+
+        Raises:
+            UnreadableError: It cannot be merged.
+        """
+        try:
+            return merged_weight(layer, self.adapters_of(path), safe_merge=True).detach()
+        except (NotImplementedError, ValueError) as error:
+            raise UnreadableError(str(error)) from error
 
     def dtype_of(self, path: str) -> torch.dtype:
         """That of a module's weight in the files; of a quantised one, that of the model."""

@@ -146,7 +146,7 @@ def _measure(
         else:
             new = codes_among(adapted.checkpoint, adapted.coded[path], codes.times(whole.scale, dtype))
             served = adapted.in_layout(path, new.dequantise(0, new.out_features))
-        return loss_of(layer, parts, served, own.lora_A, own.lora_B), own
+        return loss_of(layer, parts, served, (own.lora_A, own.lora_B)), own
 
 
 def _served(adapted: AdaptedBase, path: str, dtype: torch.dtype) -> Tensor:

@@ -10,6 +10,7 @@ from math import sqrt
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ..doctor_norms import of_quantisation
@@ -162,31 +163,45 @@ def _exact(run: _Run, dtype: torch.dtype, dequantize: bool) -> Record:
 def _merged(run: _Run, dtype: torch.dtype | None) -> Record:
     adapted = run.adapted
     check_all(adapted)
-    losses = {path: _merged_loss(adapted, path, dtype, run.progress) for path in adapted.layers}
+    losses: dict[str, Loss] = {}
     stored = adapted.dtype_of(next(iter(adapted.layers)))
     to = stored if dtype is None else dtype
 
+    def weight(path: str) -> Tensor:
+        served, losses[path] = _merged_with_loss(adapted, path, dtype)
+        return served
+
     def record(notes: Sequence[str]) -> Record:
         statement = f"exact up to rounding of W' to {_name(to)}, as merge_and_unload rounds it"
-        return run.record("merged", to, statement, *_numbers(losses), notes)
+        for path in adapted.layers:
+            # of files that an earlier run has finished, and of a dry run
+            if path not in losses:
+                if run.progress is not None:
+                    run.progress(path)
+                weight(path)
+        in_order = {path: losses[path] for path in adapted.layers}
+        return run.record("merged", to, statement, *_numbers(in_order), notes)
 
     if run.dry_run:
         return record([])
     done = export_merged(
-        adapted, run.out, dtype=dtype, force=run.force, progress=run.progress,
+        adapted, run.out, dtype=dtype, weight=weight, force=run.force, progress=run.progress,
         finish=lambda folder, notes: [record(notes).write(folder)],
     )  # fmt: skip
     return record(done.notes)
 
 
-def _merged_loss(adapted: AdaptedBase, path: str, dtype: torch.dtype | None, progress: Report | None) -> Loss:
-    if progress is not None:
-        progress(path)
+def _merged_with_loss(adapted: AdaptedBase, path: str, dtype: torch.dtype | None) -> tuple[Tensor, Loss]:
+    """W' of a module, and what rounding it cost."""
+    with adapted.at_hand(path) as layer:
+        parts = adapted.parts(path, layer)
+        if dtype in (None, layer.get_base_layer().get_parameter("weight").dtype):
+            served = adapted.merge(path, layer).to(dtype or adapted.dtype_of(path))
+            return served, loss_of(layer, parts, served)
+    # merged in another dtype, and compared with W' of W0 as it is stored
     served = adapted.merged(path, dtype)
     with adapted.at_hand(path) as layer:
-        weight = layer.base_weight()
-        nothing = torch.zeros(1, weight.in_features), torch.zeros(weight.out_features, 1)
-        return loss_of(layer, adapted.parts(path, layer), served, *nothing)
+        return served, loss_of(layer, parts, served)
 
 
 def _lora(run: _Run, fit: _Fit) -> Record:

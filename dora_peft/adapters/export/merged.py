@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .adapted import AdaptedBase
 from .pieces import check_all, config_of, options_of, pieces_of
@@ -39,6 +40,7 @@ def export_merged(
     out: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
+    weight: Callable[[str], Tensor] | None = None,
     force: bool = False,
     finish: Callable[[Path, list[str]], list[Path]] | None = None,
     progress: Report | None = None,
@@ -50,6 +52,7 @@ def export_merged(
         out: The folder to write. What is unfinished lies beside it, see `write_model`.
         dtype: Of the new weights, which W0 is brought to before it is merged, as if the model were loaded in it; each
             weight's own if None.
+        weight: Gives W' of a module by its path, in the new dtype; `adapted.merged` if None.
         force: Replace a model at `out`.
         finish: Called with the unfinished folder and the notes when the model is in it, to write what belongs to it.
         progress: Called with the key of each tensor that is written.
@@ -60,7 +63,7 @@ def export_merged(
     """
     checkpoint = adapted.checkpoint
     check_all(adapted)
-    pieces, untied = pieces_of(adapted, dtype, lambda path: adapted.merged(path, dtype))
+    pieces, untied = pieces_of(adapted, dtype, weight or (lambda path: adapted.merged(path, dtype)))
     config = config_of(adapted, dtype, untied)
     notes = [f"{name} is untied from {', '.join(others)}, in the files and in config.json" for name, others in untied]
     files = write_model(

@@ -46,7 +46,7 @@ class Loss:
         error: ||W_served - W'||_F, W_served being what a server computes with.
         update: ||W' - W0||_F.
         rows, lost: How many rows have c other than 1, and how many of those came out as W0's own.
-        digest: Of the new base's rows, see `fingerprint.digest_of`.
+        digest: Of the new base's rows, see `fingerprint.digest_of`; empty without a LoRA over it.
     """
 
     error: float
@@ -94,18 +94,18 @@ def scaled(layer: DoraLayer, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return new
 
 
-def loss_of(layer: DoraLayer, parts: Parts, served: Tensor, lora_A: Tensor, lora_B: Tensor) -> Loss:
+def loss_of(layer: DoraLayer, parts: Parts, served: Tensor, lora: tuple[Tensor, Tensor] | None = None) -> Loss:
     """Compare what a server computes with to W'.
 
     Args:
         layer: The layer with its W0 at hand.
         parts: What W' is made of.
         served: The new base's weight in its layout.
-        lora_A, lora_B: The plain LoRA's factors [r, in] and [out, r] as they are stored, s = 1.
+        lora: A [r, in] and B [out, r] of the plain LoRA over it as they are stored, s = 1; None if there is none.
     """
     weight = layer.base_weight()
     matrix = layer.kind.matrix(layer.get_base_layer(), served)
-    lora_A, lora_B = lora_A.to(weight.dtype), lora_B.to(weight.dtype)
+    factors = None if lora is None else [factor.to(weight.device, weight.dtype) for factor in lora]
     scale = split(parts).scale
     changed = (scale - 1).abs() > torch.finfo(scale.dtype).eps
     error = update = 0.0
@@ -113,11 +113,13 @@ def loss_of(layer: DoraLayer, parts: Parts, served: Tensor, lora_A: Tensor, lora
     hashed = hashlib.sha256()
     for start, stop, rows in weight.blocks():
         new = matrix[start:stop]
-        add(hashed, new)
+        if factors is not None:
+            add(hashed, new)
         same = (new == rows.to(new.dtype)).all(1) & rows.any(1)
         lost += int((same & changed[start:stop]).sum())
         target = merging.merged_rows(rows.clone(), start, stop, parts)
         update += (target - rows).double().square().sum().item()
-        target.sub_(torch.addmm(new.to(weight.dtype), lora_B[start:stop], lora_A))
+        there = new.to(weight.device, weight.dtype)
+        target.sub_(there if factors is None else torch.addmm(there, factors[1][start:stop], factors[0]))
         error += target.double().square().sum().item()
-    return Loss(error**0.5, update**0.5, int(changed.sum()), lost, hashed.hexdigest())
+    return Loss(error**0.5, update**0.5, int(changed.sum()), lost, "" if lora is None else hashed.hexdigest())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from layer_fixtures import MERGEABLE, Truth, adapted, base_of, dense_base, dora, example, perturb, with_two_adapters
 from torch import nn
@@ -26,6 +26,7 @@ def distance(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
+@settings(deadline=None)
 @given(
     st.sampled_from(MERGEABLE),
     st.fixed_dictionaries(
@@ -64,7 +65,7 @@ def test_both_together_are_the_merged_weight(kind, options, two, zero):
     together = dense_base(base_of(model), served) + whole.lora_B @ whole.lora_A
     assert distance(together, truth.matrix) < 1e-12
     assert whole.empty == ("magnitude_only_modules" in options and not two)
-    loss = loss_of(layer, found, served, whole.lora_A, whole.lora_B)
+    loss = loss_of(layer, found, served, (whole.lora_A, whole.lora_B))
     assert loss.error_over_update < 1e-12
     assert loss.lost == 0
 
@@ -100,7 +101,7 @@ def test_rows_that_come_out_as_they_were_are_counted(dtype, bits):
         norm = base.weight.norm(dim=1)
         layer.magnitude("default").copy_(c * norm)
     layer, found, served, whole = taken_apart(model, dtype)
-    loss = loss_of(layer, found, served, whole.lora_A, whole.lora_B)
+    loss = loss_of(layer, found, served, (whole.lora_A, whole.lora_B))
     assert (loss.rows, loss.lost) == (7, 4)
     assert loss.share_lost == pytest.approx(4 / 7)
     error = (served.double() - c[:, None].double() * base.weight.double()).norm()
@@ -124,4 +125,4 @@ def test_two_adapters_are_one_lora_of_both_ranks():
 def test_the_digest_of_blocks_is_that_of_the_whole():
     model = adapted("linear", torch.float32)
     layer, found, served, whole = taken_apart(model, torch.float32)
-    assert loss_of(layer, found, served, whole.lora_A, whole.lora_B).digest == digest_of(served)
+    assert loss_of(layer, found, served, (whole.lora_A, whole.lora_B)).digest == digest_of(served)
