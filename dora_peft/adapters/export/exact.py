@@ -92,7 +92,11 @@ def export_exact(
     files: Files | None = None
     if factors:
         files, more = plain_adapter(
-            factors, dtype, str(Path(out) / BASE), fan_in_fan_out=_turned(adapted, factors), task_type=task_of(adapted)
+            factors,
+            dtype,
+            str((Path(out) / BASE).absolute()),
+            fan_in_fan_out=_turned(adapted, factors),
+            task_type=task_of(adapted),
         )
         files.metadata[KEY] = json.dumps({path: loss.digest for path, loss in losses.items()})
         notes += more
