@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .export.record import NAME as RECORD
 from .formats.source import CONFIG as ADAPTER_CONFIG
-from .formats.source import read_json
 from .push_card import card_of, on_hub
 from .push_files import CARD, Content, content_of, files_of
-
-_BASE = "base_model_name_or_path"
+from .push_names import for_others, renamed
 
 
 class NotPushedError(OSError):
@@ -58,12 +57,14 @@ def push(
 ) -> Push:
     """Upload an adapter's folder, or what `export` has written, with a card that says what it is.
 
-    The folder stays as it is. In the repository, files of the same names and README.md are replaced, others stay.
+    The folder stays as it is. Folders of this machine are called by the last part of their path, and an adapter's
+    config leaves them out. In the repository, files of the same names and README.md are replaced, others stay.
 
     Args:
         folder: An adapter's, in any format that `convert` reads, or an export's.
         repository: "owner/name", or "name" for the user's own; made if there is none.
-        base: The repository of the base model, for adapters whose config names a folder.
+        base: The repository of the base model, for adapters whose config names a folder; of `adapter` of the route
+            exact, that of its `base`.
         private: Make the repository private.
         revision: A branch, which has to be there; "main" if None.
         message: Of the commit.
@@ -72,25 +73,25 @@ def push(
 
     Raises:
         UnreadableError: There is no such folder, it holds neither an adapter nor an export, or a link leads out of it.
-        ValueError: `repository` or `base` is no repository's name.
+        ValueError: `repository` or `base` is no repository's name, or `base` is not what the adapter is for.
         NotPushedError: No token, no network, or the Hub refused.
     """
     for name in (repository, *([] if base is None else [base])):
         _check_name(name)
     path = Path(folder)
     content = content_of(path)
+    _check_base(path, content, base)
     files, notes = files_of(path, deep=content.record is not None)
-    configs = {name: _renamed(file, base) for name, file in files.items() if Path(name).name == ADAPTER_CONFIG}
-    notes += [
-        f"{name} names its base '{found}', which is no owner/name on the Hub: pass --base"
-        for name, found in _folders(configs).items()
-    ]
+    configs, unnamed = renamed(files, None if content.parts else base, beside="base" in content.parts)
+    notes += unnamed
+    if content.record is not None:
+        content = replace(content, record=for_others(content.record))
+        said = (json.dumps(vars(content.record), indent=2) + "\n").encode()
+        configs.update({name: said for name in files if Path(name).name == RECORD})
 
     def plan(where: str, url: str | None = None) -> Push:
         card = str(card_of(path, content, where, base))
-        sizes = {
-            name: len(configs[name][1]) if name in configs else file.stat().st_size for name, file in files.items()
-        }
+        sizes = {name: len(configs[name]) if name in configs else file.stat().st_size for name, file in files.items()}
         sizes[CARD] = len(card.encode())
         return Push(where, revision or constants.DEFAULT_REVISION, sizes, sum(sizes.values()), card, notes, url)
 
@@ -100,7 +101,7 @@ def push(
     api = _api()
     where, made = _repository(api, repository, private)
     ready = plan(where)
-    added = {**files, **{name: text for name, (_, text) in configs.items()}, CARD: ready.card.encode()}
+    added = {**files, **configs, CARD: ready.card.encode()}
     operations = [CommitOperationAdd(name, one) for name, one in added.items()]
     try:
         commit = api.create_commit(
@@ -120,16 +121,16 @@ def _check_name(name: str) -> None:
         raise ValueError(f"'{name}' is no repository's name, owner/name or name: {error}{revision}") from error
 
 
-def _renamed(file: Path, base: str | None) -> tuple[str, bytes]:
-    """The base that an adapter's config names, and the config with `base` in its place."""
-    text, found = file.read_bytes(), read_json(file) or {}
-    if base is not None and found.get(_BASE) != base:
-        text = (json.dumps({**found, _BASE: base}, indent=2) + "\n").encode()
-    return base or str(found.get(_BASE) or ""), text
-
-
-def _folders(configs: dict[str, tuple[str, bytes]]) -> dict[str, str]:
-    return {name: named for name, (named, _) in configs.items() if named and on_hub(named) is None}
+def _check_base(folder: Path, content: Content, base: str | None) -> None:
+    """Refuse the original model as the base of a LoRA that belongs to rows c W0."""
+    record = content.record
+    if record is None or record.route != "exact" or content.parts or not (folder / ADAPTER_CONFIG).is_file():
+        return
+    if base is not None and base == on_hub(record.base):
+        raise ValueError(
+            f"--base {base}: '{folder}' is a LoRA over the base of its export, and over the original model it is "
+            "another adapter. Push that base as well, and name it."
+        )
 
 
 def _message(content: Content) -> str:

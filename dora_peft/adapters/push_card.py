@@ -147,17 +147,17 @@ def _export_section(content: Content, model: bool, named: str | None, repository
 
 def _serving(record: Record, parts: tuple[str, ...], model: bool, base: str, repository: str) -> str:
     rank = int(record.totals.get("rank", 0))
+    limit = f" vLLM needs `--max-lora-rank {rank}`." if rank > 16 else ""
     if record.route == "merged":
         return f'A model like any other: `from_pretrained("{repository}")`.'
     if record.route == "lora":
-        limit = f" vLLM needs `--max-lora-rank {rank}`." if rank > 16 else ""
         return f"Serve it over {_cell(base)} as a plain LoRA; PEFT, vLLM, SGLang and llama.cpp read it the same.{limit}"
     if model and parts:
         return "`base/` is a model like any other: the adapter trained magnitudes alone, and no LoRA is left."
     if parts:
         return (
             "Serve `adapter/` over `base/`, and over no other base: on the original weights it is another adapter, "
-            "which nothing would report."
+            f"which nothing would report.{limit}"
         )
     other = "the LoRA" if model else "the base"
     return f"Half of an export: use it with {other} of the same export, and with no other one."

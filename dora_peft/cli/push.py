@@ -15,7 +15,11 @@ def push(
     folder: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, or what export has written.")],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the Hub; made if there is none.")],
     base: Annotated[
-        str | None, typer.Option(metavar="REPO", help="The base's repository, if the adapter's config names a folder.")
+        str | None,
+        typer.Option(
+            metavar="REPO",
+            help="The base's repository, if the adapter's config names a folder; for --as exact, of DIR/base.",
+        ),
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Which has to be there; main if none.")] = None,

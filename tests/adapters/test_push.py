@@ -5,7 +5,7 @@ import json
 import pytest
 from hub_server import HubServer
 from huggingface_hub import constants
-from push_fixtures import adapter, export
+from push_fixtures import BASE, adapter, export
 
 from dora_peft.adapters import UnreadableError
 from dora_peft.adapters.export import export as export_adapter
@@ -66,11 +66,18 @@ def test_a_real_export_and_its_adapter_renamed(server, tmp_path):
         assert found[path] == (tmp_path / "out" / path).read_bytes()
     config = json.loads(found["adapter/adapter_config.json"])
     written = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
-    assert config == {**written, "base_model_name_or_path": "user/mine"} != written
+    # --base names the original model, and over that the LoRA would be another adapter
+    assert config == {**written, "base_model_name_or_path": None} != written
     assert "exact up to rounding of W0" in done.card
-    assert done.notes == []
-    # without a name for the base, which is a folder, that is said
-    assert any("adapter_config.json names its base" in note for note in push(tmp_path / "out", "user/mine").notes)
+    assert ["it is base/ beside it" in note for note in done.notes] == [True]
+    assert not any(str(tmp_path).encode() in content for content in found.values())
+
+
+def test_the_adapter_of_an_export_is_for_no_original(server, tmp_path):
+    folder = export(tmp_path / "out", "exact") / "adapter"
+    with pytest.raises(ValueError, match="over the original model it is another adapter"):
+        push(folder, "user/mine", base=BASE)
+    assert push(folder, "user/mine", base="user/scaled", dry_run=True).notes == []
 
 
 def test_a_dry_run_asks_no_server_and_says_what_would_be_pushed(server, tmp_path, monkeypatch):

@@ -101,6 +101,12 @@ def test_what_a_record_says_does_not_break_the_card(tmp_path):
     assert "\n````bash\necho '```' <!-- -->\n````\n" in text
 
 
+def test_the_rank_that_vllm_has_to_be_told(tmp_path):
+    totals = {"error_over_update": 0.001, "rank": 32}
+    for route in ("exact", "lora"):
+        assert "`--max-lora-rank 32`" in made(export(tmp_path / route, route, totals=totals)).text
+
+
 def test_no_command_and_no_errors(tmp_path):
     text = made(export(tmp_path / "out", "merged", command=None, modules={}, totals={}, notes=[])).text
     assert "Made by" not in text

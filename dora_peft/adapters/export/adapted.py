@@ -217,6 +217,21 @@ class AdaptedBase:
             found if found is not None and found.is_floating_point and found.itemsize > 1 else self.stored(path).dtype
         )
 
+    def given(self) -> list[str]:
+        """The base's own tables that an adapter brings along."""
+        return list(self._given)
+
+    def replaced(self) -> list[str]:
+        """The base's own tables that an adapter brings along, and whose values are others than in the files."""
+
+        def differs(name: str, brought: Tensor) -> bool:
+            stored = self.names.read(name)
+            # training in 16 bits rounds those of fp32
+            dtype = min((stored.dtype, brought.dtype), key=lambda one: one.itemsize)
+            return not torch.equal(stored.to(dtype), brought.to(dtype))
+
+        return [name for name, tensor in self._given.items() if differs(name, tensor)]
+
     def trained(self) -> dict[str, Trained]:
         """What the adapters hold of other parameters, by their names in the base model: biases, whole modules, rows."""
         adapted = {f"{path}.weight" for path in self.layers}

@@ -125,7 +125,8 @@ def _adapter_files(
     if not factors:
         return None, []
     turned, task = _turned(adapted, factors), task_of(adapted)
-    files, notes = plain_adapter(factors, dtype, str(Path(out) / BASE), fan_in_fan_out=turned, task_type=task)
+    base_name = str((Path(out) / BASE).absolute())
+    files, notes = plain_adapter(factors, dtype, base_name, fan_in_fan_out=turned, task_type=task)
     files.metadata[KEY] = json.dumps({path: loss.digest for path, (loss, _) in measured.items()})
     return files, notes
 

@@ -19,10 +19,10 @@ from .adapted import AdaptedBase
 from .changes import changes
 from .companions import base_folder
 from .exact import Exact, export_exact, task_of
-from .lora import export_lora
+from .lora import LoraExport, export_lora
 from .merged import export_merged
 from .pieces import check_all
-from .record import Record
+from .record import Record, read_record
 from .splitting import Loss, loss_of, split
 from .text import text_for
 from .writing import Report
@@ -98,7 +98,7 @@ def export(
         Checkpoint(base_folder(base)), named, device=device, allow_pickle=allow_pickle,
         base_quantization=base_quantization,
     )  # fmt: skip
-    run = _Run(adapted, Path(out), str(base), [str(one) for one in named], command, force, dry_run, progress)
+    run = _Run(adapted, Path(out), _place(base), [_place(one) for one in named], command, force, dry_run, progress)
     if route == "exact":
         return _exact(run, torch.float16 if dtype is None else dtype, dequantize)
     if route == "merged":
@@ -151,7 +151,8 @@ class _Fit:
 def _exact(run: _Run, dtype: torch.dtype, dequantize: bool) -> Record:
     def record(done: Exact) -> Record:
         statement = f"exact up to rounding of W0 to {_name(done.dtype)}"
-        return run.record("exact", done.dtype, statement, *_numbers(done.losses), done.notes)
+        totals, modules = _numbers(done.losses)
+        return run.record("exact", done.dtype, statement, {**totals, "rank": done.rank}, modules, done.notes)
 
     done = export_exact(
         run.adapted, run.out, dtype=dtype, dequantize=dequantize, force=run.force, dry_run=run.dry_run,
@@ -207,25 +208,51 @@ def _merged_with_loss(adapted: AdaptedBase, path: str, dtype: torch.dtype | None
 def _lora(run: _Run, fit: _Fit) -> Record:
     adapted = run.adapted
     check_all(adapted)
-    others = adapted.trained()
-    if others:
-        raise UnreadableError(
-            f"The adapter also trained '{next(iter(others))}' ({len(others)} such parameters), and a plain LoRA holds "
-            "factors alone. Export with --as exact or merged."
-        )
+    _check_plain(adapted)
+    if run.force and fit.to == "peft" and not run.dry_run:
+        _check_replaced(run.out)
     text = None if fit.calibration is None else text_for(adapted, fit.calibration)
     weights = None if text is None else text.weights(list(adapted.layers), fit.covariance)
     turned = any(isinstance(layer.get_base_layer(), Conv1D) for layer in adapted.layers.values())
+    records: list[Record] = []
+
+    def describe(done: LoraExport) -> Mapping[str, object]:
+        records.append(_lora_record(run, done, {} if text is None else vars(text.compare(done.factors))))
+        return vars(records[0])
+
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / run.out.name if run.dry_run else run.out
-        done = export_lora(
+        export_lora(
             changes(adapted), out, base_name=run.base, rank=fit.rank, error=fit.error, weights=weights,
             dtype=fit.dtype, to=fit.to, config=adapted.checkpoint.config, fan_in_fan_out=turned,
-            task_type=task_of(adapted), force=run.force, progress=run.progress,
+            task_type=task_of(adapted), force=run.force, describe=describe, progress=run.progress,
         )  # fmt: skip
-    totals = {"rank": done.rank, "error_over_update": done.error, "scale_share": done.scale_share}
-    if text is not None:
-        totals.update(vars(text.compare(done.factors)))
+    return records[0]
+
+
+def _check_plain(adapted: AdaptedBase) -> None:
+    """That nothing was trained that a plain LoRA over the base's own files does not hold."""
+    brought = adapted.given()
+    others = [*(name for name in adapted.trained() if name not in brought), *adapted.replaced()]
+    if others:
+        raise UnreadableError(
+            f"The adapter also trained '{others[0]}' ({len(others)} such parameters), and a plain LoRA holds "
+            "factors alone. Export with --as exact or merged."
+        )
+
+
+def _check_replaced(out: Path) -> None:
+    """That `force` replaces a plain LoRA of ours: an adapter that was trained cannot be made again from it."""
+    entries = list(out.iterdir()) if out.is_dir() else [out] if out.exists() else []
+    found = read_record(out) if out.is_dir() else None
+    if entries and (found is None or found.route != "lora"):
+        raise FileExistsError(
+            f"'{out}' is not what --as lora wrote: --force replaces such a folder alone. Choose another name."
+        )
+
+
+def _lora_record(run: _Run, done: LoraExport, of_text: Mapping[str, float]) -> Record:
+    totals = {"rank": done.rank, "error_over_update": done.error, "scale_share": done.scale_share, **of_text}
     modules = {
         one.path: {
             "error_over_update": one.error,
@@ -239,10 +266,15 @@ def _lora(run: _Run, fit: _Fit) -> Record:
         f"approximate: the nearest plain LoRA of rank {done.rank}; the part (c - 1) W0, which no low rank holds, is "
         f"{done.scale_share:.3g} of the update"
     )
-    record = run.record("lora", done.dtype, statement, totals, modules, done.notes)
-    if fit.to == "peft" and not run.dry_run:
-        record.write(run.out)
-    return record
+    notes = list(done.notes)
+    if run.adapted.quantised is not None:
+        notes.append("serve it over that quantised base: over the one in floating point it is another adapter")
+    return run.record("lora", done.dtype, statement, totals, modules, notes)
+
+
+def _place(named: str | os.PathLike[str]) -> str:
+    """A folder by its absolute path: "models/llama" could be a name on the Hub, and is one from elsewhere."""
+    return str(Path(named).absolute()) if Path(named).exists() else str(named)
 
 
 def _numbers(losses: Mapping[str, Loss]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:

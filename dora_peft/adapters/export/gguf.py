@@ -98,7 +98,7 @@ def check_gguf(out: str | os.PathLike[str], *, force: bool) -> Path:
 
     Raises:
         UnreadableError: `gguf` is not installed.
-        FileExistsError: Something is there, and `force` is not set or it is no file.
+        FileExistsError: Something is there, and `force` is not set or it is no GGUF file.
         ValueError: The name ends otherwise, or lies below a file.
     """
     _gguf()
@@ -112,7 +112,14 @@ def check_gguf(out: str | os.PathLike[str], *, force: bool) -> Path:
         raise FileExistsError(f"'{path}' is no file. Choose another name.")
     if path.exists() and not force:
         raise FileExistsError(f"'{path}' is there already. Choose another name, or pass --force to replace it.")
+    if path.exists() and not _is_gguf(path):
+        raise FileExistsError(f"'{path}' is no GGUF file: --force replaces such a file alone. Choose another name.")
     return path
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def architecture(config: Mapping[str, object]) -> _Architecture:

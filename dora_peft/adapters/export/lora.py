@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ..formats.source import CONFIG
 from .gguf import architecture, check_gguf, write_gguf
 from .lowrank import Change, LowRank, Weights, approximate, measured_errors
 from .plain import RANKS, Factors, check_rank, plain_files, plain_modules
+from .record import NAME
 
 TARGETS = ("peft", "gguf")
 EPSILON = torch.finfo(torch.float32).eps
@@ -101,6 +102,7 @@ def export_lora(
     fan_in_fan_out: bool = False,
     task_type: str | None = None,
     force: bool = False,
+    describe: Callable[[LoraExport], Mapping[str, object]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> LoraExport:
     """Write the plain LoRA of one rank that is nearest to an adapter.
@@ -118,6 +120,7 @@ def export_lora(
         config: The base's config.json, for "gguf".
         fan_in_fan_out, task_type: Of the folder's config, see `plain_files`.
         force: Replace what is at `out`.
+        describe: Called with what will be written, before it is: the folder's dora_export.json.
         progress: Called with the path of each module.
 
     Raises:
@@ -138,12 +141,7 @@ def export_lora(
     chosen = ranks[-1] if error is None else _reaching(errors, error)
     factors = {path: fit.factors.cut(chosen) for path, fit in fits.items()}
     modules, notes = plain_modules(factors, chosen)
-    if to == "gguf":
-        files = [write_gguf(modules, config or {}, out, name=Path(base_name).name, force=force)]
-    else:
-        made = plain_files(modules, base_name, fan_in_fan_out=fan_in_fan_out, task_type=task_type)
-        files = write_files(made, out, force=force)
-    return LoraExport(
+    done = LoraExport(
         rank=chosen,
         dtype=next(iter(modules.values())).lora_A.dtype,
         update=sqrt(sum(fit.update for fit in fits.values())),
@@ -153,9 +151,16 @@ def export_lora(
         errors=errors,
         modules=[_report(path, fit, chosen) for path, fit in fits.items()],
         factors=factors,
-        files=files,
+        files=[],
         notes=notes,
     )
+    said = {} if describe is None else {NAME: dict(describe(done))}
+    if to == "gguf":
+        done.files.append(write_gguf(modules, config or {}, out, name=Path(base_name).name, force=force))
+    else:
+        made = plain_files(modules, base_name, fan_in_fan_out=fan_in_fan_out, task_type=task_type)
+        done.files.extend(write_files(replace(made, json={**made.json, **said}), out, force=force))
+    return done
 
 
 def _ranks(rank: int | None, error: float | None) -> tuple[int, ...]:

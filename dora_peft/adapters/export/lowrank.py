@@ -32,6 +32,9 @@ SEED = 0
 HELD_BYTES = 64 * 2**20
 # Of the mean weight: what inputs that the calibration never saw count, so that D has full rank.
 FLOOR = 1e-6
+# Second moments that were summed in fp32 can be negative by its rounding of the largest eigenvalue, which a floor that
+# is relative to the mean does not cover if the inputs are nearly collinear: by how much it is raised until it does.
+_RAISED = (1, 10, 100, 1000)
 
 
 class Change(Protocol):
@@ -264,21 +267,16 @@ class _Root:
         if not self.full:
             self.matrix = (weight + floor).sqrt().float()
             return
-        weight = weight.clone()
-        added = torch.zeros_like(mean)
-        # sums in fp32 leave negative eigenvalues where a text has fewer tokens than a module has inputs
-        for share in (FLOOR, 10 * FLOOR, 100 * FLOOR, 1000 * FLOOR):
-            weight.diagonal().add_(share * mean - added)
-            added = share * mean
-            factor, failed = torch.linalg.cholesky_ex(weight)
+        for raised in _RAISED:
+            raised_weight = weight + raised * floor * torch.eye(columns, dtype=weight.dtype, device=device)
+            factor, failed = torch.linalg.cholesky_ex(raised_weight)
             if not int(failed):
-                break
-        else:
-            raise UnreadableError(
-                f"The second moments of the inputs of module '{change.path}' are not positive: expected X^T X of "
-                "calibration data. Use more text, or mean squares alone."
-            )
-        self.matrix = factor.float()
+                self.matrix = factor.float()
+                return
+        raise UnreadableError(
+            f"The second moments of the inputs of module '{change.path}' are not positive: expected X^T X of "
+            "calibration data. Use more text, or mean squares alone."
+        )
 
     def times(self, factor: Tensor) -> Tensor:
         return self.matrix @ factor if self.full else self.matrix[:, None] * factor

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -133,14 +134,16 @@ def plain_files(
 
     Args:
         modules: All of one rank, with alpha = rank, from `plain_modules`.
-        base_name: The base's folder or name on the Hub: vLLM and PEFT load it by this.
+        base_name: The base's folder, or "owner/name[@revision]" on the Hub: vLLM and PEFT load it by this.
         fan_in_fan_out: The adapted modules are GPT-2's Conv1D.
         task_type: PEFT's, such as "CAUSAL_LM".
     """
-    files = FORMATS["peft"].write(Adapter(dict(modules), base=base_name), None)
+    named, _, revision = (base_name, "", "") if Path(base_name).exists() else base_name.partition("@")
+    files = FORMATS["peft"].write(Adapter(dict(modules), base=named), None)
     rank = next(iter(modules.values())).rank
     config = {
         **files.json[CONFIG],
+        "revision": revision or None,
         "lora_alpha": rank,
         "use_dora": False,
         "use_rslora": False,

@@ -24,7 +24,7 @@ class Record:
     Attributes:
         route: "exact", "lora" or "merged".
         dtype: Of the tensors written, as torch calls it.
-        base, adapters: As they were named.
+        base, adapters: As they were named; folders by their absolute paths.
         statement: How exact it is, in a sentence.
         totals: Numbers of all modules together.
         modules: Numbers of each, by its path.

@@ -7,11 +7,13 @@ import torch
 from export_fixtures import wide_llama
 from format_fixtures import llama, logits, saved, shaken
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import dora_peft
 from dora_peft import DoraConfig
 from dora_peft.adapters.export import ROUTES, Record, export
+from dora_peft.adapters.export.record import read_record
 from dora_peft.adapters.formats import UnreadableError
 
 FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -121,8 +123,50 @@ def test_no_adapter_and_trained_parameters(folders, tmp_path):
     with pytest.raises(UnreadableError, match="expected at least one"):
         export([], folders / "base", folders / "out", "exact")
     saved(tmp_path / "more", modules_to_save=["lm_head"])
+    # a copy that equals the base's is nothing that a plain LoRA leaves out
+    export(tmp_path / "more", folders / "base", tmp_path / "out", "lora", rank=8)
+    tensors = load_file(tmp_path / "more" / "adapter_model.safetensors")
+    tensors["base_model.model.lm_head.weight"] += 1
+    save_file(tensors, tmp_path / "more" / "adapter_model.safetensors")
     with pytest.raises(UnreadableError, match=r"also trained 'lm_head.weight'"):
         export(tmp_path / "more", folders / "base", folders / "out", "lora", rank=8)
+
+
+def test_force_replaces_an_export_alone(folders, tmp_path):
+    """Neither an adapter that was trained, the exported one among them, nor a file."""
+    trained, out, file = saved(tmp_path / "trained"), tmp_path / "out", tmp_path / "file"
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    file.write_text("my notes")
+    for taken in (trained, file):
+        with pytest.raises(FileExistsError, match="not what --as lora wrote"):
+            export(trained, folders / "base", taken, "lora", rank=8, force=True)
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+    assert file.read_text() == "my notes"
+    for _ in range(2):
+        record = export(trained, folders / "base", out, "lora", rank=8, force=True)
+    assert read_record(out) == record
+
+
+def test_a_lora_for_a_quantised_base_says_so(tmp_path):
+    """Its config names the base in floating point, to which the update does not lead."""
+    pytest.importorskip("bitsandbytes")
+    wide_llama().save_pretrained(tmp_path / "base")
+    saved(tmp_path / "adapter", wide_llama())
+    record = export(tmp_path / "adapter", tmp_path / "base", tmp_path / "out", "lora", rank=64, base_quantization="nf4")
+    assert any("serve it over that quantised base" in note for note in record.notes)
+
+
+def test_folders_are_named_absolutely(folders, tmp_path, monkeypatch):
+    """models/llama could be a name on the Hub, and would be read as one from elsewhere."""
+    saved(tmp_path / "runs" / "adapter")
+    (tmp_path / "models").symlink_to(folders)
+    monkeypatch.chdir(tmp_path)
+    for route, config in (("lora", "lora"), ("exact", "exact/adapter")):
+        options = {"rank": 8} if route == "lora" else {}
+        record = export("runs/adapter", "models/base", route, route, **options)
+        assert (record.base, record.adapters) == (str(tmp_path / "models/base"), [str(tmp_path / "runs/adapter")])
+        named = json.loads((tmp_path / config / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert named == str(tmp_path / ("models/base" if route == "lora" else "exact/base"))
 
 
 @pytest.fixture(scope="module", params=[FOUR, EIGHT], ids=["nf4", "int8"])

@@ -174,6 +174,11 @@ def test_a_file_is_replaced_only_if_asked(tmp_path):
     with pytest.raises(FileExistsError, match="--force"):
         write_gguf(modules("lm_head"), config_of(), path)
     assert path.read_bytes() == before
+    path.write_text("my notes")
+    with pytest.raises(FileExistsError, match="is no GGUF file"):
+        write_gguf(modules("lm_head"), config_of(), path, force=True)
+    assert path.read_text() == "my notes"
+    path.write_bytes(b"GGUF, an earlier one")
     write_gguf(modules("lm_head"), config_of(), path, force=True)
     assert path.read_bytes() != before
     with pytest.raises(ValueError, match=r"ends in \.gguf"):

@@ -121,6 +121,16 @@ def test_equal_weights_are_none():
         assert approximate(change, 8, weight).error(8) == pytest.approx(plain.error(8), rel=1e-4)
 
 
+def test_moments_that_are_negative_by_fp32s_rounding_are_taken():
+    """Nearly collinear inputs: the largest eigenvalue is 40 times the mean, and its rounding more than the floor."""
+    direction = torch.randn(40, 1, generator=torch.Generator().manual_seed(0))
+    weight = direction @ direction.T
+    weight -= 1e-5 * weight.diagonal().mean() * torch.eye(40)
+    change = update(50, 40, rank=2, scale=0.0)
+    found = approximate(change, 2, weight)
+    assert found.error(2) < 1e-2 * found.norm
+
+
 def test_inputs_that_were_never_seen_are_fitted_last_but_fitted():
     change = update(50, 40, rank=2, scale=0.0)
     seen = torch.ones(40)

@@ -11,7 +11,15 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from dora_peft.adapters.export.plain import RANKS, Factors, check_rank, listed_rank, plain_adapter
+from dora_peft.adapters.export.plain import (
+    RANKS,
+    Factors,
+    check_rank,
+    listed_rank,
+    plain_adapter,
+    plain_files,
+    plain_modules,
+)
 from dora_peft.adapters.formats import UnreadableError, write_files
 
 KINDS = {"dense": nn.Linear(12, 10), "table": nn.Embedding(20, 10), "conv": nn.Conv2d(3, 6, (2, 3), padding=1)}
@@ -82,6 +90,14 @@ def test_every_reader_takes_the_same_scaling_from_the_config(tmp_path):
     assert config["base_model_name_or_path"] == "some/base"
     assert config.keys() <= LoraConfig().to_dict().keys()
     assert {t.dtype for t in tensors.values()} == {torch.float32}
+
+
+def test_a_revision_of_the_base_is_an_entry_of_its_own():
+    """PEFT loads no "owner/name@revision"."""
+    modules, _ = plain_modules({"layer": Factors(torch.ones(1, 4), torch.ones(4, 1))}, 1)
+    for name, expected in (("owner/name@v1", ("owner/name", "v1")), ("owner/name", ("owner/name", None))):
+        config = plain_files(modules, name).json["adapter_config.json"]
+        assert (config["base_model_name_or_path"], config["revision"]) == expected
 
 
 def test_a_name_that_ends_others_names_is_none_of_them(tmp_path):
