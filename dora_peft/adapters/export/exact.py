@@ -30,6 +30,8 @@ from .writing import Report, write_model
 
 # The folders of an export.
 BASE, ADAPTER = "base", "adapter"
+# To whose models PEFT adds `modules_to_save` of its own.
+_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,10 @@ def _turned(adapted: AdaptedBase, paths: Iterable[str]) -> bool:
 
 
 def task_of(adapted: AdaptedBase) -> str | None:
-    """PEFT's name of what the model is for, as the first adapter's config has it."""
+    """PEFT's name of what the model is for, as the first adapter's config has it.
+
+    None for classifiers: PEFT would ask the adapter's file for their heads, which are in the base.
+    """
     found = adapted.configs[0].task_type
-    return None if found is None else str(getattr(found, "value", found))
+    name = None if found is None else str(getattr(found, "value", found))
+    return None if name in _WITH_HEADS else name
