@@ -26,7 +26,7 @@ from .fingerprint import KEY
 from .pieces import check_all, config_of, options_of, pieces_of
 from .plain import Factors, plain_adapter
 from .splitting import Loss, loss_of, scaled, split
-from .writing import Report, write_model
+from .writing import Report, places, write_model
 
 # The folders of an export.
 BASE, ADAPTER = "base", "adapter"
@@ -81,6 +81,9 @@ def export_exact(
         FileExistsError, NotWrittenError: See `write_model`.
     """
     check_all(adapted)
+    if not dry_run:
+        # measuring takes as long as writing
+        places(Path(out), adapted.checkpoint.folder, BASE, force=force)
     notes: list[str] = []
     wide = _too_large(adapted, dtype)
     measured = {} if wide else {path: _measure(adapted, path, dtype, dequantize, progress) for path in adapted.layers}
@@ -98,6 +101,8 @@ def export_exact(
         )
         files.metadata[KEY] = json.dumps({path: loss.digest for path, loss in losses.items()})
         notes += more
+    else:
+        notes.append(f"there is no '{ADAPTER}' beside '{BASE}', which holds all: the adapters are magnitudes alone")
     rank = next(iter(files.tensors.values())).shape[0] if files is not None else 0
     done = Exact(dtype, losses, rank, [], notes)
     keeps_codes = bool(adapted.coded) and not dequantize

@@ -23,7 +23,7 @@ from .pieces import check_all
 from .record import Record
 from .splitting import Loss, loss_of, split
 from .text import text_for
-from .writing import Report
+from .writing import Report, places
 
 ROUTES = ("exact", "lora", "merged")
 
@@ -161,6 +161,9 @@ def _exact(run: _Run, dtype: torch.dtype, dequantize: bool) -> Record:
 def _merged(run: _Run, dtype: torch.dtype | None) -> Record:
     adapted = run.adapted
     check_all(adapted)
+    if not run.dry_run:
+        # measuring takes as long as writing
+        places(run.out, adapted.checkpoint.folder, force=run.force)
     losses = {path: _merged_loss(adapted, path, dtype, run.progress) for path in adapted.layers}
     stored = adapted.dtype_of(next(iter(adapted.layers)))
     to = stored if dtype is None else dtype

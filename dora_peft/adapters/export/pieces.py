@@ -41,6 +41,7 @@ def check_all(adapted: AdaptedBase) -> None:
 def options_of(adapted: AdaptedBase, route: str) -> dict[str, str]:
     """What a run must share with the one that it goes on after."""
     options = {"route": route, "device": adapted.device.type}
+    options["base-quantization"] = "none" if adapted.quantised is None else adapted.quantised.said
     for number, source in enumerate(adapted.sources):
         files = [source.path, source.path.parent / CONFIG]
         options[f"adapter {number + 1}"] = digest_files(path for path in files if path.is_file())

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from export_fixtures import gpt2, qwen
-from format_fixtures import llama, saved, shaken
+from format_fixtures import llama, logits, saved, shaken
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -192,3 +192,12 @@ def test_a_classifier_s_adapter_is_loaded_by_peft(tmp_path):
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
         torch.testing.assert_close(served.eval()(ids).logits, model.eval()(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_magnitudes_alone_are_in_the_base(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    saved(tmp_path / "adapter", target_modules=[], magnitude_only_modules=["up_proj"])
+    done = export_exact(opened(tmp_path), tmp_path / "out", dtype=torch.float32)
+    assert done.rank == 0
+    assert done.notes == ["there is no 'adapter' beside 'base', which holds all: the adapters are magnitudes alone"]
+    assert (served(tmp_path / "out") - logits(tmp_path / "adapter")).abs().max() < 1e-6

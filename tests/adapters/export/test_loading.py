@@ -99,9 +99,7 @@ def test_a_head_that_the_base_s_class_has_not(tmp_path):
 def test_an_adapter_of_the_model_without_a_head(tmp_path):
     LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path / "base")
     folder = saved(tmp_path / "adapter", LlamaModel.from_pretrained(tmp_path / "base"), target_modules=["q_proj"])
-    with pytest.raises(
-        UnreadableError, match=r"has nothing for 'model.layers.0.self_attn.q_proj.lora_A.default.weight' of"
-    ):
+    with pytest.raises(UnreadableError, match=r"has nothing for 'model.layers.0.self_attn.q_proj.lora_A.default"):
         AdaptedBase(Checkpoint(tmp_path / "base"), [folder])
 
 
