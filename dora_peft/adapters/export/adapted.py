@@ -44,10 +44,13 @@ class Trained:
     Attributes:
         value: The whole parameter, or its rows.
         rows: Which rows, [k]; None for all.
+        alone: Whether PEFT keeps a copy for it (`modules_to_save`); what it writes into the base's own parameter is
+            seen by all that are tied to that.
     """
 
     value: Tensor
     rows: Tensor | None = None
+    alone: bool = False
 
     def over(self, stored: Tensor) -> Tensor:
         """The parameter with what was trained, in the dtype of the stored one."""
@@ -244,12 +247,7 @@ class AdaptedBase:
                 for name in (one for one in self._adapters if one in module.modules_to_save):
                     saved = module.modules_to_save[name]
                     for own, tensor in [*saved.named_parameters(), *saved.named_buffers()]:
-                        found[f"{path}.{own}"] = Trained(tensor.detach())
-            elif ".modules_to_save" not in path and ".original_module" not in path:
-                for own, parameter in module.named_parameters(recurse=False):
-                    # those of the base stand on the meta device, unless the adapter trained them
-                    if own == "bias" and not parameter.is_meta:
-                        found[f"{plain_path(path)}.{own}"] = Trained(parameter.detach())
+                        found[f"{path}.{own}"] = Trained(tensor.detach(), alone=True)
         return found
 
 

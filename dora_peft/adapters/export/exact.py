@@ -26,10 +26,12 @@ from .fingerprint import KEY
 from .pieces import check_all, config_of, options_of, pieces_of
 from .plain import Factors, plain_adapter
 from .splitting import Loss, loss_of, scaled, split
-from .writing import Report, write_model
+from .writing import Report, places, write_model
 
 # The folders of an export.
 BASE, ADAPTER = "base", "adapter"
+# To whose models PEFT adds `modules_to_save` of its own.
+_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,9 @@ def export_exact(
         FileExistsError, NotWrittenError: See `write_model`.
     """
     check_all(adapted)
+    if not dry_run:
+        # measuring takes as long as writing
+        places(Path(out), adapted.checkpoint.folder, BASE, force=force)
     notes: list[str] = []
     wide = _too_large(adapted, dtype)
     measured = {} if wide else {path: _measure(adapted, path, dtype, dequantize, progress) for path in adapted.layers}
@@ -123,7 +128,7 @@ def _adapter_files(
     """The plain LoRA, which knows the weights of its base, with notes; None if the adapters are magnitudes alone."""
     factors = {path: own for path, (_, own) in measured.items() if bool(own.lora_B.any())}
     if not factors:
-        return None, []
+        return None, [f"there is no '{ADAPTER}' beside '{BASE}', which holds all: the adapters are magnitudes alone"]
     turned, task = _turned(adapted, factors), task_of(adapted)
     base_name = str((Path(out) / BASE).absolute())
     files, notes = plain_adapter(factors, dtype, base_name, fan_in_fan_out=turned, task_type=task)
@@ -182,6 +187,10 @@ def _turned(adapted: AdaptedBase, paths: Iterable[str]) -> bool:
 
 
 def task_of(adapted: AdaptedBase) -> str | None:
-    """PEFT's name of what the model is for, as the first adapter's config has it."""
+    """PEFT's name of what the model is for, as the first adapter's config has it.
+
+    None for classifiers: PEFT would ask the adapter's file for their heads, which are in the base.
+    """
     found = adapted.configs[0].task_type
-    return None if found is None else str(getattr(found, "value", found))
+    name = None if found is None else str(getattr(found, "value", found))
+    return None if name in _WITH_HEADS else name

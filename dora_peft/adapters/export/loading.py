@@ -28,6 +28,8 @@ def loaded_over(model: nn.Module, sources: Sequence[Source], base: Base) -> Peft
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         # said of the model on the meta device, which nobody uses
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        # an error, of `_check_filled`
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
         for number, source in enumerate(sources):
             folder = _as_folder(source, base, Path(scratch) / str(number))
             config = DoraConfig.from_pretrained(folder)
@@ -43,6 +45,7 @@ def loaded_over(model: nn.Module, sources: Sequence[Source], base: Base) -> Peft
                 raise UnreadableError(f"'{source.path}' does not load over '{base.name}': {error}") from error
             names.append(name)
             _fill_tokens(loaded, source, name)
+            _check_filled(loaded, source, base)
         assert loaded is not None
         for parameter in loaded.parameters():
             # what is mapped from a file may lie anywhere, a copy where a loaded model's would, which products feel
@@ -98,29 +101,51 @@ def _fill_tokens(model: PeftModel, source: Source, name: str) -> None:
 
 
 def base_weights(sources: Sequence[Source], checkpoint: Checkpoint, names: Names) -> dict[str, Tensor]:
-    """The base's own tables that PEFT saves along with adapted embeddings (`save_embedding_layers`), by parameter.
+    """The base's own parameters in the adapters' files, by name: tables beside adapted embeddings
+    (`save_embedding_layers`), biases, modules trained in full.
 
     Raises:
-        UnreadableError: One has another shape than in the files: the vocabulary was resized.
+        UnreadableError: The base has no such parameter, or one of another shape: the vocabulary was resized.
     """
     found: dict[str, Tensor] = {}
     for source in sources:
         for key, tensor in source.tensors.items():
-            name = plain_path(key.removeprefix(_PREFIX))
-            if not key.endswith((".base_layer.weight", "embed_tokens.weight", "lm_head.weight")) or "lora_" in key:
+            if not key.startswith(_PREFIX) or "lora_" in key or "trainable_tokens_" in key:
                 continue
-            (stored,) = names.keys(name)
-            if tuple(tensor.shape) != checkpoint.entries[stored].shape:
+            name = plain_path(key.removeprefix(_PREFIX))
+            shape = names.shape(name)
+            if shape is None:
+                raise UnreadableError(
+                    f"'{source.path}' holds a '{name}', and '{checkpoint.name}' is of a class without one: "
+                    f"{checkpoint.config.get('architectures')}. Load the base by the class that was trained "
+                    "(AutoModelForSequenceClassification ...), save it, and name that folder."
+                )
+            if tuple(tensor.shape) != shape:
                 raise UnreadableError(
                     f"'{source.path}' brings a '{name}' of {list(tensor.shape)}, and that of '{checkpoint.name}' is "
-                    f"{list(checkpoint.entries[stored].shape)}: the vocabulary was resized in training. Resize the "
-                    "base's embeddings and save it first."
+                    f"{list(shape)}: the vocabulary was resized in training. Resize the base's embeddings and save it "
+                    "first."
                 )
             found[name] = tensor
     return found
 
 
+def _check_filled(model: PeftModel, source: Source, base: Base) -> None:
+    """Whether the file had all that the adapter has over the base.
+
+    Raises:
+        UnreadableError: PEFT found none for a module, which it says by a warning alone.
+    """
+    for name, parameter in inner(model).named_parameters():
+        if parameter.is_meta and ("lora_" in name or ".modules_to_save." in name):
+            raise UnreadableError(
+                f"'{source.path}' has nothing for '{name}' of '{base.name}': it was trained over a model of another "
+                "class, whose modules have other paths. Load the base by that class (AutoModel ...), save it, and "
+                "name that folder."
+            )
+
+
 def plain_path(path: str) -> str:
     """The path of a wrapped module as the base model has it."""
-    wrappers = ("base_layer", "token_adapter", "original_module")
+    wrappers = ("base_layer", "token_adapter", "original_module", "modules_to_save")
     return ".".join(part for part in path.split(".") if part not in wrappers)

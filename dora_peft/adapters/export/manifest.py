@@ -72,7 +72,10 @@ def read_manifest(folder: Path) -> Manifest | None:
     inputs, shards = found.get("inputs"), found.get("shards")
     if not isinstance(inputs, dict) or not isinstance(shards, dict):
         return Manifest({"": "another program's"})
-    whole = {str(name): Finished(shard["nbytes"], shard["digest"]) for name, shard in shards.items()}
+    try:
+        whole = {str(name): Finished(shard["nbytes"], shard["digest"]) for name, shard in shards.items()}
+    except (TypeError, KeyError):
+        return Manifest({"": "another program's"})
     return Manifest({str(name): str(text) for name, text in inputs.items()}, whole)
 
 

@@ -101,9 +101,17 @@ class Names:
             "Name the base that it was trained on."
         )
 
+    def shape(self, parameter: str) -> tuple[int, ...] | None:
+        """Of a parameter by the base's config.json; None if its class has none of this name."""
+        return self._shapes.get(parameter)
+
     def shared(self, parameter: str) -> list[str]:
         """The other parameters that are the same tensor, tied."""
         return [name for name in self._tied.get(parameter, ()) if name != parameter]
+
+    def ties(self) -> list[list[str]]:
+        """The names of each tensor that has several."""
+        return list({id(names): names for names in self._tied.values()}.values())
 
     def has(self, parameter: str) -> bool:
         """Whether the files hold a parameter itself, rather than one that it is tied to, or none."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
@@ -41,8 +40,8 @@ def check_all(adapted: AdaptedBase) -> None:
 
 def options_of(adapted: AdaptedBase, route: str) -> dict[str, str]:
     """What a run must share with the one that it goes on after."""
-    again = None if adapted.quantised is None else adapted.quantised.record
-    options = {"route": route, "device": adapted.device.type, "base quantised": json.dumps(again, sort_keys=True)}
+    options = {"route": route, "device": adapted.device.type}
+    options["base-quantization"] = "none" if adapted.quantised is None else adapted.quantised.said
     for number, source in enumerate(adapted.sources):
         files = [source.path, source.path.parent / CONFIG]
         options[f"adapter {number + 1}"] = digest_files(path for path in files if path.is_file())
@@ -93,10 +92,10 @@ def _changes(
     rows: dict[str, Make] = {}
     for parameter, trained in adapted.trained().items():
         names.check(parameter)
-        if trained.rows is None:
+        if trained.alone:
             changes[parameter] = partial(_trained, names, parameter, trained, dtype)
             continue
-        # PEFT writes them into the table that all share
+        # PEFT writes it into the tensor that all share
         for name in (parameter, *names.shared(parameter)):
             rows[name] = partial(_trained, names, name, trained, dtype)
     untied: list[tuple[str, list[str]]] = []
@@ -107,10 +106,26 @@ def _changes(
             for other in others:
                 # as it was, under a key of its own
                 changes.setdefault(other, rows.get(other) or partial(_read, names, other, dtype))
+    for name in _loosened(adapted, untied):
+        changes.setdefault(name, rows.get(name) or partial(_read, names, name, dtype))
     for name, make in rows.items():
         if names.has(name):
             changes.setdefault(name, make)
     return changes, untied
+
+
+def _loosened(adapted: AdaptedBase, untied: Sequence[tuple[str, list[str]]]) -> list[str]:
+    """The parameters that no adapter unties, but the config that has to be written for others does: the files hold
+    one of them alone."""
+    if not untied:
+        return []
+    model = skeleton(_untied_config(adapted.checkpoint.config))
+    assert model is not None
+    still = Names(adapted.checkpoint, model)
+    return [
+        name for tied in adapted.names.ties() for name in tied
+        if not adapted.names.has(name) and set(still.shared(name)) != set(tied) - {name}
+    ]  # fmt: skip
 
 
 def _of_codes(
@@ -207,10 +222,7 @@ def config_of(
         config["dtype"] = str(dtype).removeprefix("torch.")
     if not untied:
         return config
-    config["tie_word_embeddings"] = False
-    for part in config.values():
-        if isinstance(part, dict) and "tie_word_embeddings" in part:
-            part["tie_word_embeddings"] = False
+    config = _untied_config(config)
     model = skeleton(config)
     assert model is not None
     names = Names(checkpoint, model)
@@ -221,6 +233,15 @@ def config_of(
                 "an adapter changes one of them. Merge it with merge_and_unload."
             )
     return config
+
+
+def _untied_config(config: Mapping[str, object]) -> dict[str, object]:
+    """A config by which nothing is tied that can be told apart."""
+    found = {**deepcopy(dict(config)), "tie_word_embeddings": False}
+    for part in found.values():
+        if isinstance(part, dict) and "tie_word_embeddings" in part:
+            part["tie_word_embeddings"] = False
+    return found
 
 
 def _requantised_config(config: dict[str, object], keeps_codes: bool) -> None:

@@ -6,6 +6,7 @@ were before, the adapter is another one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -64,6 +65,7 @@ class Quantised:
     Attributes:
         record: As given.
         paths: The quantised modules, and whether each is a Conv1D.
+        said: What it is, for comparison with another run's.
 
     Raises:
         UnreadableError: The record is of another method, or bitsandbytes is not installed.
@@ -86,6 +88,7 @@ class Quantised:
             ) from error
         self._bnb, self._four, self.record = bnb, four, record
         self.paths = _quantised_modules(record, model)
+        self.said = f"{json.dumps(dict(record), sort_keys=True, default=str)} by {bnb.__version__}"
 
     def rounded(self, path: str, weight: Tensor) -> Tensor:
         """What is left of a weight after quantising, in its own layout, 4-bit ones in the same dtype.

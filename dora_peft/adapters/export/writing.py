@@ -100,7 +100,7 @@ def write_model(
         FileExistsError: Something is at `out`, or an unfinished export of something else beside it.
         NotWrittenError: The disk is full, or the system cannot write. There is nothing at `out` then.
     """
-    target, partial = _places(Path(out), checkpoint.folder, subfolder, force=force)
+    target, partial = places(Path(out), checkpoint.folder, subfolder, force=force)
     shards = _plan(checkpoint, pieces, dtype)
     for name in checkpoint.files():
         check_inside(checkpoint.folder / name, checkpoint.folder)
@@ -125,8 +125,8 @@ def write_model(
     return [target / path for path in (*model, *others, Path(NAME))]
 
 
-def _places(out: Path, base: Path, subfolder: str, *, force: bool) -> tuple[Path, Path]:
-    """Where the model is going to be, and where it is made.
+def places(out: Path, base: Path, subfolder: str = "", *, force: bool = False) -> tuple[Path, Path]:
+    """Where the model is going to be, and where it is made; nothing is written.
 
     Raises:
         FileExistsError: Something is there, and `force` is not set, or it is no model, or the base itself.
@@ -191,6 +191,8 @@ def _quantised(entries: Mapping[str, Entry]) -> set[str]:
     codes = {
         key for key, entry in entries.items()
         if entry.dtype is None or entry.dtype in _CODES or (entry.dtype.is_floating_point and entry.dtype.itemsize == 1)
+        # GPT-2's causal mask is none
+        if not key.endswith(".bias")
     }  # fmt: skip
     stems = {stem for key in codes for stem in (key, key.rpartition(".")[0])}
     found = set(codes)
@@ -338,6 +340,8 @@ def _put(partial: Path, target: Path) -> None:
     """Rename the finished folder, over an empty one or in the place of an old model."""
     old = target.with_name(f".{target.name}.replaced")
     if target.exists() and any(target.iterdir()):
+        # of a run that was killed when it had put its own in place
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(target, old)
     os.replace(partial, target)
     sync_folder(target.parent)

@@ -5,15 +5,16 @@ import json
 import pytest
 import torch
 from export_fixtures import gpt2, qwen
-from format_fixtures import llama, saved
-from peft import PeftModel
+from format_fixtures import llama, logits, saved, shaken
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForSequenceClassification
 
 import dora_peft
+from dora_peft import DoraConfig
 from dora_peft.adapters.export.adapted import AdaptedBase
 from dora_peft.adapters.export.exact import export_exact
 from dora_peft.adapters.export.fingerprint import KEY, digest_of
@@ -171,3 +172,32 @@ def test_a_dry_run_measures_alone(tmp_path):
     assert done.losses
     assert done.files == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_classifier_s_adapter_is_loaded_by_peft(tmp_path):
+    """PEFT asks the file of a classifier's adapter for its head, which is in the base."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=1, vocab_size=32, num_attention_heads=2, pad_token_id=0
+    )
+    kind = LlamaForSequenceClassification
+    kind(config).save_pretrained(tmp_path / "base")
+    model = shaken(get_peft_model(kind.from_pretrained(tmp_path / "base"), DoraConfig(r=2, task_type="SEQ_CLS")))
+    with torch.no_grad():
+        model.base_model.model.score.modules_to_save["default"].weight.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    adapted = AdaptedBase(Checkpoint(tmp_path / "base"), [tmp_path / "adapter"])
+    export_exact(adapted, tmp_path / "out", dtype=torch.float32)
+    served = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "out" / "base"), tmp_path / "out" / "adapter")
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(served.eval()(ids).logits, model.eval()(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_magnitudes_alone_are_in_the_base(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    saved(tmp_path / "adapter", target_modules=[], magnitude_only_modules=["up_proj"])
+    done = export_exact(opened(tmp_path), tmp_path / "out", dtype=torch.float32)
+    assert done.rank == 0
+    assert done.notes == ["there is no 'adapter' beside 'base', which holds all: the adapters are magnitudes alone"]
+    assert (served(tmp_path / "out") - logits(tmp_path / "adapter")).abs().max() < 1e-6

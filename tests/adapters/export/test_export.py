@@ -226,6 +226,35 @@ def test_a_base_that_is_quantised_otherwise_than_in_training(quantised):
     assert export(folder / "other", folder / "codes", folder / "out", "exact", **options).notes == []
 
 
+@pytest.mark.parametrize("route", ["exact", "merged"])
+def test_what_is_there_is_said_before_anything_is_measured(folders, route):
+    (folders / "out").mkdir()
+    (folders / "out" / "mine").write_text("mine")
+    measured = []
+    with pytest.raises(FileExistsError, match="is there already"):
+        export(folders / "adapter", folders / "base", folders / "out", route, progress=measured.append)
+    assert measured == []
+
+
+def test_going_on_with_another_quantisation_is_refused(folders):
+    """The files and the config are the same by name and shape, whatever W0 is."""
+    pytest.importorskip("bitsandbytes")
+    wide_llama().save_pretrained(folders / "wide", max_shard_size="50KB")
+    saved(folders / "over", wide_llama())
+    keys = []
+
+    def stop(key):
+        keys.append(key)
+        if len(keys) == 25:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(folders / "over", folders / "wide", folders / "out", "merged", progress=stop)
+    with pytest.raises(FileExistsError, match="begun with another option base-quantization"):
+        export(folders / "over", folders / "wide", folders / "out", "merged", base_quantization="nf4")
+    export(folders / "over", folders / "wide", folders / "out", "merged", base_quantization="none")
+
+
 def test_a_record_is_what_json_gives(folders):
     done = export(folders / "adapter", folders / "base", folders / "out", "merged")
     assert Record(**json.loads((folders / "out" / "dora_export.json").read_text())) == done

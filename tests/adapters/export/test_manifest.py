@@ -94,6 +94,9 @@ def test_no_manifest_another_programs_and_a_broken_one(base, tmp_path):
     assert read_manifest(tmp_path / "empty") is None
     (tmp_path / NAME).write_text('{"files": []}')
     assert described(base).difference(read_manifest(tmp_path)) is not None
+    for shards in ('{"a": {}}', '{"a": 1}'):
+        (tmp_path / NAME).write_text(f'{{"inputs": {{}}, "shards": {shards}}}')
+        assert described(base).difference(read_manifest(tmp_path)) is not None
     (tmp_path / NAME).write_text("{")
     with pytest.raises(UnreadableError, match="expected a JSON object"):
         read_manifest(tmp_path)

@@ -4,8 +4,12 @@ import pytest
 import torch
 from export_fixtures import qwen
 from format_fixtures import saved
+from peft import PeftModel, get_peft_model
+from transformers import BertConfig, BertForMaskedLM
 
+from dora_peft import DoraConfig
 from dora_peft.adapters.export.adapted import AdaptedBase
+from dora_peft.adapters.export.merged import export_merged
 from dora_peft.adapters.export.pieces import check_all, config_of, options_of, pieces_of
 from dora_peft.adapters.formats import Checkpoint, UnreadableError
 
@@ -94,3 +98,38 @@ def test_what_is_not_in_the_files_is_named(tmp_path):
     del adapted.names._groups["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(UnreadableError, match=r"have no 'model\.layers\.1\.mlp\.up_proj\.weight'"):
         check_all(adapted)
+
+
+def bert():
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=24, intermediate_size=40, num_hidden_layers=1, vocab_size=32, num_attention_heads=2)
+    model = BertForMaskedLM(config).eval()
+    with torch.no_grad():
+        model.cls.predictions.bias.normal_()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("options", "untied_names"),
+    [({"target_modules": ["query"], "bias": "all"}, 0), ({"target_modules": ["query", "decoder"]}, 1)],
+)
+def test_what_else_is_tied(tmp_path, options, untied_names):
+    """BERT's head shares its bias, too: trained, it stays shared; where its weight is untied, so is it, as one entry of
+    the config ties both."""
+    bert().save_pretrained(tmp_path / "base")
+    adapter = get_peft_model(bert(), DoraConfig(r=2, **options))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    adapter.save_pretrained(tmp_path / "adapter")
+    adapted = AdaptedBase(Checkpoint(tmp_path / "base"), [tmp_path / "adapter"])
+    export_merged(adapted, tmp_path / "out")
+    found, info = BertForMaskedLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert found.config.tie_word_embeddings == (not untied_names)
+    expected = PeftModel.from_pretrained(bert(), tmp_path / "adapter")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(found.eval()(ids).logits, expected.eval()(ids).logits)

@@ -86,12 +86,13 @@ def test_floats_are_cast_but_for_quantised_weights_and_indices(tmp_path):
         "q.weight": torch.zeros(8, dtype=torch.uint8), "q.weight.absmax": torch.ones(4), "q.bias": torch.ones(4),
         "g.qweight": torch.zeros(8, dtype=torch.int32), "g.scales": torch.ones(4), "position": torch.arange(4),
         "f.weight": torch.zeros(8).to(torch.float8_e4m3fn), "f.weight_scale": torch.ones(4), "n.weight": torch.ones(4),
+        "h.attn.bias": torch.zeros(8, dtype=torch.uint8), "h.attn.c_attn.weight": torch.ones(4),
     }  # fmt: skip
     save_file(tensors, tmp_path / "model.safetensors")
     write(Checkpoint(tmp_path / "model.safetensors"), tmp_path / "out", [], dtype=torch.float16)
     found = tensors_in(tmp_path / "out")
     cast = {key for key in found if found[key].dtype == torch.float16}
-    assert cast == {"q.bias", "n.weight"}
+    assert cast == {"q.bias", "n.weight", "h.attn.c_attn.weight"}
     assert all(found[key].dtype == tensors[key].dtype for key in tensors.keys() - cast)
 
 
@@ -202,6 +203,9 @@ def test_a_model_is_replaced_only_when_asked(base, tmp_path):
     write(base, tmp_path / "out")
     with pytest.raises(FileExistsError, match="--force"):
         write(base, tmp_path / "out")
+    # what a run leaves that was killed between its last two steps
+    (tmp_path / ".out.replaced").mkdir()
+    (tmp_path / ".out.replaced" / "config.json").write_text("{}")
     write(base, tmp_path / "out", config={"newer": True}, force=True)
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"newer": True}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
