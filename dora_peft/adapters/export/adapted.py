@@ -74,6 +74,7 @@ class AdaptedBase:
         sources: What was read of each adapter.
         quantised: What bitsandbytes makes of the base, if the adapters were trained over that.
         coded: The modules whose weights are quantised in the files, and what the files call them.
+        record: How the base was quantised in training, as the folders or the caller say; None for not at all.
         unrecorded: Whether no folder says how its base was quantised, and nobody else.
 
     Raises:
@@ -100,12 +101,12 @@ class AdaptedBase:
             )
         self.names = Names(checkpoint, model)
         self.sources = [read_source(adapter, allow_pickle=allow_pickle) for adapter in adapters]
-        record, self.unrecorded = recorded(self.sources, base_quantization)
+        self.record, self.unrecorded = recorded(self.sources, base_quantization)
         self.quantised: Quantised | None = None
-        if record is not None and "quantization_config" not in checkpoint.config:
+        if self.record is not None and "quantization_config" not in checkpoint.config:
             again = skeleton(checkpoint.config)
             assert again is not None
-            self.quantised = Quantised(record, again)
+            self.quantised = Quantised(self.record, again)
         self.coded, self._turned = _coded(checkpoint, self.names, model)
         self._given = base_weights(self.sources, checkpoint, self.names)
         self.model = loaded_over(model, self.sources, self._base)

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dora_peft.adapters.export.codes.gguf import AS_THEY_ARE, FLOATS, INTERLEAVED, PLACES, rewrite_gguf
+from dora_peft.adapters.export.codes.gguf import PLACES, rewrite_gguf, scaled_rows
+from dora_peft.adapters.export.codes.gguf_file import AS_THEY_ARE, FLOATS, INTERLEAVED, GgufFile
 from dora_peft.adapters.formats import UnreadableError
 
 gguf = pytest.importorskip("gguf")
