@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +93,8 @@ def save_gguf(
             writer.add_key_length(config.head_dim)
             writer.add_value_length(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
+    # transformers' default is beyond the table
+    writer.add_pad_token_id(0)
     writer.add_array("tokenizer.ggml.tokens", [f"t{number}" for number in range(config.vocab_size)])
     number = next(one for one, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, config.num_hidden_layers)
@@ -125,5 +128,10 @@ def loaded(path: Path) -> nn.Module:
 def trained(path: Path, folder: Path, **options: object) -> Path:
     """An adapter of ours over a .gguf, as after training."""
     options = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", **options}
-    shaken(get_peft_model(loaded(path), DoraConfig(**options))).save_pretrained(folder)
+    model = shaken(get_peft_model(loaded(path), DoraConfig(**options)))
+    with warnings.catch_warnings():
+        # PEFT looks for a config.json beside the file
+        warnings.filterwarnings("ignore", message="Could not find a config file")
+        warnings.filterwarnings("ignore", message="Setting `save_embedding_layers`")
+        model.save_pretrained(folder)
     return folder
