@@ -49,13 +49,13 @@ def cases() -> Iterator[Case]:
     for rank in RANKS:
         for dtype in DTYPES if rank == 32 else ("fp16",):
             yield Case("lora", dtype, rank)
-        yield Case("lora", "fp16", rank, weighted=True)
+    yield Case("lora", "fp16", 32, weighted=True)
 
 
 def answers_of(base: Path, adapter: Path | None, prompts: Sequence[str]) -> list[str]:
     model, tokenizer = load_model(str(base), None, None if adapter is None else str(adapter))
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
-    return generate_answers(model.float(), tokenizer, list(prompts), 50, 20)
+    return generate_answers(model.float(), tokenizer, list(prompts), 100, 20)
 
 
 def exported(case: Case, options: argparse.Namespace, out: Path, text: Path) -> tuple[Record, Path, Path | None]:

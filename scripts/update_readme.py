@@ -10,6 +10,7 @@ whole pages beside the results in `scripts/benchmarks/results/`:
     price          README's table of `scripts/benchmark_price.py`; price.md has a line for each of its shapes
     formats        other tools' formats, of `scripts/engines.sh formats`
     spelling       what each export leaves of an adapter's accuracy, of `scripts/export_accuracy.py`
+    serving        what servers make of exports, of `scripts/engines.sh serve`
     gpu            how much is measured of gpu.md, what `scripts/gpu.sh` finds against its goals
     reproduction   how many claims of the paper have which verdict of `scripts/reproduce.py report`
     cpu.md         the results of `scripts/benchmark.py`, `benchmark_memory.py` and `benchmark_check.py`
@@ -31,6 +32,7 @@ from typing import Any
 
 from benchmarks import cpu_page, price_page
 from common.formats_table import formats_table
+from common.serving_table import serving_table
 from common.spelling_table import spelling_table
 from reproduction.common import RESULTS as REPRODUCTION
 from reproduction.report import verdicts
@@ -40,6 +42,7 @@ REPRODUCTION_PAGE = "scripts/reproduce/REPRODUCTION.md"
 RESULTS = ROOT / "scripts" / "benchmarks" / "results"
 FORMATS = ROOT / "scripts" / "engines" / "formats.json"
 SPELLING = ROOT / "scripts" / "engines" / "spelling.json"
+SERVING = ROOT / "scripts" / "engines" / "serving.json"
 
 
 def ratio(report: Mapping[str, Any], one: str, other: str, quantity: str = "time_ms", **setting: Any) -> str:
@@ -207,9 +210,8 @@ def main() -> int:
     after = insert(before, "claim", cpu_page.claim(reports))
     after = insert(after, "price", price_page.price_table(price))
     after = insert(after, "formats", formats_table(json.loads(FORMATS.read_text(encoding="utf-8"))["rows"]))
-    if SPELLING.is_file():
-        rows = json.loads(SPELLING.read_text(encoding="utf-8"))["rows"]
-        after = insert(after, "spelling", spelling_table(rows))
+    after = insert(after, "spelling", spelling_table(json.loads(SPELLING.read_text(encoding="utf-8"))["rows"]))
+    after = insert(after, "serving", serving_table(json.loads(SERVING.read_text(encoding="utf-8"))))
     after = insert(after, "gpu", gpu_line(reports))
     after = insert(after, "reproduction", reproduction_line(verdicts(REPRODUCTION)))
     pages = {

@@ -17,6 +17,7 @@ info.py          what the files hold
 doctor.py        what is wrong with them: doctor_files.py in the files, doctor_patterns.py in expressions of a config,
                  doctor_norms.py against the base
 convert.py       written for another tool; formats/ has the formats
+push.py          to the Hub: push_files.py which files, push_card.py with which card
 """
 
 from .convert import TARGETS, Conversion, convert

@@ -171,14 +171,14 @@ def _repository(api: HfApi, name: str, private: bool) -> tuple[str, bool]:
 
 def _refused(error: Exception, where: str, left: str = "") -> NotPushedError:
     """An error of the Hub's client, which has many kinds and long texts, in one line."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    # an upload's error says what was uploaded, and its cause why it failed
+    errors = [error, error.__cause__] if type(error) is RuntimeError and error.__cause__ is not None else [error]
+    status = getattr(getattr(errors[-1], "response", None), "status_code", None)
+    said = ", ".join(f"{type(one).__name__}: {' '.join(str(one).split())[:300].rstrip('.')}" for one in errors)
     mends = {
         401: "The token is not valid: log in again with `hf auth login`, or set HF_TOKEN.",
         403: f"The token may not write to '{where}'.",
         404: f"There is no such repository or branch of '{where}'.",
     }
     mend = "Is the Hub within reach?" if status is None else mends.get(int(status), "")
-    return NotPushedError(
-        f"Cannot push to '{where}' at {constants.ENDPOINT}: {type(error).__name__}: {said}. {mend}{left}".rstrip()
-    )
+    return NotPushedError(f"Cannot push to '{where}' at {constants.ENDPOINT}: {said}. {mend}{left}".rstrip())

@@ -56,15 +56,17 @@ def card_of(folder: Path, content: Content, repository: str, base: str | None) -
         cards.complete(card, section, *(("dora",) if model else ("dora", "lora")))
         return card
     assert content.info is not None
-    named = base or on_hub(content.info.base)
+    # PEFT names the base of a model that was not loaded from a folder in the card alone
+    known = content.info.base or card.data.get("base_model")
+    named = base or on_hub(known)
     _name_base(card, named)
     _name_library(card, content.info.format)
     with_magnitude = any(len(module.dtypes) == 3 for module in content.info.modules)
     if with_magnitude and content.info.format == "peft":
         config = DoraConfig.from_pretrained(str(folder))
-        section = cards.adapter_section(config, named or Path(content.info.base or "").name, repository)
+        section = cards.adapter_section(config, named or Path(known or "").name, repository)
     else:
-        section = _other_section(content.info, named, with_magnitude)
+        section = _other_section(content.info, named or _last(known), with_magnitude)
     cards.complete(card, section, *(("dora", "lora") if with_magnitude else ("lora",)))
     return card
 
@@ -161,11 +163,11 @@ def _serving(record: Record, parts: tuple[str, ...], model: bool, base: str, rep
     return f"Half of an export: use it with {other} of the same export, and with no other one."
 
 
-def _other_section(found: Info, named: str | None, with_magnitude: bool) -> str:
+def _other_section(found: Info, base: str, with_magnitude: bool) -> str:
     rows = [
         ("Format", f"`{found.format}`"),
         ("Method", "DoRA" if with_magnitude else "LoRA, without magnitudes"),
-        ("Base model", _cell(named or _last(found.base))),
+        ("Base model", _cell(base)),
         ("Modules", str(len(found.modules))),
         ("Ranks", ", ".join(str(rank) for rank in sorted({module.rank for module in found.modules}))),
     ]

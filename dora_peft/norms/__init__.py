@@ -21,7 +21,7 @@ A v that was handed out is never written to: a graph may hold it, at another sca
 from .adapted import AdaptedLayer
 from .evaluation import folded
 from .grouped import gather, scatter
-from .lifecycle import drop, is_settled, leave_evaluation, let_go, replicate, settle_as
+from .lifecycle import drop, forget, is_settled, leave_evaluation, let_go, replicate, settle_as
 from .operators import register, traced, traced_ties
 from .records import BaseNorm, Folded, Norm, Snapshot, Stored
 from .shared import refreshed_amid
@@ -51,6 +51,7 @@ __all__ = [
     "computes_by_kernels",
     "drop",
     "folded",
+    "forget",
     "fresh",
     "gather",
     "initial",

@@ -31,6 +31,12 @@ def let_go(layer: AdaptedLayer) -> None:
         norm.device = None
 
 
+def forget(layer: AdaptedLayer) -> None:
+    """Of all that was computed of W0, which is going: its norm and copies of A and B. Which rows are tied is kept."""
+    layer._norms = {name: Norm(tied=n.tied, settled=n.settled) for name, n in layer._norms.items()}
+    layer._base_norm = None
+
+
 def replicate(layer: AdaptedLayer, replica: AdaptedLayer) -> None:
     """Give a replica, which computes on another device and in another thread, its records."""
     replica._norms = {name: Norm(tied=n.tied, settled=n.settled) for name, n in layer._norms.items()}

@@ -41,6 +41,18 @@ def test_unsettled_rows_are_not(layer):
     assert lifecycle.is_settled(layer, "default")
 
 
+def test_what_is_forgotten_is_computed_again_but_for_the_tied_rows(layer):
+    tied, expected = torch.tensor([True, False, False, True]), layer.scale("default").clone()
+    layer._norms["default"].tied = tied
+    lifecycle.forget(layer)
+    assert lifecycle.is_settled(layer, "default")
+    assert layer._norms["default"].tied is tied
+    assert layer._norms["default"].known is None
+    assert layer._base_norm is None
+    layer._norms["default"].tied = None
+    assert torch.equal(layer.scale("default"), expected)
+
+
 def test_a_dropped_adapter_is_unknown(layer):
     lifecycle.drop(layer, "default")
     lifecycle.drop(layer, "default")

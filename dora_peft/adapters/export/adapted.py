@@ -20,6 +20,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ... import norms
 from ...bases.inspection import FLOATS
 from ...config import DoraConfig
 from ...layers import DoraLayer
@@ -74,7 +75,9 @@ class AdaptedBase:
         sources: What was read of each adapter.
         quantised: What bitsandbytes makes of the base, if the adapters were trained over that.
         coded: The modules whose weights are quantised in the files, and what the files call them.
+        base: The same files by the modules' paths.
         record: How the base was quantised in training, as the folders or the caller say; None for not at all.
+        told: Whether the caller says how the base was quantised in training.
         unrecorded: Whether no folder says how its base was quantised, and nobody else.
 
     Raises:
@@ -91,8 +94,8 @@ class AdaptedBase:
         base_quantization: str | None = None,
     ) -> None:
         self.checkpoint = checkpoint
-        self._base = Base(checkpoint, device)
-        self.device = self._base.device
+        self.base = Base(checkpoint, device)
+        self.device = self.base.device
         model = skeleton(checkpoint.config)
         if model is None:
             raise UnreadableError(
@@ -101,6 +104,7 @@ class AdaptedBase:
             )
         self.names = Names(checkpoint, model)
         self.sources = [read_source(adapter, allow_pickle=allow_pickle) for adapter in adapters]
+        self.told = base_quantization is not None
         self.record, self.unrecorded = recorded(self.sources, base_quantization)
         self.quantised: Quantised | None = None
         if self.record is not None and "quantization_config" not in checkpoint.config:
@@ -109,7 +113,7 @@ class AdaptedBase:
             self.quantised = Quantised(self.record, again)
         self.coded, self._turned = _coded(checkpoint, self.names, model)
         self._given = base_weights(self.sources, checkpoint, self.names)
-        self.model = loaded_over(model, self.sources, self._base)
+        self.model = loaded_over(model, self.sources, self.base)
         self._adapters = list(self.model.peft_config)
         self.layers = {name: layer for name, layer in inner(self.model).named_modules() if isinstance(layer, DoraLayer)}
 
@@ -120,7 +124,7 @@ class AdaptedBase:
 
     def over(self, model: nn.Module) -> PeftModel:
         """The adapters over the base in memory, active in their order."""
-        return loaded_over(model, self.sources, self._base)
+        return loaded_over(model, self.sources, self.base)
 
     def adapters_of(self, path: str) -> list[str]:
         """The adapters that change a module, in order."""
@@ -141,12 +145,16 @@ class AdaptedBase:
             )
         # a copy lies where a loaded model's weight would, which may decide the last bit of a product
         base.weight = nn.Parameter(weight.to(self.device, dtype, copy=True), requires_grad=False)
+        # the file's memory
+        del weight
         try:
             with torch.no_grad():
                 yield layer
         finally:
             # a table that the adapter brought is not on the meta device either
             base.weight = nn.Parameter(away.to("meta"), requires_grad=False)
+            # small records between large tensors keep the heap from shrinking: 170 MiB for each 20 modules
+            norms.forget(layer)
 
     def stored(self, path: str) -> Tensor:
         """W0 of a module as the model holds it, floats."""

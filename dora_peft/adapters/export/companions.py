@@ -17,7 +17,15 @@ from ..formats.source import local_folder, read_json
 _COPIED = ("*.json", "*.txt", "*.jinja", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.codes", "tokenizer.model.*")
 _LEGAL = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 # Written anew, or of something else than the model.
-_NOT = (CONFIG, "*.index.json", "adapter_config.json", "trainer_state.json", "*_results.json", "manifest.json")
+_NOT = (
+    CONFIG,
+    "*.index.json",
+    "adapter_config.json",
+    "trainer_state.json",
+    "*_results.json",
+    "manifest.json",
+    "dora_export.json",
+)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".msgpack")
 _QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json", "*quantization_config.json")
 _TEMPLATES = "additional_chat_templates"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -88,14 +88,8 @@ def export_exact(
         dtype = torch.float32
         measured = {path: _measure(adapted, path, dtype, dequantize, progress) for path in adapted.layers}
     losses = {path: loss for path, (loss, _) in measured.items()}
-    factors = {path: own for path, (_, own) in measured.items() if bool(own.lora_B.any())}
-    files: Files | None = None
-    if factors:
-        files, more = plain_adapter(
-            factors, dtype, str(Path(out) / BASE), fan_in_fan_out=_turned(adapted, factors), task_type=task_of(adapted)
-        )
-        files.metadata[KEY] = json.dumps({path: loss.digest for path, loss in losses.items()})
-        notes += more
+    files, more = _adapter_files(adapted, measured, out, dtype)
+    notes += more
     rank = next(iter(files.tensors.values())).shape[0] if files is not None else 0
     done = Exact(dtype, losses, rank, [], notes)
     keeps_codes = bool(adapted.coded) and not dequantize
@@ -118,6 +112,22 @@ def export_exact(
         subfolder=BASE, finish=beside, force=force, progress=progress,
     )  # fmt: skip
     return done
+
+
+def _adapter_files(
+    adapted: AdaptedBase,
+    measured: Mapping[str, tuple[Loss, Factors]],
+    out: str | os.PathLike[str],
+    dtype: torch.dtype,
+) -> tuple[Files | None, list[str]]:
+    """The plain LoRA, which knows the weights of its base, with notes; None if the adapters are magnitudes alone."""
+    factors = {path: own for path, (_, own) in measured.items() if bool(own.lora_B.any())}
+    if not factors:
+        return None, []
+    turned, task = _turned(adapted, factors), task_of(adapted)
+    files, notes = plain_adapter(factors, dtype, str(Path(out) / BASE), fan_in_fan_out=turned, task_type=task)
+    files.metadata[KEY] = json.dumps({path: loss.digest for path, (loss, _) in measured.items()})
+    return files, notes
 
 
 def _measure(

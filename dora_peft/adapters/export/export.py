@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from ..doctor_norms import of_quantisation
 from ..formats import UnreadableError
 from .adapted import AdaptedBase
 from .changes import changes
@@ -283,7 +284,8 @@ def _of_base(adapted: AdaptedBase) -> list[str]:
         return ["W0 is the base as bitsandbytes quantised it in training, as the adapter's folder or the caller says"]
     other = other_base(adapted)
     if not adapted.unrecorded and other is None:
-        return []
+        told = () if adapted.told or not adapted.coded else adapted.sources
+        return [finding.found for source in told for finding in of_quantisation(source, adapted.base)]
     total, count = 0.0, 0
     for path in adapted.layers:
         with adapted.at_hand(path) as layer:

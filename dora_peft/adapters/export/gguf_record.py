@@ -25,9 +25,9 @@ def check_record(adapted: AdaptedBase) -> None:
 
 
 def other_base(adapted: AdaptedBase) -> str | None:
-    """How the base of training differs from a .gguf, by what the folders say; None if it does not, or nobody says."""
+    """How the base of training differs from a .gguf, as the folders say; None if not, or if the caller says."""
     checkpoint = adapted.checkpoint
-    if not isinstance(checkpoint, GgufCheckpoint) or adapted.unrecorded:
+    if not isinstance(checkpoint, GgufCheckpoint) or adapted.unrecorded or adapted.told:
         return None
     record: Mapping[str, object] = adapted.record or {}
     name = record.get("gguf_file")

@@ -64,8 +64,10 @@ class Names:
         self._converters: list[WeightConverter] = []
         if isinstance(model, PreTrainedModel):
             for transform in conversion_mapping.get_model_conversion_mapping(model):
-                converts = isinstance(transform, WeightConverter)
-                (self._converters if converts else self._renamings).append(transform)
+                if isinstance(transform, WeightConverter):
+                    self._converters.append(transform)
+                elif isinstance(transform, WeightRenaming):
+                    self._renamings.append(transform)
         self._groups: dict[str, list[Group]] = {}
         self._renamed: dict[str, str] = {}
         self._collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
@@ -40,7 +41,8 @@ def check_all(adapted: AdaptedBase) -> None:
 
 def options_of(adapted: AdaptedBase, route: str) -> dict[str, str]:
     """What a run must share with the one that it goes on after."""
-    options = {"route": route, "device": adapted.device.type}
+    again = None if adapted.quantised is None else adapted.quantised.record
+    options = {"route": route, "device": adapted.device.type, "base quantised": json.dumps(again, sort_keys=True)}
     for number, source in enumerate(adapted.sources):
         files = [source.path, source.path.parent / CONFIG]
         options[f"adapter {number + 1}"] = digest_files(path for path in files if path.is_file())

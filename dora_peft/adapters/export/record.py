@@ -51,10 +51,7 @@ class Record:
     def warnings(self) -> list[str]:
         """What exceeds 1 %, a sentence for each kind of number with the worst module."""
         said = []
-        for name, what in (
-            ("error_over_update", "error / update"),
-            ("share_lost", "the share of rows whose c is lost"),
-        ):
+        for name, what in _WATCHED.items():
             over = {path: own[name] for path, own in self.modules.items() if own.get(name, 0.0) > BOUND}
             if over:
                 worst = max(over, key=lambda path: over[path])

@@ -62,6 +62,7 @@ class Quantised:
         model: The model on the meta device, whose linear layers are exchanged.
 
     Attributes:
+        record: As given.
         paths: The quantised modules, and whether each is a Conv1D.
 
     Raises:
@@ -88,7 +89,7 @@ class Quantised:
                 "The adapter was trained over a base quantised by bitsandbytes, which has to quantise it again here: "
                 f"pip install bitsandbytes ({error}); or pass --base-quantization none to take the base as it is."
             ) from error
-        self._bnb, self._four, self._record = bnb, four, record
+        self._bnb, self._four, self.record = bnb, four, record
         self.paths = _quantised_modules(record, model)
 
     def rounded(self, path: str, weight: Tensor) -> Tensor:
@@ -108,8 +109,8 @@ class Quantised:
             layer.weight = self._bnb.nn.Params4bit(
                 matrix,
                 requires_grad=False,
-                quant_type=str(self._record.get("bnb_4bit_quant_type", "fp4")),
-                compress_statistics=bool(self._record.get("bnb_4bit_use_double_quant", False)),
+                quant_type=str(self.record.get("bnb_4bit_quant_type", "fp4")),
+                compress_statistics=bool(self.record.get("bnb_4bit_use_double_quant", False)),
                 module=layer,
             )
         else:

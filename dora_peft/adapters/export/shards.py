@@ -92,7 +92,7 @@ class ShardWriter:
         step = STEP_BYTES // max(dtype.itemsize, flat.element_size())
         start = self._offset
         for first in range(0, len(flat), step):
-            data = memoryview(_cast(key, flat[first : first + step], dtype).view(torch.uint8).numpy())
+            data = _cast(key, flat[first : first + step], dtype).view(torch.uint8).numpy().data
             self._file.write(data)
             self._digest.update(data)
             self._offset += len(data)

@@ -19,7 +19,7 @@ FORMAT = torch.contiguous_format
 # What a folder may hold to be replaced.
 OF_ADAPTERS = {
     "adapter_config.json", "adapter_model.bin", "adapter_model.safetensors", "adapters.safetensors", "README.md",
-    "pytorch_lora_weights.safetensors", ".gitattributes",
+    "pytorch_lora_weights.safetensors", ".gitattributes", "dora_export.json",
 }  # fmt: skip
 
 

@@ -10,42 +10,17 @@ from dora_peft.adapters.export.companions import base_folder, check_inside, comp
 from dora_peft.adapters.formats import UnreadableError
 
 WANTED = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "merges.txt",
-    "vocab.json",
-    "qwen.tiktoken",
-    "spiece.model",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "license.md",
-    "NOTICE",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "merges.txt",
+    "vocab.json", "qwen.tiktoken", "spiece.model", "chat_template.jinja", "preprocessor_config.json",
+    "processor_config.json", "generation_config.json", "LICENSE", "LICENSE.txt", "license.md", "NOTICE",
     "USE_POLICY.md",
-]
+]  # fmt: skip
 UNWANTED = [
-    "config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "training_args.bin",
-    "optimizer.pt",
-    "weights.pkl",
-    "model.onnx",
-    "README.md",
-    "adapter_config.json",
-    "trainer_state.json",
-    "consolidated.00.pth",
-    "tf_model.h5",
-    "modeling_own.py",
-    "tokenizer.model.pkl",
-]
+    "config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+    "pytorch_model.bin.index.json", "training_args.bin", "optimizer.pt", "weights.pkl", "model.onnx", "README.md",
+    "adapter_config.json", "trainer_state.json", "consolidated.00.pth", "tf_model.h5", "modeling_own.py",
+    "tokenizer.model.pkl", "manifest.json", "dora_export.json",
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -198,6 +198,22 @@ def test_quantised_bases(tmp_path, quantised, base, route, dequantize):
     assert (len(record.notes) == 1) == (base == "floats")
 
 
+def test_a_base_that_is_quantised_otherwise_than_in_training(quantised):
+    folder, _ = quantised
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    other = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "load_in_8bit": False}
+    config["auto_mapping"]["dora_peft"]["base_quantization"] = other
+    (folder / "other").mkdir(exist_ok=True)
+    (folder / "other" / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "other" / "adapter_model.safetensors").write_bytes(
+        (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    )
+    (note,) = export(folder / "other", folder / "codes", folder / "out", "exact", dry_run=True).notes
+    assert "trained over a base quantised by" in note
+    options = {"base_quantization": "nf4", "dry_run": True}
+    assert export(folder / "other", folder / "codes", folder / "out", "exact", **options).notes == []
+
+
 def test_a_record_is_what_json_gives(folders):
     done = export(folders / "adapter", folders / "base", folders / "out", "merged")
     assert Record(**json.loads((folders / "out" / "dora_export.json").read_text())) == done

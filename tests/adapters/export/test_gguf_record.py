@@ -52,6 +52,7 @@ def test_a_base_that_was_not_quantised_is_said(folders):
     (note,) = notes(folders)
     assert "over a base that was not quantised, and 'model.gguf' holds Q4_0: magnitudes are" in note
     assert "% off the norms" in note
+    assert notes(folders, base_quantization="none") == []
     save_gguf(llama(), folders / "floats.gguf", "F16")
     assert notes(folders, "floats.gguf") == []
 

@@ -4,15 +4,16 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from export_fixtures import gpt2, qwen
+from export_fixtures import gpt2, qwen, wide_llama
 from format_fixtures import llama, saved
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from dora_peft.adapters.export.adapted import AdaptedBase
 from dora_peft.adapters.export.merged import export_merged
@@ -24,6 +25,8 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:Could not find a config file in  - will assume",
 )  # fmt: skip
 ROOT = Path(__file__).parents[3]
+FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+EIGHT = {"load_in_8bit": True}
 
 
 def mixtral():
@@ -148,6 +151,29 @@ def test_several_adapters_in_their_order(tmp_path):
     assert not torch.equal(turned[key], found[key])
 
 
+def test_nothing_of_a_module_stays_in_memory_when_it_is_written(tmp_path):
+    """Neither weights nor records of their norms, between which the heap would grow by all of the model."""
+    llama().save_pretrained(tmp_path / "base")
+    adapted = AdaptedBase(Checkpoint(tmp_path / "base"), [saved(tmp_path / "adapter")])
+    stored, seen = adapted.stored, []
+
+    def watched(path):
+        weight = stored(path)
+        seen.append(weakref.ref(weight.untyped_storage()))
+        return weight
+
+    def check(key):
+        known = [path for path, layer in adapted.layers.items() if layer._base_norm is not None]
+        known += [path for path, layer in adapted.layers.items() for norm in layer._norms.values() if norm.known]
+        assert known == [], key
+        assert all(layer.get_base_layer().weight.is_meta for layer in adapted.layers.values())
+
+    adapted.stored = watched
+    export_merged(adapted, tmp_path / "out", progress=check)
+    assert len(seen) == len(adapted.layers)
+    assert not any(one() for one in seen)
+
+
 def test_mixtrals_own_names_are_kept(tmp_path):
     mixtral().save_pretrained(tmp_path / "base")
     export(tmp_path, [saved(tmp_path / "adapter", mixtral(), target_modules=["q_proj"])])
@@ -242,10 +268,29 @@ def test_killed_in_the_middle_and_gone_on_the_bytes_are_those_of_one_run(tmp_pat
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
-def test_a_quantised_base_is_refused(tmp_path):
-    llama().save_pretrained(tmp_path / "base")
-    adapter = saved(tmp_path / "adapter")
-    path = tmp_path / "base" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(UnreadableError, match="quantised"):
-        export(tmp_path, [adapter])
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:Merge")
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    # bitsandbytes gives bytes as fp32, which a model in 16 bits would round before it is merged
+    [(FOUR, torch.bfloat16), (FOUR, torch.float16), (FOUR, torch.float32), (EIGHT, torch.float32)],
+)
+def test_a_quantised_base_is_merged_as_if_it_had_been_dequantised(tmp_path, options, dtype):
+    """Also the modules that no adapter changes; the files say of no quantisation any more."""
+    pytest.importorskip("bitsandbytes")
+    wide_llama().save_pretrained(tmp_path / "floats")
+
+    def quantised():
+        config = BitsAndBytesConfig(**options)
+        return LlamaForCausalLM.from_pretrained(
+            tmp_path / "floats", quantization_config=config, dtype=dtype, device_map="cpu"
+        )
+
+    quantised().save_pretrained(tmp_path / "base", max_shard_size="100KB")
+    adapters = [saved(tmp_path / "adapter", quantised(), target_modules=["q_proj", "down_proj"])]
+    dense = quantised().dequantize().to(dtype)
+    expected = PeftModel.from_pretrained(dense, adapters[0]).merge_and_unload().state_dict()
+    export(tmp_path, adapters)
+    check_equal(tensors_in(tmp_path / "out"), expected)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == str(dtype).removeprefix("torch.")

@@ -65,6 +65,8 @@ def test_tables_that_are_not_adapted_stay_tied(tmp_path):
 
 def test_trained_rows_go_into_the_table_that_all_share(tmp_path):
     adapted = opened(tmp_path, target_modules=["q_proj"], trainable_token_indices=[1, 3])
+    rows = adapted.model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta["default"]
+    rows.data.fill_(7.0)
     tensors, untied = made(adapted)
     assert HEAD not in tensors
     assert untied == []
@@ -77,6 +79,13 @@ def test_options_tell_one_adapter_from_another(tmp_path):
     assert first == options_of(opened(tmp_path / "a"), "merged")
     assert first != options_of(opened(tmp_path / "a"), "exact")
     assert first != options_of(opened(tmp_path / "b", r=2), "merged")
+
+
+def test_options_tell_one_base_from_another(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    first = opened(tmp_path)
+    other = AdaptedBase(first.checkpoint, [tmp_path / "adapter"], base_quantization="nf4")
+    assert options_of(first, "merged") != options_of(other, "merged")
 
 
 def test_what_is_not_in_the_files_is_named(tmp_path):

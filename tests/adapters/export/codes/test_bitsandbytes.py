@@ -68,6 +68,8 @@ def test_c_goes_into_absmax(out, blocks, kind, nested, dtype):
     after = rescaled(checkpoint, c)
     assert after.tensors[f"{PATH}.weight.absmax"].dtype == torch.float32
     assert not any("nested" in key for key in after.tensors)
+    state = bytes(after.tensors[f"{PATH}.{STATE}{kind}"].tolist())
+    assert b"nested" not in state
     assert all(torch.equal(after.tensors[key], checkpoint.tensors[key]) for key in plain)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(
