@@ -102,6 +102,22 @@ def encode(
     return found
 
 
+def batched(sequences: Sequence[Tensor], most: int = 4096) -> list[Tensor]:
+    """Sequences of one length beside each other, so that a file of short lines needs few passes and no padding.
+
+    Args:
+        sequences: [1, length] each, from `encode`.
+        most: Tokens of a batch, if it holds more than one sequence.
+    """
+    by_length: dict[int, list[Tensor]] = {}
+    for ids in sequences:
+        by_length.setdefault(ids.shape[1], []).append(ids)
+    found: list[Tensor] = []
+    for length, alike in by_length.items():
+        found += torch.cat(alike).split(max(1, most // length))
+    return found
+
+
 def mean_squares(model: nn.Module, paths: Sequence[str], batches: Sequence[Tensor]) -> dict[str, Tensor]:
     """The mean square of each input feature of some modules, [in] in fp64 on the CPU.
 

@@ -265,9 +265,15 @@ class _Root:
             self.matrix = (weight + floor).sqrt().float()
             return
         weight = weight.clone()
-        weight.diagonal().add_(floor)
-        factor, failed = torch.linalg.cholesky_ex(weight)
-        if int(failed):
+        added = torch.zeros_like(mean)
+        # sums in fp32 leave negative eigenvalues where a text has fewer tokens than a module has inputs
+        for share in (FLOOR, 10 * FLOOR, 100 * FLOOR, 1000 * FLOOR):
+            weight.diagonal().add_(share * mean - added)
+            added = share * mean
+            factor, failed = torch.linalg.cholesky_ex(weight)
+            if not int(failed):
+                break
+        else:
             raise UnreadableError(
                 f"The second moments of the inputs of module '{change.path}' are not positive: expected X^T X of "
                 "calibration data. Use more text, or mean squares alone."

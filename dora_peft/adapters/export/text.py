@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ..formats import UnreadableError
 from .adapted import AdaptedBase
-from .calibration import SecondMoments, encode, mean_squares, read_texts, tokenizer_of
+from .calibration import SecondMoments, batched, encode, mean_squares, read_texts, tokenizer_of
 from .comparison import TextReport, compare
 from .gguf_checkpoint import loading_options
 from .lowrank import Weights
@@ -28,7 +28,7 @@ class Text:
 
     Attributes:
         model: The base with the adapters active.
-        batches: [1, length] each.
+        batches: [batch, length] each.
     """
 
     model: PeftModel
@@ -52,7 +52,7 @@ def text_for(adapted: AdaptedBase, path: str | os.PathLike[str]) -> Text:
         UnreadableError: There is no text or tokenizer, or the model is no causal language model.
     """
     folder, options = str(adapted.checkpoint.folder), loading_options(adapted.checkpoint)
-    batches = encode(read_texts(os.fspath(path)), tokenizer_of(folder, **options), most=MOST_TOKENS)
+    batches = batched(encode(read_texts(os.fspath(path)), tokenizer_of(folder, **options), most=MOST_TOKENS))
     try:
         base: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
     except (OSError, ValueError, KeyError) as error:

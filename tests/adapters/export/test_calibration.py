@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from dora_peft.adapters.export.calibration import (
     LEAST_TOKENS,
     SecondMoments,
+    batched,
     encode,
     mean_squares,
     read_texts,
@@ -212,3 +213,11 @@ def test_a_base_without_tokenizer_is_refused_in_one_line(tmp_path):
     with pytest.raises(UnreadableError, match="--calibration needs the tokenizer of") as error:
         tokenizer_of(str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_sequences_of_one_length_are_one_batch():
+    sequences = [torch.full((1, length), number) for number, length in enumerate((3, 5, 3, 3, 2))]
+    found = batched(sequences, most=6)
+    assert [tuple(ids.shape) for ids in found] == [(2, 3), (1, 3), (1, 5), (1, 2)]
+    assert sorted(row[0].item() for ids in found for row in ids) == [0, 1, 2, 3, 4]
+    assert [tuple(ids.shape) for ids in batched(sequences, most=1)] == [(1, 3)] * 3 + [(1, 5), (1, 2)]
