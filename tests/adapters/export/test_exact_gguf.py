@@ -94,6 +94,17 @@ def test_outputs_are_those_of_the_dora_model(tmp_path, case):
     assert done.rank == 4
 
 
+@pytest.mark.parametrize("case", MODELS)
+def test_in_fp32_nothing_is_lost(tmp_path, case):
+    """A c in another row's place would be as large as what 16 bits round."""
+    make, architecture = MODELS[case]
+    path = save_gguf(make(), tmp_path / "model.gguf", "F32", architecture)
+    expected = logits(PeftModel.from_pretrained(loaded(path), trained(path, tmp_path / "adapter")))
+    done = export_exact_gguf(opened(tmp_path), tmp_path / "out", dtype=torch.float32)
+    assert (logits(served(tmp_path / "out", architecture)) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert max(loss.error_over_update for loss in done.losses.values()) < 1e-4
+
+
 def test_the_losses_are_those_of_the_files(tmp_path):
     """Measured again in fp64 from the files, W' by the reference."""
     path, _ = made(tmp_path)
