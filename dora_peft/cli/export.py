@@ -15,7 +15,7 @@ from . import common
 
 def export(
     adapter: common.AdapterArgument,
-    base: Annotated[str, typer.Option(metavar="MODEL", help=common.BASE_HELP)],
+    base: Annotated[str, typer.Option(metavar="MODEL", help=f"{common.BASE_HELP[:-1]}, or a .gguf.")],
     out: Annotated[str, typer.Option(metavar="DIR", help="The folder to write; the file, for --to gguf.")],
     route: Annotated[str, typer.Option("--as", metavar="exact|lora|merged", help="See above.")],
     more: Annotated[
@@ -56,6 +56,8 @@ def export(
     --as exact   DIR/base with rows c W0 and DIR/adapter, a plain LoRA c s B A: exact up to rounding of W0.
     --as lora    the nearest plain LoRA over the base as it is: approximate.
     --as merged  a base with the merged weights, written file by file.
+
+    Of a base that is a .gguf, --as exact writes DIR/base.gguf and DIR/adapter.gguf for llama.cpp.
 
     Example: dora-peft export outputs/adapter --base models/llama --out served --as exact
     """

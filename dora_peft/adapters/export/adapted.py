@@ -79,6 +79,7 @@ class AdaptedBase:
         quantised: What bitsandbytes makes of the base, if the adapters were trained over that.
         coded: The modules whose weights are quantised in the files, and what the files call them.
         base: The same files by the modules' paths.
+        record: How the base was quantised in training, as the folders or the caller say; None for not at all.
         told: Whether the caller says how the base was quantised in training.
         unrecorded: Whether no folder says how its base was quantised, and nobody else.
 
@@ -107,12 +108,12 @@ class AdaptedBase:
         self.names = Names(checkpoint, model)
         self.sources = [read_source(adapter, allow_pickle=allow_pickle) for adapter in adapters]
         self.told = base_quantization is not None
-        record, self.unrecorded = recorded(self.sources, base_quantization)
+        self.record, self.unrecorded = recorded(self.sources, base_quantization)
         self.quantised: Quantised | None = None
-        if record is not None and "quantization_config" not in checkpoint.config:
+        if self.record is not None and "quantization_config" not in checkpoint.config:
             again = skeleton(checkpoint.config)
             assert again is not None
-            self.quantised = Quantised(record, again)
+            self.quantised = Quantised(self.record, again)
         self.coded, self._turned = _coded(checkpoint, self.names, model)
         self._given = base_weights(self.sources, checkpoint, self.names)
         self.model = loaded_over(model, self.sources, self.base)

@@ -31,14 +31,14 @@ class Tokenizer(Protocol):
     def __call__(self, text: str) -> Mapping[str, list[int]]: ...
 
 
-def tokenizer_of(name: str) -> Tokenizer:
-    """The tokenizer of a base model: a folder, or a name on the Hub.
+def tokenizer_of(name: str, **options: str) -> Tokenizer:
+    """The tokenizer of a base model: a folder, or a name on the Hub, with options of `from_pretrained`.
 
     Raises:
         UnreadableError: There is none.
     """
     try:
-        return cast(Tokenizer, AutoTokenizer.from_pretrained(name))
+        return cast(Tokenizer, AutoTokenizer.from_pretrained(name, **options))
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         said = str(error).strip().splitlines()
         raise UnreadableError(

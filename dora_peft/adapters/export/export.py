@@ -14,11 +14,14 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ..doctor_norms import of_quantisation
-from ..formats import Checkpoint, UnreadableError
+from ..formats import UnreadableError
 from .adapted import AdaptedBase
 from .changes import changes
 from .companions import base_folder
 from .exact import Exact, export_exact, task_of
+from .exact_gguf import export_exact_gguf
+from .gguf_checkpoint import GgufCheckpoint, checkpoint_of, is_gguf
+from .gguf_record import check_record, other_base
 from .lora import LoraExport, export_lora
 from .merged import export_merged
 from .pieces import check_all
@@ -56,7 +59,8 @@ def export(
     Args:
         adapters: Folders, files or names on the Hub, in any format that `convert` reads, in the order in which they are
             active.
-        base: A folder of safetensors files, or "owner/name" or "owner/name@revision" on the Hub.
+        base: A folder of safetensors files, or "owner/name" or "owner/name@revision" on the Hub; or a .gguf, whose
+            "exact" export is one as well.
         out: The folder to write; with `to` "gguf" the file.
         route: "exact", a base with rows c W0 in `out`/base and a plain LoRA c s B A in `out`/adapter: exact up to
             rounding of W0; "lora", the nearest plain LoRA over the base as it is; "merged", a base with weights W'.
@@ -66,7 +70,7 @@ def export(
         calibration: Of "lora": a file of texts, by whose inputs the fit is weighted and the result compared.
         covariance: Weight by the whole second moments of the inputs, one layer at a time.
         base_quantization: How the base was quantised in training, "nf4", "fp4", "int8" or "none"; what the folders say
-            if None.
+            if None. A .gguf is taken as it is.
         dequantize: Of "exact": write a quantised base in floating point, whose codes stay otherwise.
         device: Where it is computed.
         force: Replace an export at `out`.
@@ -91,13 +95,17 @@ def export(
         raise UnreadableError("--covariance says how to weight by a text: it needs --calibration TEXT.")
     if dequantize and route != "exact":
         raise UnreadableError(f"--dequantize belongs to --as exact, and this is {route}, which writes floats anyway.")
+    if is_gguf(base):
+        _check_over_gguf(route, base, dequantize)
     named = [adapters] if isinstance(adapters, (str, os.PathLike)) else list(adapters)
     if not named:
         raise UnreadableError("There is no adapter to export: expected at least one.")
     adapted = AdaptedBase(
-        Checkpoint(base_folder(base)), named, device=device, allow_pickle=allow_pickle,
+        checkpoint_of(base if is_gguf(base) else base_folder(base)), named, device=device, allow_pickle=allow_pickle,
         base_quantization=base_quantization,
     )  # fmt: skip
+    if isinstance(adapted.checkpoint, GgufCheckpoint):
+        check_record(adapted)
     run = _Run(adapted, Path(out), _place(base), [_place(one) for one in named], command, force, dry_run, progress)
     if route == "exact":
         return _exact(run, torch.float16 if dtype is None else dtype, dequantize)
@@ -148,7 +156,23 @@ class _Fit:
     covariance: bool
 
 
+def _check_over_gguf(route: str, base: str | os.PathLike[str], dequantize: bool) -> None:
+    """Refuse what a .gguf is no base for before it is read."""
+    if route == "merged":
+        raise UnreadableError(
+            f"--as merged of '{base}' would have to quantise W' again, which loses most of an update: name the base in "
+            "safetensors, or export with --as exact or lora."
+        )
+    if dequantize:
+        raise UnreadableError(
+            f"--dequantize writes safetensors, and '{base}' is a .gguf: name the base in safetensors, or leave it out."
+        )
+
+
 def _exact(run: _Run, dtype: torch.dtype, dequantize: bool) -> Record:
+    if isinstance(run.adapted.checkpoint, GgufCheckpoint):
+        return _exact_gguf(run, dtype)
+
     def record(done: Exact) -> Record:
         statement = f"exact up to rounding of W0 to {_name(done.dtype)}"
         totals, modules = _numbers(done.losses)
@@ -156,6 +180,18 @@ def _exact(run: _Run, dtype: torch.dtype, dequantize: bool) -> Record:
 
     done = export_exact(
         run.adapted, run.out, dtype=dtype, dequantize=dequantize, force=run.force, dry_run=run.dry_run,
+        finish=lambda known, folder: record(known).write(folder), progress=run.progress,
+    )  # fmt: skip
+    return record(done)
+
+
+def _exact_gguf(run: _Run, dtype: torch.dtype) -> Record:
+    def record(done: Exact) -> Record:
+        statement = "exact up to rounding of W0: its codes stay, and scales times c are rounded to the file's types"
+        return run.record("exact", done.dtype, statement, *_numbers(done.losses), done.notes)
+
+    done = export_exact_gguf(
+        run.adapted, run.out, dtype=dtype, force=run.force, dry_run=run.dry_run,
         finish=lambda known, folder: record(known).write(folder), progress=run.progress,
     )  # fmt: skip
     return record(done)
@@ -293,7 +329,8 @@ def _of_base(adapted: AdaptedBase) -> list[str]:
     """What has to be said of the base."""
     if adapted.quantised is not None:
         return ["W0 is the base as bitsandbytes quantised it in training, as the adapter's folder or the caller says"]
-    if not adapted.unrecorded:
+    other = other_base(adapted)
+    if not adapted.unrecorded and other is None:
         told = () if adapted.told or not adapted.coded else adapted.sources
         return [finding.found for source in told for finding in of_quantisation(source, adapted.base)]
     total, count = 0.0, 0
@@ -301,10 +338,12 @@ def _of_base(adapted: AdaptedBase) -> list[str]:
         with adapted.at_hand(path) as layer:
             off = (split(adapted.parts(path, layer)).scale - 1).abs()
             total, count = total + off.sum().item(), count + len(off)
+    found = f"magnitudes are {total / count:.2%} off the norms of this one on average"
+    if other is not None:
+        return [f"{other}: {found}"]
     return [
-        "the adapter's folder does not say how its base was quantised in training: magnitudes are "
-        f"{total / count:.2%} off the norms of this one on average (NF4 moves norms by up to 1.9 %); see "
-        "--base-quantization"
+        f"the adapter's folder does not say how its base was quantised in training: {found} (NF4 moves norms by up to "
+        "1.9 %); see --base-quantization"
     ]
 
 

@@ -75,9 +75,14 @@ class Quantised:
         method = record.get("quant_method")
         four, eight = bool(record.get("load_in_4bit")), bool(record.get("load_in_8bit"))
         if method not in (None, "bitsandbytes") or not (four or eight):
+            gguf = method == "gguf"
+            what = (
+                f"a .gguf ({str(record.get('gguf_file'))[:80]})" if gguf else f"a base quantised by {str(method)[:40]}"
+            )
             raise UnreadableError(
-                f"The adapter was trained over a base quantised by {str(method)[:40]}, and this base is not quantised: "
-                "name the quantised one, or pass --base-quantization none to take this one as it is."
+                f"The adapter was trained over {what}, and this base is not quantised: name "
+                f"{'that file' if gguf else 'the quantised one'}, or pass --base-quantization none to take "
+                "this one as it is."
             )
         try:
             import bitsandbytes as bnb

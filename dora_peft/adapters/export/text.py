@@ -14,6 +14,7 @@ from ..formats import UnreadableError
 from .adapted import AdaptedBase
 from .calibration import SecondMoments, batched, encode, mean_squares, read_texts, tokenizer_of
 from .comparison import TextReport, compare
+from .gguf_checkpoint import loading_options
 from .lowrank import Weights
 from .plain import Factors
 
@@ -50,10 +51,10 @@ def text_for(adapted: AdaptedBase, path: str | os.PathLike[str]) -> Text:
     Raises:
         UnreadableError: There is no text or tokenizer, or the model is no causal language model.
     """
-    folder = str(adapted.checkpoint.folder)
-    batches = batched(encode(read_texts(os.fspath(path)), tokenizer_of(folder), most=MOST_TOKENS))
+    folder, options = str(adapted.checkpoint.folder), loading_options(adapted.checkpoint)
+    batches = batched(encode(read_texts(os.fspath(path)), tokenizer_of(folder, **options), most=MOST_TOKENS))
     try:
-        base: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        base: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
     except (OSError, ValueError, KeyError) as error:
         said = str(error).strip().splitlines()
         raise UnreadableError(

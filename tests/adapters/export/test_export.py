@@ -2,6 +2,7 @@
 
 import json
 
+import gguf_fixtures
 import pytest
 import torch
 from export_fixtures import wide_llama
@@ -87,6 +88,37 @@ def test_llama_cpp_s_file(folders):
     pytest.importorskip("gguf")
     export(folders / "adapter", folders / "base", folders / "out.gguf", "lora", rank=8, to="gguf")
     assert (folders / "out.gguf").read_bytes()[:4] == b"GGUF"
+
+
+@pytest.mark.parametrize("to", ["peft", "gguf"])
+def test_a_lora_over_a_gguf(tmp_path, to):
+    """At the rank that holds all of W' it is the DoRA model over what the file's codes stand for."""
+    base = gguf_fixtures.save_gguf(gguf_fixtures.llama(), tmp_path / "model.gguf")
+    adapter = gguf_fixtures.trained(base, tmp_path / "adapter")
+    out = tmp_path / ("out.gguf" if to == "gguf" else "out")
+    done = export(adapter, base, out, "lora", rank=64, dtype=torch.float32, to=to)
+    assert done.totals["error_over_update"] < 1e-5
+    if to == "gguf":
+        assert out.read_bytes()[:4] == b"GGUF"
+        return
+    found = PeftModel.from_pretrained(gguf_fixtures.loaded(base), out)
+    expected = logits(adapter, gguf_fixtures.loaded(base))
+    with torch.no_grad():
+        assert (found(torch.arange(10)[None]).logits - expected).abs().max() < 2e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("route", "options", "said"),
+    [
+        ("merged", {}, r"--as merged of '.*model\.gguf' would have to quantise W' again.* in safetensors"),
+        ("exact", {"dequantize": True}, r"--dequantize writes safetensors, and '.*' is a \.gguf"),
+    ],
+)
+def test_what_a_gguf_is_no_base_for(tmp_path, route, options, said):
+    base = gguf_fixtures.save_gguf(gguf_fixtures.llama(), tmp_path / "model.gguf")
+    with pytest.raises(UnreadableError, match=said):
+        export(tmp_path / "adapter", base, tmp_path / "out", route, **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_folder_of_others_does_not_say_how_its_base_was_quantised(folders):

@@ -3,11 +3,15 @@
 import pytest
 import torch
 from format_fixtures import llama, logits, saved
+from gguf_fixtures import llama as wide
+from gguf_fixtures import loaded, save_gguf, trained
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dora_peft.adapters.export import export
 from dora_peft.adapters.export.adapted import AdaptedBase
+from dora_peft.adapters.export.calibration import tokenizer_of
+from dora_peft.adapters.export.gguf_checkpoint import checkpoint_of
 from dora_peft.adapters.export.text import text_for
 from dora_peft.adapters.formats import Checkpoint, UnreadableError
 
@@ -35,6 +39,23 @@ def test_the_model_is_the_adapted_one(folders):
     with torch.no_grad():
         found = text.model(torch.arange(10)[None]).logits
     torch.testing.assert_close(found, logits(folders / "adapter"))
+
+
+def test_a_gguf_brings_its_model_and_tokenizer(folders, monkeypatch):
+    path = save_gguf(wide(), folders / "model.gguf")
+    trained(path, folders / "over")
+    asked = {}
+
+    def tokenizer(folder, **options):
+        asked[folder] = options
+        return tokenizer_of(str(folders / "base"))
+
+    monkeypatch.setattr("dora_peft.adapters.export.text.tokenizer_of", tokenizer)
+    text = text_for(AdaptedBase(checkpoint_of(path), [folders / "over"]), folders / "text.txt")
+    assert asked == {str(folders): {"gguf_file": "model.gguf"}}
+    with torch.no_grad():
+        found = text.model(torch.arange(10)[None]).logits
+    torch.testing.assert_close(found, logits(folders / "over", loaded(path)))
 
 
 def test_it_is_quantised_as_in_training(folders):

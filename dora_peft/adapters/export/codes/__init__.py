@@ -3,7 +3,7 @@
 base.py      what all share: `Codes`                      bits.py      codes in 32-bit words
 bitsandbytes.py  nf4, fp4, int8                           gptq.py      GPTQ, AWQ
 hqq.py       HQQ                                          fp8.py       8-bit floats: by row, block, tensor
-compressed_tensors.py  W4A16, W8A16, W8A8                 gguf.py      a whole file of llama.cpp's
+compressed_tensors.py  W4A16, W8A16, W8A8                 gguf.py      a whole file of llama.cpp's, gguf_file.py
 """
 
 from __future__ import annotations

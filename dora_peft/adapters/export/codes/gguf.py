@@ -11,15 +11,13 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...formats.adapter import UnreadableError
-
-if TYPE_CHECKING:
-    import gguf
+from .gguf_file import FLOATS, GgufFile, Stored
 
 # By type: at which bytes of a block its fp16 scale, and offset or scale of minima, lie. What else is in a block is
 # multiplied by them.
@@ -28,14 +26,6 @@ PLACES: dict[str, tuple[int, ...]] = {
     "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ1_S": (0,), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,),
     "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,),
 }  # fmt: skip
-FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-# Architectures whose rows lie as in Hugging Face's files, and those in which the rows of q and k of each head are
-# interleaved: first of the first half, first of the second half, second of the first half ...
-AS_THEY_ARE = (
-    "qwen2", "qwen2moe", "qwen3", "qwen3moe", "gemma", "gemma2", "gemma3", "phi2", "phi3", "starcoder2", "olmo2",
-    "gpt2",
-)  # fmt: skip
-INTERLEAVED = ("llama", "granite", "olmo")
 # Rows that are changed at a time.
 BLOCK_BYTES = 64 * 2**20
 
@@ -59,12 +49,12 @@ class _Place(NamedTuple):
     """One module's tensor in the file, and c in the order of its rows."""
 
     path: str
-    tensor: gguf.ReaderTensor
+    tensor: Stored
     c: Tensor
 
     @property
     def kind(self) -> str:
-        return str(self.tensor.tensor_type.name)
+        return self.tensor.kind
 
 
 def rewrite_gguf(
@@ -82,13 +72,12 @@ def rewrite_gguf(
 
     Raises:
         UnreadableError: The file is none, a module is not in it, its type or the order of its rows is not known here,
-            or a scale leaves fp16's range. Nothing was written.
-        ImportError: The package `gguf` is not installed.
+            or a scale leaves fp16's range; or the package `gguf` is not installed. Nothing was written.
     """
     source, out = Path(source), Path(out)
     if out.exists() and out.samefile(source):
         raise UnreadableError(f"'{out}' is the base itself: expected another file to write.")
-    places = _find(source, scales)
+    places = _find(GgufFile(source), scales)
     partial = out.with_name(f"{out.name}.partial")
     try:
         shutil.copyfile(source, partial)
@@ -102,106 +91,64 @@ def rewrite_gguf(
     return report
 
 
-def _find(source: Path, scales: Mapping[str, Tensor]) -> list[_Place]:
+def scaled_rows(file: GgufFile, path: str, c: Tensor) -> Tensor:
+    """What the rows of one module become by `rewrite_gguf`: [out, in] in fp32, in the order of Hugging Face's model.
+
+    Args:
+        file: The .gguf.
+        path: The module's, in Hugging Face's model.
+        c: [out].
+
+    Raises:
+        UnreadableError: See `rewrite_gguf`.
+    """
+    (place,) = _find(file, {path: c})
+    data = file.data(place.tensor)
+    _scale(place, data, place.c)
+    return file.in_models_order(place.tensor.name, file.numbers(place.tensor, data))
+
+
+def _find(file: GgufFile, scales: Mapping[str, Tensor]) -> list[_Place]:
     """Where in the file each module's tensor is, checked wholly."""
-    reader = _read(source)
-    architecture = _text(reader, "general.architecture")
-    names = _names(source, reader, architecture)
-    by_name = {tensor.name: tensor for tensor in reader.tensors}
     places = []
     for path, c in scales.items():
-        name = f"{names.get_name(path) or path}.weight"
-        tensor = by_name.get(name)
+        name = f"{file.name_of(path) or path}.weight"
+        tensor = file.tensors.get(name)
         if tensor is None or name == "token_embd.weight":
-            tied = name == "output.weight" and "token_embd.weight" in by_name
+            tied = name == "output.weight" and "token_embd.weight" in file.tensors
             found = "its head is tied to the embedding" if tied else f"it has no rows for c by the name '{name}'"
             mend = "leave the module out" if tied or name == "token_embd.weight" else "name the adapter's base"
             raise UnreadableError(
-                f"'{source}', module '{path}': {found}: {mend}, or convert the exported base instead."
+                f"'{file.path}', module '{path}': {found}: {mend}, or convert the exported base instead."
             )
-        shape = tensor.shape.tolist()[::-1]
+        shape = list(tensor.shape)
         if len(shape) != 2 or tuple(c.shape) != (shape[0],) or not torch.isfinite(c).all():
             found = f"c of shape {list(c.shape)} for a tensor {shape}"
             raise UnreadableError(
-                f"'{source}', module '{path}': {found}: expected one finite number a row of a matrix."
+                f"'{file.path}', module '{path}': {found}: expected one finite number a row of a matrix."
             )
-        kind = tensor.tensor_type.name
-        if kind not in PLACES and kind not in FLOATS:
+        if tensor.kind not in PLACES and tensor.kind not in FLOATS:
             raise UnreadableError(
-                f"'{source}', module '{path}': its type is {kind}: expected one of {', '.join([*PLACES, *FLOATS])}; "
-                "convert the exported base instead."
+                f"'{file.path}', module '{path}': its type is {tensor.kind}: expected one of "
+                f"{', '.join([*PLACES, *FLOATS])}; convert the exported base instead."
             )
-        places.append(_Place(path, tensor, _in_order(reader, architecture, tensor.name, c.detach().double().cpu())))
+        places.append(_Place(path, tensor, file.in_order(tensor.name, c.detach().double().cpu())))
     return places
-
-
-def _read(source: Path) -> gguf.GGUFReader:
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError("Rewriting a .gguf needs the package gguf: pip install gguf") from error
-    try:
-        reader = gguf.GGUFReader(source)
-    except (ValueError, LookupError, OSError) as error:
-        said = " ".join(str(error).split())
-        raise UnreadableError(f"'{source}' is no file of llama.cpp's: {said}: expected a whole .gguf.") from error
-    if reader.byte_order != "I":
-        raise UnreadableError(f"'{source}' is in another machine's order of bytes: expected this one's.")
-    return reader
-
-
-def _names(source: Path, reader: gguf.GGUFReader, architecture: str) -> gguf.TensorNameMap:
-    import gguf
-
-    known = {name: one for one, name in gguf.MODEL_ARCH_NAMES.items()}
-    if architecture not in (*AS_THEY_ARE, *INTERLEAVED) or architecture not in known:
-        raise UnreadableError(
-            f"'{source}' is of the architecture '{architecture}', whose order of rows is not known here: expected one "
-            f"of {', '.join((*AS_THEY_ARE, *INTERLEAVED))}; convert the exported base instead."
-        )
-    return gguf.get_tensor_name_map(known[architecture], _number(reader, f"{architecture}.block_count"))
-
-
-def _in_order(reader: gguf.GGUFReader, architecture: str, name: str, c: Tensor) -> Tensor:
-    """c in the order in which the file has the rows."""
-    if architecture not in INTERLEAVED or name.split(".")[-2] not in ("attn_q", "attn_k"):
-        return c
-    heads = _number(reader, f"{architecture}.attention.head_count")
-    if name.split(".")[-2] == "attn_k":
-        heads = _number(reader, f"{architecture}.attention.head_count_kv", heads)
-    return c.view(heads, 2, -1).transpose(1, 2).reshape(-1)
-
-
-def _text(reader: gguf.GGUFReader, key: str) -> str:
-    field = reader.get_field(key)
-    return "" if field is None else str(field.contents())
-
-
-def _number(reader: gguf.GGUFReader, key: str, default: int | None = None) -> int:
-    field = reader.get_field(key)
-    found = default if field is None else field.contents()
-    if not isinstance(found, int):
-        raise UnreadableError(f"'{reader.data.filename}' says {key} {found}: expected one number.")
-    return found
 
 
 def _rewrite(file: BinaryIO, place: _Place) -> Rewritten:
     """Multiply the rows of one tensor in the new file."""
     rows = len(place.c)
-    row_bytes = int(place.tensor.n_bytes) // rows
+    row_bytes = place.tensor.nbytes // rows
     step = max(1, BLOCK_BYTES // row_bytes)
     lost = 0
     for start in range(0, rows, step):
         c = place.c[start : start + step]
-        at = int(place.tensor.data_offset) + start * row_bytes
+        at = place.tensor.offset + start * row_bytes
         file.seek(at)
         data = torch.frombuffer(bytearray(file.read(len(c) * row_bytes)), dtype=torch.uint8).view(len(c), row_bytes)
         before = data.clone()
-        if place.kind in FLOATS:
-            numbers = data.view(FLOATS[place.kind])
-            numbers.copy_(_finite(place, numbers.double() * c[:, None], numbers.dtype))
-        else:
-            _scale_blocks(place, data, c)
+        _scale(place, data, c)
         # of zeros c is not lost
         lost += int(((data == before).all(1) & (c != 1) & _any(place, before)).sum())
         file.seek(at)
@@ -209,11 +156,20 @@ def _rewrite(file: BinaryIO, place: _Place) -> Rewritten:
     return Rewritten(place.tensor.name, place.kind, lost / rows)
 
 
+def _scale(place: _Place, data: Tensor, c: Tensor) -> None:
+    """Multiply rows of bytes by c in place."""
+    if place.kind not in FLOATS:
+        _scale_blocks(place, data, c)
+        return
+    numbers = data.view(FLOATS[place.kind])
+    numbers.copy_(_finite(place, numbers.double() * c[:, None], numbers.dtype))
+
+
 def _blocks(place: _Place, data: Tensor) -> Tensor:
     """Rows of bytes by blocks, [rows, blocks, bytes]."""
     import gguf
 
-    size = gguf.GGML_QUANT_SIZES[place.tensor.tensor_type][1]
+    size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[place.kind]][1]
     return data.view(len(data), -1, size)
 
 

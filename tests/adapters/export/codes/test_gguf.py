@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dora_peft.adapters.export.codes.gguf import AS_THEY_ARE, FLOATS, INTERLEAVED, PLACES, rewrite_gguf
+from dora_peft.adapters.export.codes.gguf import PLACES, rewrite_gguf, scaled_rows
+from dora_peft.adapters.export.codes.gguf_file import AS_THEY_ARE, FLOATS, INTERLEAVED, GgufFile
 from dora_peft.adapters.formats import UnreadableError
 
 gguf = pytest.importorskip("gguf")
@@ -85,6 +86,16 @@ def test_rows_are_times_c_up_to_rounding_and_the_rest_is_the_same(tmp_path, kind
         assert set(inside % size) <= {at + i for at in PLACES[kind] for i in (0, 1)}
 
 
+@pytest.mark.parametrize("kind", [*PLACES, "F32", "F16", "BF16"])
+def test_the_rows_of_the_new_file_are_known_before_it_is_written(tmp_path, kind):
+    source = written(tmp_path / "a.gguf", {"blk.0.ffn_up.weight": (kind, blocks(kind))})
+    c = some_c(ROWS, sign=True)
+    found = scaled_rows(GgufFile(source), UP, c)
+    rewrite_gguf(source, tmp_path / "b.gguf", {UP: c})
+    assert torch.equal(found, read(tmp_path / "b.gguf")["blk.0.ffn_up.weight"])
+    assert not torch.equal(found, read(source)["blk.0.ffn_up.weight"])
+
+
 @given(c=st.lists(st.floats(-2, 2), min_size=ROWS, max_size=ROWS))
 @settings(max_examples=20, deadline=None)
 def test_the_share_of_rows_whose_c_was_lost(tmp_path_factory, c):
@@ -121,6 +132,9 @@ def test_llamas_q_and_k_take_c_in_the_order_of_their_rows(tmp_path):
     scales = {path: some_c(count, sign=True).float() for path, count in paths.items()}
     scales["lm_head"] = some_c(8).float()
     rewrite_gguf(source, tmp_path / "b.gguf", scales)
+    for path, c in scales.items():
+        expected = (model.state_dict()[f"{path}.weight"].double() * c.double()[:, None]).float()
+        assert torch.equal(scaled_rows(GgufFile(source), path, c), expected), path
     found = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="b.gguf", dtype=torch.float32)
     for key, value in model.state_dict().items():
         c = scales.get(key.removesuffix(".weight"))
@@ -147,6 +161,8 @@ def small(tmp_path, kind="Q8_0", architecture="qwen2", **more):
 )
 def test_what_cannot_be_is_one_line_and_nothing_is_written(tmp_path, path, c, found):
     source = small(tmp_path)
+    with pytest.raises(UnreadableError, match=found):
+        scaled_rows(GgufFile(source), path, c)
     with pytest.raises(UnreadableError, match=found) as error:
         rewrite_gguf(source, tmp_path / "b.gguf", {path: c})
     assert "\n" not in str(error.value)
