@@ -149,7 +149,7 @@ def _measure(
         whole = split(parts)
         own = Factors(whole.lora_A, whole.lora_B).rounded(dtype)
         served = scaled_rows(checkpoint.file, path, whole.scale).to(adapted.device)
-        loss = loss_of(layer, parts, served, own.lora_A, own.lora_B)
+        loss = loss_of(layer, parts, served, (own.lora_A, own.lora_B))
         return loss, whole.scale.cpu(), Factors(own.lora_A.cpu(), own.lora_B.cpu())
 
 
