@@ -141,8 +141,9 @@ def places(out: Path, base: Path, subfolder: str = "", *, force: bool = False) -
     taken = target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir())))
     if taken and not force:
         raise FileExistsError(f"'{out}' is there already. Choose another name, or pass --force to replace it.")
-    if taken and (target.is_symlink() or not _is_model(target / subfolder)):
-        raise FileExistsError(f"'{out}' is no model: --force replaces a model alone. Choose another name.")
+    # a model that was downloaded or trained has no manifest
+    if taken and (target.is_symlink() or not (target / NAME).is_file() or not _is_model(target / subfolder)):
+        raise FileExistsError(f"'{out}' is no export: --force replaces exports alone. Choose another name.")
     return target, target.with_name(f"{target.name}.partial")
 
 

@@ -222,8 +222,9 @@ def test_what_is_no_model_or_the_base_itself_is_never_replaced(base, tmp_path):
     (tmp_path / "notes" / "mine").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "notes")
     (tmp_path / "file").write_text("mine")
+    shutil.copytree(base.folder, tmp_path / "trained")
     before = bytes_in(tmp_path)
-    for name in ("notes", "link", "file", "base", ".", "file/out"):
+    for name in ("notes", "link", "file", "trained", "base", ".", "file/out"):
         with pytest.raises((FileExistsError, ValueError), match="Choose another name"):
             write(base, tmp_path / name, force=True)
     assert bytes_in(tmp_path) == before
