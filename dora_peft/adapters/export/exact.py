@@ -89,7 +89,7 @@ def export_exact(
     measured = {} if wide else {path: _measure(adapted, path, dtype, dequantize, progress) for path in adapted.layers}
     wide = wide or next((path for path, (loss, _) in measured.items() if not isfinite(loss.error)), None)
     if wide is not None and dtype != torch.float32:
-        notes.append(f"everything is in fp32: {str(dtype).removeprefix('torch.')} overflows in '{wide}'")
+        notes.append(f"warning: everything is in fp32: {str(dtype).removeprefix('torch.')} overflows in '{wide}'")
         dtype = torch.float32
         measured = {path: _measure(adapted, path, dtype, dequantize, progress) for path in adapted.layers}
     losses = {path: loss for path, (loss, _) in measured.items()}

@@ -138,7 +138,7 @@ def export_lora(
     if not fits:
         raise UnreadableError("The adapter changes no module, so that there is no LoRA to write.")
     errors = {one: _error(fits, one) for one in ranks}
-    chosen = ranks[-1] if error is None else _reaching(errors, error)
+    chosen = ranks[-1] if error is None else _reaching(errors, error, dtype)
     factors = {path: fit.factors.cut(chosen) for path, fit in fits.items()}
     modules, notes = plain_modules(factors, chosen)
     done = LoraExport(
@@ -161,6 +161,19 @@ def export_lora(
         made = plain_files(modules, base_name, fan_in_fan_out=fan_in_fan_out, task_type=task_type)
         done.files.extend(write_files(replace(made, json={**made.json, **said}), out, force=force))
     return done
+
+
+def check_request(
+    out: str | os.PathLike[str],
+    rank: int | None,
+    error: float | None,
+    to: str,
+    config: Mapping[str, object] | None,
+    force: bool,
+) -> None:
+    """Refuse what `export_lora` would refuse before it computes; arguments and errors are its own."""
+    _ranks(rank, error)
+    _check_place(out, to, config, force)
 
 
 def _ranks(rank: int | None, error: float | None) -> tuple[int, ...]:
@@ -221,7 +234,7 @@ def _weighted_ratio(fits: Mapping[str, _Fit], rank: int) -> float | None:
     return sqrt(sum((fit.weighted or {})[rank] for fit in known) / update) if update else 0.0
 
 
-def _reaching(errors: Mapping[int, float], error: float) -> int:
+def _reaching(errors: Mapping[int, float], error: float, dtype: torch.dtype) -> int:
     """The smallest rank with at most this error.
 
     Raises:
@@ -231,9 +244,10 @@ def _reaching(errors: Mapping[int, float], error: float) -> int:
         if reached <= error:
             return rank
     last = max(errors)
+    finer = "" if dtype == torch.float32 else "choose --dtype fp32, "
     raise UnreadableError(
         f"--error {error:g} cannot be reached: at rank {last}, the largest that vLLM takes, error / update is "
-        f"{errors[last]:.4g}. Allow at least that, or export with --as exact or merged."
+        f"{errors[last]:.4g}. Allow at least that, {finer}or export with --as exact or merged."
     )
 
 

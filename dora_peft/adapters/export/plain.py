@@ -112,7 +112,8 @@ def plain_modules(factors: Mapping[str, Factors], rank: int) -> tuple[dict[str, 
         wide = [path for path, own in factors.items() if own.lora_A.dtype == dtype]
         narrow = ", ".join(str(kind).removeprefix("torch.") for kind in dtypes - {dtype})
         notes.append(
-            f"the adapter is in fp32: {narrow} overflows in '{wide[0]}' ({len(wide)} of {len(factors)} modules)"
+            f"warning: the adapter is in fp32: {narrow} overflows in '{wide[0]}' ({len(wide)} of {len(factors)} "
+            "modules)"
         )
     modules = {}
     for path, own in factors.items():

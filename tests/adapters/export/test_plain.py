@@ -136,7 +136,7 @@ def test_what_overflows_is_written_in_fp32_with_a_note(tmp_path):
     tensors = load_file(path / "adapter_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.float32}
     assert all(bool(torch.isfinite(t).all()) for t in tensors.values())
-    assert notes == ["the adapter is in fp32: float16 overflows in 'dense' (1 of 3 modules)"]
+    assert notes == ["warning: the adapter is in fp32: float16 overflows in 'dense' (1 of 3 modules)"]
 
 
 def test_components_of_zero_stay_zero():
