@@ -174,7 +174,7 @@ def test_a_dry_run_measures_alone(tmp_path):
 @pytest.mark.parametrize(
     ("case", "options", "said"),
     [
-        ("qwen2", {"bias": "all"}, r"also trained 'model\.layers\.0\.self_attn\.q_proj\.bias'"),
+        ("qwen2", {"bias": "all"}, r"also trained 'model\.layers\.0\.self_attn\.[qkv]_proj\.bias'"),
         ("llama", {"modules_to_save": ["lm_head"]}, r"also trained 'lm_head\.weight' \(1 such"),
         ("llama", {"trainable_token_indices": [1, 3]}, r"also trained 'model\.embed_tokens\.weight'"),
         ("llama", {"target_modules": ["embed_tokens", "q_proj"]}, r"'model\.embed_tokens"),

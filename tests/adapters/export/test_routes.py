@@ -139,7 +139,7 @@ def test_going_on_with_another_quantisation_is_refused(folders):
 
     def stop(key):
         keys.append(key)
-        if len(keys) == 25:
+        if len(keys) == 12:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
