@@ -50,8 +50,7 @@ def check(adapted, merged):
     return trained
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tied", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
 @pytest.mark.parametrize("what", OPTIONS)
 def test_merged_weights_are_those_of_a_loaded_model(tmp_path, what, tied, dtype):
     checkpoint, merged = made(tmp_path, lambda: qwen(tied), dtype, **OPTIONS[what])
