@@ -9,6 +9,8 @@ whole pages beside the results in `scripts/benchmarks/results/`:
     claim          README's first sentence about costs
     price          README's table of `scripts/benchmark_price.py`; price.md has a line for each of its shapes
     formats        other tools' formats, of `scripts/engines.sh formats`
+    merge          merging into files beside a loaded model, of `scripts/benchmark_merge.py`
+    codes          what quantised bases keep of an adapter, of `scripts/export_codes.py`
     spelling       what each export leaves of an adapter's accuracy, of `scripts/export_accuracy.py`
     serving        what servers make of exports, of `scripts/engines.sh serve`
     gpu            how much is measured of gpu.md, what `scripts/gpu.sh` finds against its goals
@@ -31,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import cpu_page, price_page
+from common.export_lines import codes_table, merge_table
 from common.formats_table import formats_table
 from common.serving_table import serving_table
 from common.spelling_table import spelling_table
@@ -41,6 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 REPRODUCTION_PAGE = "scripts/reproduce/REPRODUCTION.md"
 RESULTS = ROOT / "scripts" / "benchmarks" / "results"
 FORMATS = ROOT / "scripts" / "engines" / "formats.json"
+CODES = ROOT / "scripts" / "engines" / "codes.json"
 SPELLING = ROOT / "scripts" / "engines" / "spelling.json"
 SERVING = ROOT / "scripts" / "engines" / "serving.json"
 
@@ -210,6 +214,8 @@ def main() -> int:
     after = insert(before, "claim", cpu_page.claim(reports))
     after = insert(after, "price", price_page.price_table(price))
     after = insert(after, "formats", formats_table(json.loads(FORMATS.read_text(encoding="utf-8"))["rows"]))
+    after = insert(after, "merge", merge_table(reports["merge"]))
+    after = insert(after, "codes", codes_table(json.loads(CODES.read_text(encoding="utf-8"))))
     after = insert(after, "spelling", spelling_table(json.loads(SPELLING.read_text(encoding="utf-8"))["rows"]))
     after = insert(after, "serving", serving_table(json.loads(SERVING.read_text(encoding="utf-8"))))
     after = insert(after, "gpu", gpu_line(reports))

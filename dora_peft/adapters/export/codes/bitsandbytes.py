@@ -22,7 +22,7 @@ class FourBit:
     """nf4 or fp4.
 
     Nested statistics, which are absmax quantised once more, are undone by `times`: absmax becomes fp32, 4 bytes instead
-    of 1 for each block, and stays so exact.
+    of 1 for each block, and stays so exact. `dtype` there becomes what the weight is unpacked to.
     """
 
     def __init__(self, stored: Stored) -> None:
@@ -83,6 +83,9 @@ class FourBit:
         c = per_row(self.stored, c, self.out_features)
         absmax = scaled(self.stored, self.absmax.view(self.out_features, -1), c[:, None])
         state = {key: value for key, value in self.state.items() if not key.startswith("nested_")}
+        if dtype is not None:
+            # what the weight is rounded to when it is unpacked: in bf16 most c would be lost there
+            state["dtype"] = str(dtype).removeprefix("torch.")
         nested = self.stored.keys(*NESTED)
         kept = tuple(key for key in self.keys if key not in nested)
         return {
