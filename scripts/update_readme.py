@@ -214,7 +214,7 @@ def main() -> int:
     after = insert(before, "claim", cpu_page.claim(reports))
     after = insert(after, "price", price_page.price_table(price))
     after = insert(after, "formats", formats_table(json.loads(FORMATS.read_text(encoding="utf-8"))["rows"]))
-    after = insert(after, "merge", merge_table(reports["merge"]))
+    after = insert(after, "merge", merge_table(reports.get("merge")))
     after = insert(after, "codes", codes_table(json.loads(CODES.read_text(encoding="utf-8"))))
     after = insert(after, "spelling", spelling_table(json.loads(SPELLING.read_text(encoding="utf-8"))["rows"]))
     after = insert(after, "serving", serving_table(json.loads(SERVING.read_text(encoding="utf-8"))))

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def merge_table(report: Mapping[str, Any]) -> str:
-    """Markdown, one line a way to merge, from what scripts/benchmark_merge.py stores."""
+def merge_table(report: Mapping[str, Any] | None) -> str:
+    """Markdown, one line a way to merge, from what scripts/benchmark_merge.py stores; empty without it."""
+    if report is None:
+        return ""
     merge, setting = report["merge"], report["setting"]
     names = {
         "files": "`--as merged`",

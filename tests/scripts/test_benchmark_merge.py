@@ -20,6 +20,7 @@ def test_sizes_are_about_those_asked_for():
         assert max(nbytes) <= 0.101 * gigabytes * 1e9
 
 
+@pytest.mark.slow
 def test_it_merges_kills_and_compares(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark_merge, "config_of", lambda gigabytes: config_of(0.001))
     main(["--gigabytes", "0.001", "--shard-gigabytes", "0.001", "--folder", str(tmp_path), "--results", str(tmp_path)])

@@ -37,6 +37,7 @@ def test_the_table_says_what_a_kernel_takes_and_what_it_moves(tmp_path: Path) ->
     assert all(line in said for line in lines)
 
 
+@pytest.mark.slow
 def test_rows_of_all_layers_are_of_the_model_and_others_are_kept(tmp_path: Path) -> None:
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     command = [
