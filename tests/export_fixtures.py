@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from peft import PeftModel
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 
 def qwen(tied: bool = False) -> Qwen2ForCausalLM:
@@ -34,3 +46,13 @@ def wide_llama() -> LlamaForCausalLM:
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=32, num_attention_heads=2
     )
     return LlamaForCausalLM(config).eval()
+
+
+def outputs(folder: Path, route: str, base: Path | None = None) -> Tensor:
+    """The logits of what a route wrote, without this package."""
+    name = {"exact": "base", "merged": ""}.get(route)
+    model = AutoModelForCausalLM.from_pretrained(base if name is None else folder / name, device_map="cpu")
+    if route != "merged":
+        model = PeftModel.from_pretrained(model, folder / "adapter" if route == "exact" else folder)
+    with torch.no_grad():
+        return model.eval()(torch.arange(10)[None]).logits.float()

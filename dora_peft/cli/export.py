@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import typer
@@ -76,10 +78,23 @@ def export(
 
 
 def lines(record: Record, out: str, dry_run: bool) -> list[str]:
-    """For people: how exact it is, numbers of all modules together and of the worst, warnings and notes."""
+    """For people: how exact it is, numbers of all modules together and of those of each name, warnings and notes."""
     found = [f"{'would write' if dry_run else 'wrote'} {out}: {len(record.modules)} modules in {record.dtype}"]
     found.append(record.statement)
     found += [f"{name.replace('_', ' '):<18} {value:.4g}" for name, value in record.totals.items()]
-    worst = sorted(record.modules, key=lambda path: -record.modules[path]["error_over_update"])[:3]
-    found += [f"  {path}: error / update {record.modules[path]['error_over_update']:.4g}" for path in worst]
+    by_name: dict[str, list[Mapping[str, float]]] = defaultdict(list)
+    for path, own in record.modules.items():
+        by_name[path.rpartition(".")[2]].append(own)
+    width = max(map(len, by_name), default=0)
+    for name, members in by_name.items():
+        said = [f"error / update {_span([own['error_over_update'] for own in members])}"]
+        if "share_lost" in members[0]:
+            said.append(f"c lost in {_span([100 * own['share_lost'] for own in members])} % of rows")
+        found.append(f"  {name:<{width}}  {len(members)} modules: {', '.join(said)}")
     return [*found, *(f"warning: {said}" for said in record.warnings()), *record.notes]
+
+
+def _span(values: Sequence[float]) -> str:
+    """One number, or the least and the largest."""
+    least, most = f"{min(values):.2g}", f"{max(values):.2g}"
+    return least if least == most else f"{least} to {most}"

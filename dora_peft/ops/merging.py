@@ -25,6 +25,19 @@ def merged_rows(
     return rows
 
 
+def rows_and_factors(adapters: list[tuple[Tensor, Tensor, float, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """W' = diag(c) W0 + B A of adapters (A, B, s, c) in order: c [out], A [sum r_i, in] and B [out, sum r_i].
+
+    W' = c_2 (c_1 (W0 + s_1 B_1 A_1) + s_2 B_2 A_2): each B_i takes s_i and the c of its own and all later adapters.
+    """
+    scale = torch.ones_like(adapters[0][3])
+    ups: list[Tensor] = []
+    for _, lora_B, scaling, c in reversed(adapters):
+        scale = scale * c
+        ups.insert(0, (scaling * scale)[:, None] * lora_B)
+    return scale, torch.cat([lora_A for lora_A, *_ in adapters]), torch.cat(ups, 1)
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor of floats holds neither NaN nor infinity; without one of its size beside it."""
     return not tensor.numel() or math.isfinite(torch.linalg.vector_norm(tensor, torch.inf).item())

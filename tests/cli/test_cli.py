@@ -1,9 +1,7 @@
 """The command `dora-peft`: what it prints, and how it ends."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from format_fixtures import llama, saved
@@ -66,13 +64,6 @@ def test_convert(folder, tmp_path):
     assert json.loads(said.output)["target"] == "nvlabs"
 
 
-@pytest.mark.parametrize("verb", ["info", "doctor", "convert"])
-def test_help_has_an_example(verb):
-    said = run(verb, "--help")
-    assert said.exit_code == 0
-    assert f"Example: dora-peft {verb} " in said.output
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -92,14 +83,3 @@ def test_what_goes_wrong_is_one_line_and_status_2(folder, tmp_path, words, said,
     assert line.startswith("error: ")
     assert said in line
     assert not (tmp_path / "out").exists()
-
-
-def test_the_program_that_is_installed():
-    """As a shell calls it, for its name and its status."""
-    program = Path(sys.executable).with_name("dora-peft")
-    if not program.exists():
-        pytest.skip("the package is imported from its folder, and not installed")
-    done = subprocess.run([program, "info", "/none"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "error: There is no folder or file '/none'." in done.stderr
-    assert "Traceback" not in done.stderr

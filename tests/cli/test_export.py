@@ -34,6 +34,13 @@ def test_exact(folders, tmp_path, monkeypatch):
     assert said.output.startswith(f"wrote {tmp_path / 'out'}: 4 modules in float16\nexact up to rounding of W0")
     assert "error over update" in said.output
     assert "share lost" in said.output
+    record = json.loads((tmp_path / "out" / "adapter" / "dora_export.json").read_text())
+    for name in ("q_proj", "down_proj"):
+        errors = [own["error_over_update"] for path, own in record["modules"].items() if path.endswith(name)]
+        (line,) = [line for line in said.output.splitlines() if line.lstrip().startswith(f"{name} ")]
+        assert f"2 modules: error / update {min(errors):.2g}" in line
+        assert f"{max(errors):.2g}" in line
+        assert "% of rows" in line
     found = json.loads((tmp_path / "out" / "adapter" / "dora_export.json").read_text())
     assert found["command"].startswith("dora-peft export ")
     assert "--as exact" in found["command"]
@@ -65,11 +72,6 @@ def test_push_says_what_it_would_do(folders, tmp_path):
     assert said.output.startswith("would push to user/name")
     assert "adapter_model.safetensors" in said.output
     assert "exact up to rounding of W0" in said.output
-
-
-@pytest.mark.parametrize("verb", ["export", "push"])
-def test_help_has_an_example(verb):
-    assert f"Example: dora-peft {verb} " in run(verb, "--help").output
 
 
 @pytest.mark.parametrize(

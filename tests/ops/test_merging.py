@@ -78,3 +78,19 @@ def test_truncate_beyond_the_layer_is_exact():
     low_A, low_B = merging.truncate(A, B, 7)
     assert len(low_A) <= 7
     torch.testing.assert_close(low_B @ low_A, B @ A)
+
+
+def test_rows_and_factors_together_are_the_merged_rows():
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    weight = random(7, 5)
+    adapters = [
+        (random(rank, 5), random(7, rank), scaling, random(7)) for rank, scaling in ((2, 0.5), (3, 2.0), (1, 1.0))
+    ]
+    scale, lora_A, lora_B = merging.rows_and_factors(adapters)
+    assert (lora_A.shape, lora_B.shape) == ((6, 5), (7, 6))
+    merged = merging.merged_rows(weight, 0, 7, adapters)
+    torch.testing.assert_close(scale[:, None] * weight + lora_B @ lora_A, merged)

@@ -34,7 +34,6 @@ from .requantised import Quantised, recorded
 
 # A, B, s and c [out] of each adapter, in the order in which they are active.
 Parts = list[tuple[Tensor, Tensor, float, Tensor]]
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -213,13 +212,12 @@ class AdaptedBase:
 
     def dtype_of(self, path: str) -> torch.dtype:
         """That of a module's weight in the files; of a quantised one, that of the model."""
-        if path in self.coded:
+        codes = self.codes(path)
+        if codes is not None:
             said = self.checkpoint.config.get("dtype", self.checkpoint.config.get("torch_dtype"))
-            return next((one for one in FLOATS if str(one) == f"torch.{said}"), self.stored(path).dtype)
+            return next((one for one in FLOATS if str(one) == f"torch.{said}"), codes.dtype)
         found = self.checkpoint.entries[self.names.keys(f"{path}.weight")[0]].dtype
-        return (
-            found if found is not None and found.is_floating_point and found.itemsize > 1 else self.stored(path).dtype
-        )
+        return found if found is not None and found in FLOATS else self.stored(path).dtype
 
     def given(self) -> list[str]:
         """The base's own tables that an adapter brings along."""

@@ -47,9 +47,6 @@ def loaded_over(model: nn.Module, sources: Sequence[Source], base: Base) -> Peft
             _fill_tokens(loaded, source, name)
             _check_filled(loaded, source, base)
         assert loaded is not None
-        for parameter in loaded.parameters():
-            # what is mapped from a file may lie anywhere, a copy where a loaded model's would, which products feel
-            parameter.data = parameter.data.clone()
         loaded.base_model.set_adapter(names)  # type: ignore[operator]
         for parameter in loaded.parameters():
             if not parameter.is_meta:

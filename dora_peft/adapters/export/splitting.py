@@ -32,11 +32,6 @@ class Split:
     lora_A: Tensor
     lora_B: Tensor
 
-    @property
-    def empty(self) -> bool:
-        """Whether the low-rank part is zero, as a magnitude-only module's."""
-        return not bool(self.lora_B.any())
-
 
 @dataclass(frozen=True)
 class Loss:
@@ -70,12 +65,7 @@ def split(parts: Parts) -> Split:
     Args:
         parts: A [r, in], B [out, r], s and c [out] of each adapter in order; see `AdaptedBase.parts`.
     """
-    after = torch.ones_like(parts[0][3])
-    ups: list[Tensor] = []
-    for _, lora_B, scaling, c in reversed(parts):
-        after = after * c
-        ups.insert(0, (scaling * after)[:, None] * lora_B)
-    return Split(after, torch.cat([lora_A for lora_A, *_ in parts]), torch.cat(ups, 1))
+    return Split(*merging.rows_and_factors(parts))
 
 
 def scaled(layer: DoraLayer, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -292,11 +292,10 @@ def _begun(partial: Path, wanted: Manifest, *, force: bool) -> Iterator[Manifest
             entry.unlink()
         try:
             yield found
-        except Exception:
+        finally:
+            # a finished folder is at its place by now, and has some
             if not found.shards:
-                # nothing to go on from
                 shutil.rmtree(partial, ignore_errors=True)
-            raise
 
 
 @contextmanager

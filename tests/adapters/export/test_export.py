@@ -5,10 +5,10 @@ import json
 import gguf_fixtures
 import pytest
 import torch
-from format_fixtures import llama, logits, saved
+from export_fixtures import outputs
+from format_fixtures import logits, saved
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from dora_peft.adapters.export import ROUTES, Record, export
 from dora_peft.adapters.export.record import read_record
@@ -16,23 +16,6 @@ from dora_peft.adapters.formats import UnreadableError
 
 FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 EIGHT = {"load_in_8bit": True}
-
-
-@pytest.fixture
-def folders(tmp_path):
-    llama().save_pretrained(tmp_path / "base")
-    saved(tmp_path / "adapter")
-    return tmp_path
-
-
-def outputs(folder, route, base=None):
-    """The logits of what a route wrote, without this package."""
-    name = {"exact": "base", "merged": ""}.get(route)
-    model = AutoModelForCausalLM.from_pretrained(base if name is None else folder / name, device_map="cpu")
-    if route != "merged":
-        model = PeftModel.from_pretrained(model, folder / "adapter" if route == "exact" else folder)
-    with torch.no_grad():
-        return model.eval()(torch.arange(10)[None]).logits.float()
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from export_fixtures import wide_llama
-from format_fixtures import llama, saved, shaken
+from export_fixtures import outputs, wide_llama
+from format_fixtures import saved, shaken
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -15,23 +15,6 @@ from dora_peft.adapters.export import export
 
 FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 EIGHT = {"load_in_8bit": True}
-
-
-@pytest.fixture
-def folders(tmp_path):
-    llama().save_pretrained(tmp_path / "base")
-    saved(tmp_path / "adapter")
-    return tmp_path
-
-
-def outputs(folder, route, base=None):
-    """The logits of what a route wrote, without this package."""
-    name = {"exact": "base", "merged": ""}.get(route)
-    model = AutoModelForCausalLM.from_pretrained(base if name is None else folder / name, device_map="cpu")
-    if route != "merged":
-        model = PeftModel.from_pretrained(model, folder / "adapter" if route == "exact" else folder)
-    with torch.no_grad():
-        return model.eval()(torch.arange(10)[None]).logits.float()
 
 
 def test_rounding_is_said(folders):
