@@ -109,7 +109,7 @@ class AdaptedBase:
         self.told = base_quantization is not None
         self.record, self.unrecorded = recorded(self.sources, base_quantization)
         self.quantised: Quantised | None = None
-        if self.record is not None and "quantization_config" not in checkpoint.config:
+        if self.record is not None and not checkpoint.is_quantised:
             again = skeleton(checkpoint.config)
             assert again is not None
             self.quantised = Quantised(self.record, again)
@@ -252,7 +252,7 @@ class AdaptedBase:
 
 def _coded(checkpoint: Checkpoint, names: Names, model: nn.Module) -> tuple[dict[str, str], set[str]]:
     """The modules whose weights are quantised, by what the files call them, and which of them are Conv1D."""
-    if not {"quantization_config", "compression_config"} & checkpoint.config.keys():
+    if not checkpoint.is_quantised:
         return {}, set()
     coded = {names.module_of(path): path for path in quantised_paths(checkpoint)}
     return coded, {path for path in coded if isinstance(model.get_submodule(path), Conv1D)}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...bases import Dense
-from ..formats import Adapter, Base, Checkpoint, UnreadableError
+from ..formats import Adapter, Base, UnreadableError
 from ..formats.base import skeleton
 from .codes import codes_of
 from .names import Names
@@ -59,9 +59,10 @@ def other_weights(metadata: Mapping[str, str], adapter: Adapter, base: Base) -> 
 
 def _names(base: Base) -> Names | None:
     """Those of a base in files that may be quantised."""
-    quantised = {"quantization_config", "compression_config"} & base.config.keys()
-    model = skeleton(base.config) if isinstance(base.files, Checkpoint) and quantised else None
-    return None if model is None or base.files is None else Names(base.files, model)
+    if base.files is None or not base.files.is_quantised:
+        return None
+    model = skeleton(base.config)
+    return None if model is None else Names(base.files, model)
 
 
 def _matrix(path: str, adapter: Adapter, base: Base, names: Names | None) -> Tensor | None:

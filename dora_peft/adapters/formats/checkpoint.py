@@ -71,6 +71,11 @@ class Checkpoint:
         for path in _files_of(found):
             self._read_head(path)
 
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the config says that weights are; compressed-tensors has called its entry otherwise."""
+        return bool({"quantization_config", "compression_config"} & self.config.keys())
+
     def files(self) -> list[str]:
         """The names of the files, in order."""
         return list(dict.fromkeys(entry.file for entry in self.entries.values()))

@@ -73,3 +73,10 @@ def test_what_is_no_base(tmp_path, what):
         (folder / INDEX).write_text("{}")
     with pytest.raises(UnreadableError, match=said):
         Checkpoint(folder)
+
+
+@pytest.mark.parametrize("entry", ["quantization_config", "compression_config", None])
+def test_a_config_says_whether_weights_are_quantised(tmp_path, entry):
+    save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({} if entry is None else {entry: {"quant_method": "any"}}))
+    assert Checkpoint(tmp_path).is_quantised == (entry is not None)
